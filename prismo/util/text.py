@@ -1,0 +1,14 @@
+"""Wording of errors: one clear sentence with the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(kind: str, name: str, options: Iterable[str]) -> str:
+    """Error text for an unknown `name`: the closest option first, then all of them."""
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or '(none)'}"
