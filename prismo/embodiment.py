@@ -21,7 +21,7 @@ class Embodiment:
     Attributes:
         name: key of this embodiment, e.g. "libero".
         action_dim: numbers in one action (LIBERO: 6 end-effector deltas and the gripper).
-        proprio_dim: numbers in one proprioceptive state (LIBERO: xyz in m, axis-angle in rad, two finger positions in m).
+        proprio_dim: numbers in one proprioceptive state (LIBERO: xyz in m, axis-angle in rad, two fingers in m).
         chunk: actions predicted at once.
         normalization: how actions and proprio are scaled (see `prismo.data.normalize`).
         control_hz: rate at which actions are executed.

@@ -1,0 +1,1 @@
+"""Vision-language-action models, their vision towers, heads and adapters."""
