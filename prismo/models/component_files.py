@@ -1,0 +1,169 @@
+"""Files of the modules beside the base model, under the names that OpenVLA-OFT and Spatial-Forcing publish.
+
+A checkpoint folder holds `{stem}--{step}_checkpoint.pt` or `{stem}--latest_checkpoint.pt` per module. The trainer
+writes them, the policy loader and a resumed run read them. The published files are state dicts of
+DistributedDataParallel modules, whose keys start with `module.` (the originals cut off seven characters without
+looking); only the FiLM backbone is stored without. We write the same, and read either.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from prismo.util.files import atomic_write
+from prismo.util.text import did_you_mean
+
+Stem = Literal["action_head", "proprio_projector", "noisy_action_projector", "align_projector", "vision_backbone"]
+Step = int | Literal["latest"]
+
+_DDP_PREFIX = "module."
+_WITHOUT_PREFIX = {"vision_backbone"}
+
+
+def component_path(folder: str | Path, stem: Stem, step: Step) -> Path:
+    """Published path of one module's file."""
+    _check_stem(stem)
+    return Path(folder) / f"{stem}--{step}_checkpoint.pt"
+
+
+def find_component(folder: str | Path, stem: Stem, step: Step | None = None) -> Path:
+    """The file of a module in a checkpoint folder.
+
+    Without `step` the rule of the originals applies: exactly one `.pt` file whose name contains the stem and the word
+    "checkpoint".
+
+    Raises:
+        FileNotFoundError: no such folder or file; the message lists what is there.
+        ValueError: several files match.
+    """
+    _check_stem(stem)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    if step is not None:
+        path = component_path(folder, stem, step)
+        found = [path] if path.is_file() else []
+        wanted = path.name
+    else:
+        found = sorted(p for p in folder.glob("*.pt") if stem in p.name and "checkpoint" in p.name and p.name[0] != ".")
+        wanted = f"{stem}--*_checkpoint.pt"
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ValueError(f"{folder} holds several files for {stem} ({names}); keep one, or name the step to load")
+    if not found:
+        present = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "none"
+        raise FileNotFoundError(
+            f"{folder} holds no {wanted} (.pt files there: {present}). Give the folder of a finished checkpoint, "
+            f"and only ask for the modules that it was trained with"
+        )
+    return found[0]
+
+
+def save_component(
+    module: nn.Module, folder: str | Path, stem: Stem, step: Step, *, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a module's weights atomically under the published name and key style.
+
+    Args:
+        module: the module itself, or its DistributedDataParallel or torch.compile wrapper.
+        dtype: convert floating-point tensors (the published action heads are bf16); None keeps them.
+
+    Returns:
+        The file's path.
+    """
+    path = component_path(folder, stem, step)
+    prefix = "" if stem in _WITHOUT_PREFIX else _DDP_PREFIX
+    state = {}
+    for name, value in plain_keys(module.state_dict()).items():
+        converted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        # A clone: torch.save stores the whole storage of a view, which for flattened parameters is every parameter.
+        state[prefix + name] = converted.detach().to("cpu", copy=True).contiguous()
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+    return path
+
+
+def load_component(module: nn.Module, folder: str | Path, stem: Stem, step: Step | None = None) -> Path:
+    """Load a module's weights strictly; values are converted to the module's own dtype and device.
+
+    Returns:
+        The file that was read.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_component`.
+        ValueError: the file cannot be read, or its tensors are not those of the module.
+    """
+    path = find_component(folder, stem, step)
+    state = read_component(path)
+    expected = module.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__}: missing {_some(missing)}, unexpected {_some(unexpected)}. "
+            + _hint(missing, unexpected)
+        )
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            raise ValueError(
+                f"{path} does not fit {type(module).__name__}: {name} has shape {list(state[name].shape)}, expected "
+                f"{list(value.shape)}. Sizes follow from the robot (action, proprio, chunk) and the base model; "
+                "both must be those of the training run"
+            )
+    module.load_state_dict(state)
+    return path
+
+
+def read_component(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a module file without wrapper prefixes; never unpickles anything but tensors.
+
+    Raises:
+        ValueError: truncated, not a PyTorch file, or not a state dict.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot read {path} as a file of tensors ({reason}); copy or save it again") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a state dict (a mapping from names to tensors)")
+    return plain_keys(state)
+
+
+def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the prefixes of DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`)."""
+    plain = dict(state)
+    for prefix in (_DDP_PREFIX, "_orig_mod.", _DDP_PREFIX):  # either may wrap the other
+        if plain and all(name.startswith(prefix) for name in plain):
+            plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
+
+
+def _check_stem(stem: str) -> None:
+    if stem not in get_args(Stem):
+        raise ValueError(did_you_mean("component", stem, get_args(Stem)))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "nothing"
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _hint(missing: list[str], unexpected: list[str]) -> str:
+    """What the difference most likely means."""
+    for names, advice in (
+        (unexpected, "This is a diffusion head: pass --use_diffusion True --use_l1_regression False"),
+        (missing, "This is not a diffusion head: leave --use_diffusion at False"),
+    ):
+        if any(name.startswith("noise_predictor.") for name in names):
+            return advice
+    if any(name.startswith("vlm_norm.") for name in missing + unexpected):
+        return "The align projector was trained with another --use_vlm_norm"
+    if any(".lora_" in name for name in missing + unexpected):
+        return "The LoRA rank or target modules differ from those of the training run (--lora_rank)"
+    return "Build the module with the settings of the training run"

@@ -1,0 +1,210 @@
+"""Action heads: from the hidden states of the action slots to a chunk of normalised actions.
+
+`L1RegressionActionHead` (OpenVLA-OFT, arXiv 2502.19645) regresses the actions, `DiffusionActionHead` predicts the noise
+of a DDIM process (arXiv 2010.02502) in which the whole language model is run once per step. The policy and the trainer
+build them; `prismo.models.component_files` reads and writes them.
+
+Shape legend: B samples, K actions per chunk, A numbers per action, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prismo.models.projectors import TimeEmbedding
+
+
+class MLPResNetBlock(nn.Module):
+    """`h + relu(linear(norm(h)))`; the sequential's indices are the published parameter names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(x)
+
+
+class MLPResNet(nn.Module):
+    """LayerNorm, linear, ReLU, residual blocks, LayerNorm, linear: [..., input_dim] -> [..., output_dim]."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, blocks: int = 2) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(input_dim)
+        self.fc1 = nn.Linear(input_dim, hidden_dim)
+        self.mlp_resnet_blocks = nn.ModuleList(MLPResNetBlock(hidden_dim) for _ in range(blocks))
+        self.layer_norm2 = nn.LayerNorm(hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Heads keep their own dtype (fp32 masters in training) while the language model hands over bf16.
+        x = F.relu(self.fc1(self.layer_norm1(x.to(self.fc1.weight.dtype))))
+        for block in self.mlp_resnet_blocks:
+            x = block(x)
+        return self.fc2(self.layer_norm2(x))
+
+
+def _group_by_action(action_hidden: Tensor, chunk: int, action_dim: int) -> Tensor:
+    """[B, K*A, D] -> [B, K, A*D]: one row per action holds the hidden states of its A slots."""
+    slots = chunk * action_dim
+    if action_hidden.ndim != 3 or action_hidden.shape[1] != slots:
+        raise ValueError(
+            f"the action head expects hidden states [batch, {chunk} * {action_dim} = {slots}, width], "
+            f"got {list(action_hidden.shape)}; chunk and action_dim of head and policy must agree"
+        )
+    return action_hidden.reshape(action_hidden.shape[0], chunk, -1)
+
+
+class L1RegressionActionHead(nn.Module):
+    """MLP that regresses a whole chunk in one pass.
+
+    Args:
+        input_dim: width D of the language model.
+        hidden_dim: width of the MLP; the published heads use D.
+        action_dim: numbers per action A.
+        chunk: actions per chunk K.
+    """
+
+    def __init__(
+        self, input_dim: int = 4096, hidden_dim: int | None = None, action_dim: int = 7, chunk: int = 8
+    ) -> None:
+        super().__init__()
+        self.action_dim, self.chunk = action_dim, chunk
+        self.model = MLPResNet(input_dim * action_dim, hidden_dim or input_dim, action_dim)
+
+    def forward(self, action_hidden: Tensor) -> Tensor:
+        """Hidden states of the action slots [B, K*A, D] -> normalised actions [B, K, A], nominally in [-1, 1]."""
+        return self.model(_group_by_action(action_hidden, self.chunk, self.action_dim))
+
+    def predict(self, action_hidden: Tensor) -> Tensor:
+        """Same as calling the head."""
+        return self(action_hidden)
+
+
+class DDIM:
+    """Deterministic DDIM process with a squared-cosine noise schedule (the settings of the published heads).
+
+    Predicts noise (epsilon), clips the estimate of the clean sample to [-1, 1], eta = 0, "leading" step spacing, and
+    ends at the clean sample. `alpha_bar` [train_steps] is the fraction of signal variance left at each timestep, fp32.
+    """
+
+    def __init__(self, train_steps: int = 50) -> None:
+        if train_steps < 1:
+            raise ValueError(f"num_diffusion_steps_train must be at least 1, got {train_steps}")
+        self.train_steps = train_steps
+        signal = [math.cos((i / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(train_steps + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(signal)]
+        # Pinned to the CPU: models are also built inside `torch.device("meta")`.
+        self.betas = torch.tensor(betas, dtype=torch.float32, device="cpu")
+        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The `steps` training timesteps visited by sampling, from noisy to clean."""
+        if not 1 <= steps <= self.train_steps:
+            raise ValueError(
+                f"num_diffusion_steps_inference must be between 1 and {self.train_steps}, "
+                f"the steps of the training schedule; got {steps}"
+            )
+        return [i * (self.train_steps // steps) for i in reversed(range(steps))]
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy version [B, ...] of `clean` [B, ...] at one integer timestep per sample [B]."""
+        alpha = self.alpha_bar.to(clean.device)[timesteps].view(-1, *[1] * (clean.ndim - 1))
+        return (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(clean.dtype)
+
+    def step(self, noise: Tensor, timestep: int, sample: Tensor, steps: int) -> Tensor:
+        """One denoising step of a `steps`-step sampling: predicted noise and sample at `timestep` -> next sample."""
+        previous = timestep - self.train_steps // steps
+        alpha = float(self.alpha_bar[timestep])
+        alpha_previous = float(self.alpha_bar[previous]) if previous >= 0 else 1.0
+        clean = ((sample - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)).clamp(-1, 1)
+        return math.sqrt(alpha_previous) * clean + math.sqrt(1 - alpha_previous) * noise
+
+
+@dataclass(frozen=True)
+class NoisyActions:
+    """One diffusion training example per sample.
+
+    Attributes:
+        noise: the target [B, K, A].
+        actions: what the language model sees in the action slots [B, K, A].
+        time_embedding: the extra token [B, 1, D].
+    """
+
+    noise: Tensor
+    actions: Tensor
+    time_embedding: Tensor
+
+
+class NoisePredictionModel(nn.Module):
+    """The MLP under its published name `noise_predictor.mlp_resnet`."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.mlp_resnet = MLPResNet(input_dim, hidden_dim, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp_resnet(x)
+
+
+class DiffusionActionHead(nn.Module):
+    """Noise prediction for a chunk of normalised actions; the timestep enters as a token of the language model.
+
+    Args:
+        input_dim, hidden_dim, action_dim, chunk: as in `L1RegressionActionHead`.
+        train_steps: length of the noise schedule.
+    """
+
+    def __init__(
+        self,
+        input_dim: int = 4096,
+        hidden_dim: int | None = None,
+        action_dim: int = 7,
+        chunk: int = 8,
+        train_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        self.action_dim, self.chunk = action_dim, chunk
+        self.noise_predictor = NoisePredictionModel(input_dim * action_dim, hidden_dim or input_dim, action_dim)
+        self.time_encoder = TimeEmbedding(input_dim)
+        self.ddim = DDIM(train_steps)
+
+    def forward(self, action_hidden: Tensor) -> Tensor:
+        """Hidden states of the action slots [B, K*A, D] -> predicted noise [B, K, A]."""
+        return self.noise_predictor(_group_by_action(action_hidden, self.chunk, self.action_dim))
+
+    def noisy_actions(
+        self, actions: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None
+    ) -> NoisyActions:
+        """Draw a training example for normalised ground-truth `actions` [B, K, A].
+
+        `noise` [B, K, A] (standard normal) and integer `timesteps` [B] (uniform over the schedule) are drawn if absent.
+        """
+        if noise is None:
+            noise = torch.randn_like(actions)
+        if timesteps is None:
+            timesteps = torch.randint(self.ddim.train_steps, (len(actions),), device=actions.device)
+        embedding = self.time_encoder(timesteps).unsqueeze(1)
+        return NoisyActions(noise, self.ddim.add_noise(actions, noise, timesteps), embedding)
+
+    @torch.no_grad()
+    def sample(self, action_hidden: Callable[[Tensor, Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
+        """Denoise `start` [B, K, A] (standard normal) to normalised actions [B, K, A].
+
+        Args:
+            action_hidden: one language-model pass: (noisy actions [B, K, A], time token [B, 1, D]) -> [B, K*A, D].
+            steps: number of passes; the schedule is subsampled.
+        """
+        sample = start
+        for timestep in self.ddim.timesteps(steps):
+            time_token = self.time_encoder(torch.full((len(sample),), timestep, device=sample.device)).unsqueeze(1)
+            noise = self(action_hidden(sample, time_token)).to(sample.dtype)
+            sample = self.ddim.step(noise, timestep, sample, steps)
+        return sample
