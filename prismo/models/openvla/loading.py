@@ -1,0 +1,86 @@
+"""Checks around `from_pretrained`: is it a checkpoint, are its files whole, does every tensor fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard of the index is missing.
+    """
+    if (folder / _INDEX).is_file():
+        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder / _INDEX} names {', '.join(missing)}, which is not there; download the checkpoint again"
+            )
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    adapter = " It holds a LoRA adapter: merge it first (vla-scripts/merge_lora_weights_and_save.py)."
+    raise FileNotFoundError(
+        f"{folder} has neither {_INDEX} nor {_SINGLE}.{adapter if (folder / 'lora_adapter').is_dir() else ''}"
+    )
+
+
+def check_folder(path: str | Path) -> None:
+    """One clear error for a local folder that cannot be loaded; hub ids pass.
+
+    Raises:
+        FileNotFoundError: not a folder (and no hub id), or not a checkpoint.
+        ValueError: config.json is of another model, or a weight file is truncated.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+            raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b")
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: no config.json. Expected a folder with config.json, "
+            "model*.safetensors and preprocessor_config.json"
+        )
+    try:
+        model_type = json.loads(config.read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not valid JSON ({error}); download it again") from error
+    if model_type != "openvla":
+        raise ValueError(f"{config} is of model_type {model_type!r}, expected 'openvla'")
+    for file in weight_files(folder):
+        _check_whole(file)
+
+
+def _check_whole(file: Path) -> None:
+    """safetensors compares the header's byte ranges with the file's size on opening."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or broken ({error}); download it again") from error
+
+
+def check_loaded(path: str | Path, report: Any) -> None:
+    """Refuse a model some of whose tensors were missing, unknown or of another shape in the files.
+
+    transformers would go on with random weights in their place.
+    """
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{kind.replace('_keys', '')}: {', '.join(names[:3])}{more}")
+    if problems:
+        raise ValueError(f"the weights in {path} do not fit OpenVLA ({'; '.join(problems)})")

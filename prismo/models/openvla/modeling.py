@@ -1,0 +1,391 @@
+"""OpenVLA as a transformers model: two vision towers, a projector and Llama, with explicit attention.
+
+Serves vanilla OpenVLA (arXiv 2406.09246; causal, token by token), OpenVLA-OFT (arXiv 2502.19645; bidirectional, a chunk
+in one pass) and Spatial-Forcing (arXiv 2510.12276; OFT whose hidden states are aligned, see `prismo.align`).
+
+Sequence of a sample: `BOS | vision patches (view by view) | extra tokens (proprio, diffusion time) | text 1..L-1`.
+
+Shape legend: B batch, V views, P vision tokens = V * patches, E extra tokens, L text tokens, S = L + P + E, D LLM
+width, T action tokens = chunk * action_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from prismo.models.openvla.action_tokenizer import ActionTokenizer
+from prismo.models.openvla.attention import attention_mask_for
+from prismo.models.openvla.configuration import OpenVLAConfig
+from prismo.models.openvla.loading import check_folder, check_loaded
+from prismo.models.vit import VisionTransformer, ViTConfig
+
+
+class PrismaticVisionBackbone(nn.Module):
+    """One or two towers over every camera view; features are concatenated per patch.
+
+    `film` is True on the wrapper of `prismo.models.film`, whose blocks need a language embedding.
+    """
+
+    film = False
+
+    def __init__(self, towers: Sequence[ViTConfig]) -> None:
+        super().__init__()
+        self.featurizer = VisionTransformer(towers[0])
+        self.fused_featurizer = VisionTransformer(towers[1]) if len(towers) == 2 else None
+
+    @property
+    def width(self) -> int:
+        """Feature channels per patch (1024 + 1152 for DINOv2 + SigLIP)."""
+        return sum(tower.config.width for tower in self.towers)
+
+    @property
+    def towers(self) -> list[VisionTransformer]:
+        """The towers in the order of their channels."""
+        return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
+
+    def forward(self, pixel_values: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Features of the second-to-last block, without final norm and prefix tokens.
+
+        Args:
+            pixel_values: [B, V * 3 * towers, H, W], per view the channels of each tower.
+            condition: language embedding [B, D], only with FiLM.
+
+        Returns:
+            [B, V * patches, width], view-major, patches row-major.
+
+        Raises:
+            ValueError: channels or image size do not fit the towers.
+        """
+        batch, channels, height, width = pixel_values.shape
+        per_view, size = 3 * len(self.towers), self.featurizer.config.image_size
+        if channels % per_view or (height, width) != (size, size):
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape)}; expected [B, {per_view} * views, {size}, {size}]"
+            )
+        views = channels // per_view
+        images = pixel_values.reshape(batch * views, len(self.towers), 3, height, width)
+        if condition is not None:
+            condition = condition.repeat_interleave(views, dim=0)
+        features = [
+            tower(images[:, i], blocks=tower.config.depth - 1, condition=condition)
+            for i, tower in enumerate(self.towers)
+        ]
+        return torch.cat(features, dim=-1).reshape(batch, -1, self.width)
+
+
+class PrismaticProjector(nn.Module):
+    """From vision features to LLM embeddings: three layers for fused towers, two for a single one."""
+
+    def __init__(self, vision_width: int, llm_width: int, fused: bool) -> None:
+        super().__init__()
+        hidden = 4 * vision_width if fused else llm_width
+        self.fc1 = nn.Linear(vision_width, hidden)
+        self.fc2 = nn.Linear(hidden, llm_width)
+        self.fc3 = nn.Linear(llm_width, llm_width) if fused else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.fc2(F.gelu(self.fc1(features)))
+        return x if self.fc3 is None else self.fc3(F.gelu(x))
+
+
+@dataclass
+class OpenVLAOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        last_hidden_state: after the final RMSNorm [B, S, D].
+        hidden_states: only the layers that were asked for, by their index as asked, each [B, S, D].
+        vision_tokens: P.
+        inserted_tokens: P + E, the tokens between BOS and text token 1.
+        past_key_values: the cache that was passed in.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: dict[int, Tensor] | None = None
+    vision_tokens: int = 0
+    inserted_tokens: int = 0
+    past_key_values: Cache | None = None
+
+    def action_states(self, action_mask: Tensor) -> Tensor:
+        """Hidden states that predict the action tokens: those one position before each of them.
+
+        Args:
+            action_mask: True at the T action tokens of every sample, in text positions [B, L].
+
+        Returns:
+            [B, T, D].
+        """
+        # Text token i (i >= 1) sits at position inserted + i, so its predecessor at inserted + i - 1.
+        states = self.last_hidden_state[:, self.inserted_tokens : -1]
+        return states[action_mask[:, 1:]].unflatten(0, (states.shape[0], -1))
+
+
+class OpenVLAForActionPrediction(PreTrainedModel):
+    """OpenVLA with the parameter names of the published checkpoints.
+
+    `forward` stops at hidden states. Nothing computes the LM head unless `logits` is called, and no cache is built
+    unless one is passed in.
+    """
+
+    config_class = OpenVLAConfig
+    config: OpenVLAConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["LlamaDecoderLayer", "Block"]  # noqa: RUF012 (transformers reads this class attribute)
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__(config)
+        towers = config.towers
+        self.vision_backbone = PrismaticVisionBackbone(towers)
+        self.projector = PrismaticProjector(
+            self.vision_backbone.width, config.text_config.hidden_size, fused=len(towers) == 2
+        )
+        self.language_model = LlamaForCausalLM(config.text_config)
+        self.action_tokenizer = ActionTokenizer(config.token_vocab_size, config.n_action_bins)
+        self.set_attention(config.attention)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, self_test: bool = True, **kwargs: Any
+    ) -> OpenVLAForActionPrediction:
+        """Load a folder or hub id in the published layout; nothing in it is executed or written.
+
+        Args:
+            pretrained_model_name_or_path: folder with config.json and safetensors, or a hub id.
+            self_test: check after loading that attention and the image path work (`prismo.models.openvla.self_test`).
+            *args, **kwargs: as in transformers (`dtype`, `device_map`, `attn_implementation`, ...); `attention` chooses
+                "bidirectional" or "causal".
+
+        Raises:
+            FileNotFoundError: the folder is not a checkpoint.
+            ValueError: a file is truncated, or tensors are missing or do not fit.
+            SelfTestError: the loaded model does not behave as its attention kind demands.
+        """
+        check_folder(pretrained_model_name_or_path)
+        kwargs.pop("trust_remote_code", None)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loaded(pretrained_model_name_or_path, report)
+        if self_test and all(p.device.type != "meta" for p in model.parameters()):
+            from prismo.models.openvla.self_test import run_self_test  # noqa: PLC0415 (it imports this module)
+
+            run_self_test(model)
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
+
+    @property
+    def llm_dim(self) -> int:
+        """Width of the language model."""
+        return self.config.text_config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the language model (32)."""
+        return len(self.language_model.model.layers)
+
+    def set_attention(self, kind: str) -> None:
+        """Choose "bidirectional" or "causal" attention for every decoder layer."""
+        self.config.attention = kind
+        for layer in self.language_model.model.layers:
+            layer.self_attn.is_causal = kind == "causal"  # what sdpa and flash read when they get no mask
+
+    def layer_index(self, layer: int) -> int:
+        """Non-negative index of a state: 0 = input embeddings, i = output of decoder layer i-1, last = after the norm.
+
+        Raises:
+            IndexError: outside the `num_layers + 1` states.
+        """
+        count = self.num_layers + 1
+        if not -count <= layer < count:
+            raise IndexError(f"hidden layer {layer} asked, the language model has {-count}..{count - 1}")
+        return layer % count
+
+    def project_vision(self, pixel_values: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Vision tokens [B, P, D] of `pixel_values` [B, V * 6, H, W]."""
+        return self.projector(self.vision_backbone(pixel_values, condition))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        action_mask: Tensor | None = None,
+        action_embeddings: Tensor | None = None,
+        extra_tokens: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
+        hidden_layers: Sequence[int] = (),
+        past_key_values: Cache | None = None,
+    ) -> OpenVLAOutput:
+        """Hidden states of a batch.
+
+        Args:
+            input_ids: right-padded text [B, L], BOS first.
+            attention_mask: True at real tokens [B, L]; None says that there is no padding (and allows the kernels
+                that take no mask).
+            pixel_values: [B, V * 6, H, W]; may be left out when `vision_tokens` is given.
+            action_mask: True at the action tokens [B, L]; their embeddings become zeros (OFT) or `action_embeddings`.
+                None leaves them as they are (vanilla OpenVLA).
+            action_embeddings: projected noisy actions [B, T, D] (diffusion).
+            extra_tokens: [B, E, D] behind the vision tokens: proprio, then diffusion time.
+            vision_tokens: result of `project_vision`, reused between diffusion steps.
+            hidden_layers: indices of `layer_index` to return as well.
+            past_key_values: a cache to fill (token-by-token decoding).
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        if vision_tokens is None:
+            condition = self._language_mean(embeddings, action_mask) if self.vision_backbone.film else None
+            vision_tokens = self.project_vision(pixel_values, condition)
+        if action_mask is not None:
+            embeddings = _fill_actions(embeddings, action_mask, action_embeddings)
+        inserted = [vision_tokens] if extra_tokens is None else [vision_tokens, extra_tokens]
+        inserted = [part.to(embeddings.dtype) for part in inserted]
+        sequence = torch.cat([embeddings[:, :1], *inserted, embeddings[:, 1:]], dim=1)
+        count = sequence.shape[1] - embeddings.shape[1]
+        keys = None
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            keys = torch.cat([real[:, :1], real.new_ones(real.shape[0], count), real[:, 1:]], dim=1)
+        last, hidden = self.run_llm(sequence, keys, hidden_layers=hidden_layers, cache=past_key_values)
+        return OpenVLAOutput(
+            last_hidden_state=last,
+            hidden_states=hidden,
+            vision_tokens=vision_tokens.shape[1],
+            inserted_tokens=count,
+            past_key_values=past_key_values,
+        )
+
+    def run_llm(
+        self,
+        sequence: Tensor,
+        keys: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        hidden_layers: Sequence[int] = (),
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The decoder stack on embeddings.
+
+        Args:
+            sequence: [B, Q, D].
+            keys: True at tokens that may be attended to [B, S], cache included; None without padding.
+            positions: [B, Q]; default 0..Q-1 for every sample.
+            hidden_layers: indices of `layer_index` to keep.
+            cache: keys and values of earlier tokens; updated.
+
+        Returns:
+            Final states after the norm [B, Q, D], and the kept ones by the index that was asked.
+        """
+        llama = self.language_model.model
+        wanted = {self.layer_index(i): i for i in hidden_layers}
+        if positions is None:
+            positions = torch.arange(sequence.shape[1], device=sequence.device)[None]
+        mask = attention_mask_for(self._llm_attention, self.config.attention, keys, sequence)
+        rotary = llama.rotary_emb(sequence, position_ids=positions)
+        kept = {wanted[0]: sequence} if 0 in wanted else {}
+        x = sequence
+        for i, layer in enumerate(llama.layers, start=1):
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_embeddings=rotary,
+            )
+            if i in wanted and i < self.num_layers:
+                kept[wanted[i]] = x
+        x = llama.norm(x)
+        if self.num_layers in wanted:
+            kept[wanted[self.num_layers]] = x
+        return x, kept
+
+    @property
+    def _llm_attention(self) -> str:
+        return self.language_model.config._attn_implementation or "eager"
+
+    @staticmethod
+    def _language_mean(embeddings: Tensor, action_mask: Tensor | None) -> Tensor:
+        """FiLM's condition [B, D]: mean of all text embeddings but the action tokens (padding included, as trained)."""
+        if action_mask is None:
+            return embeddings.mean(dim=1)
+        keep = (~action_mask).unsqueeze(-1).to(embeddings.dtype)
+        return (embeddings * keep).sum(dim=1) / keep.sum(dim=1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head on hidden states [..., D] -> float32 [..., vocabulary]. Ask only for the positions you need."""
+        return self.language_model.lm_head(hidden).float()
+
+    @torch.no_grad()
+    def generate_action_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor, tokens: int
+    ) -> Tensor:
+        """Greedy decoding over a cache, for vanilla (causal) checkpoints; prompts of different lengths in one batch.
+
+        Args:
+            input_ids: prompts ending with the space token, right-padded [B, L].
+            attention_mask: True at real tokens [B, L], or None.
+            pixel_values: [B, V * 6, H, W].
+            tokens: how many to decode (action_dim).
+
+        Returns:
+            int64 ids [B, tokens].
+
+        Raises:
+            ValueError: the model attends bidirectionally, so a cache of earlier tokens would be wrong.
+        """
+        if self.config.attention != "causal":
+            raise ValueError(
+                "token-by-token decoding needs attention='causal' (this is an OFT model: predict in parallel)"
+            )
+        cache = DynamicCache(config=self.language_model.config)
+        out = self(input_ids, attention_mask, pixel_values, past_key_values=cache)
+        batch = input_ids.shape[0]
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        keys = torch.cat([real[:, :1], real.new_ones(batch, out.inserted_tokens), real[:, 1:]], dim=1)
+        position = keys.sum(dim=1, keepdim=True) - 1  # of the last real token; padding lies behind it
+        last = out.last_hidden_state.gather(1, position[..., None].expand(-1, -1, self.llm_dim))
+        ids = []
+        for step in range(tokens):
+            token = self.logits(last[:, -1]).argmax(dim=-1)
+            ids.append(token)
+            if step + 1 < tokens:
+                position = position + 1
+                keys = torch.cat([keys, keys.new_ones(batch, 1)], dim=1)
+                embedding = self.get_input_embeddings()(token[:, None])
+                last, _ = self.run_llm(
+                    embedding, None if attention_mask is None else keys, positions=position, cache=cache
+                )
+        return torch.stack(ids, dim=1)
+
+
+def _fill_actions(embeddings: Tensor, action_mask: Tensor, values: Tensor | None) -> Tensor:
+    """Embeddings [B, L, D] with zeros, or `values` [B, T, D] in order, at the action positions."""
+    mask = action_mask.unsqueeze(-1)
+    if values is None:
+        return embeddings.masked_fill(mask, 0)
+    return embeddings.masked_scatter(mask, values.to(embeddings.dtype))
