@@ -1,8 +1,8 @@
 """Golden figures: outputs of the original implementations on weights and inputs drawn from names alone.
 
-A golden folder holds sizes (JSON) and figures (npz) but no weights: every weight and input comes from a generator seeded
-by crc32("<salt>:<name>"), where the salt is the folder's name. `PRISMO_GOLDEN` chooses the folder; without it the one
-beside the repository is used, and where there is none the tests that need it are skipped.
+A golden folder holds sizes (JSON) and figures (npz) but no weights: every weight and input comes from a generator
+seeded by crc32("<salt>:<name>"), where the salt is the folder's name. `PRISMO_GOLDEN` chooses the folder; without it
+the one beside the repository is used, and where there is none the tests that need it are skipped.
 
 Nothing here may assume a size: another folder has other widths, depths and prompt lengths.
 """

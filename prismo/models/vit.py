@@ -92,7 +92,7 @@ def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask; optional LayerNorm and 2-D RoPE on queries and keys."""
+    """Multi-head self-attention; optional LayerNorm and 2-D RoPE on queries and keys."""
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
@@ -103,13 +103,14 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: RopeTable | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: RopeTable | None = None, mask: Tensor | None = None) -> Tensor:
+        """`x` [B, N, C]; `mask` boolean, broadcastable to [B, H, N, N], True = may be attended to."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         # LayerNorm and RoPE may leave q and k in fp32 while v is bf16; attention runs in the dtype of v.
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -134,9 +135,22 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_width)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, rope: RopeTable | None = None, modulation: Modulation | None = None) -> Tensor:
-        """`x` [B, N, C]; `modulation` = FiLM's (gamma, beta), each [B, 1, C], applied between the two branches."""
-        x = x + self.ls1(self.attn(self.norm1(x), rope))
+    def forward(
+        self,
+        x: Tensor,
+        rope: RopeTable | None = None,
+        modulation: Modulation | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: [B, N, C].
+            rope: tables of `apply_rope`.
+            modulation: FiLM's (gamma, beta), each [B, 1, C], applied between the two branches.
+            mask: see `Attention.forward`.
+        """
+        x = x + self.ls1(self.attn(self.norm1(x), rope, mask))
         if modulation is not None:
             gamma, beta = modulation
             x = x * (1 + gamma) + beta
