@@ -1,0 +1,348 @@
+"""The image arithmetic of training, evaluation and serving, in one place, with TensorFlow's pixels but without it.
+
+The trainer calls `prepare_images` on a batch on its device, policies call `observation_image` on a camera frame, the
+dataset calls `decode_image` in its workers. Layout: batched functions take and return torch uint8 [..., 3, H, W] (RGB,
+0..255, any memory format, CPU or GPU); functions on one camera frame take numpy uint8 [H, W, 3].
+
+The original does these steps with TensorFlow ops, and policies see the difference between two image libraries. Decode,
+JPEG round trip, resize and center crop give TensorFlow's bytes; in the augmentation chain a few values in a million
+differ by one level, because a mean over the image is summed in another order.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+_LANCZOS_RADIUS = 3
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of an encoded JPEG or PNG.
+
+    JPEGs are decoded with the fast integer DCT, which is the default of `tf.io.decode_image`; Pillow and OpenCV use the
+    accurate one and disagree with it in most pixels (by up to 13 levels on a LIBERO frame at quality 95).
+
+    Raises:
+        ValueError: not a readable image.
+    """
+    try:
+        if data[:2] == b"\xff\xd8":
+            return simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"not a readable JPEG or PNG ({len(data)} bytes): {error}") from error
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+    """JPEG bytes (4:2:0) of uint8 [H, W, 3]; the same coefficients as `tf.io.encode_jpeg`."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] after JPEG (quality 95, 4:2:0) and back.
+
+    Training images are stored as JPEG; a camera frame at evaluation gets the same compression noise.
+    """
+    return decode_image(encode_jpeg(image))
+
+
+def observation_image(image: np.ndarray, size: int = 224, *, jpeg: bool = True, crop: bool = True) -> Tensor:
+    """What a policy sees of one camera frame: JPEG round trip, lanczos3 to `size`, center crop of 90 % of the area.
+
+    Args:
+        image: uint8 [H, W, 3], already upright.
+        crop: for policies trained with image augmentation, whose training images are random crops of that area.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"expected an RGB image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    frame = torch.from_numpy(jpeg_round_trip(image) if jpeg else np.ascontiguousarray(image)).permute(2, 0, 1)
+    frame = resize_lanczos3(frame, size)
+    return center_crop(frame) if crop else frame
+
+
+def prepare_images(
+    images: Tensor, size: int, seeds: Tensor | None = None, augmentation: Augmentation | None = None
+) -> Tensor:
+    """Training images of a batch: lanczos3 resize, then (with `seeds`) the augmentation, each view on its own.
+
+    Args:
+        images: uint8 [B, V, 3, H, W] on any device.
+        seeds: int64 [B] of `sample_seeds`, on the CPU; None leaves the augmentation out (validation).
+
+    Returns:
+        uint8 [B, V, 3, size, size] on the same device.
+    """
+    resized = resize_lanczos3(images, size)
+    if seeds is None:
+        return resized
+    views = torch.arange(images.shape[1]).expand(len(seeds), -1)
+    return augment(resized, _mix(seeds[:, None], views), augmentation)
+
+
+# --- resize ----------------------------------------------------------------------------------------------------------
+
+
+def resize_lanczos3(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Resize uint8 [..., 3, H, W] to `size` (height, width) like `tf.image.resize(..., "lanczos3", antialias=True)`.
+
+    The result is rounded half to even and clipped, as the original does. Rows are filtered first, then columns, both in
+    float32 and tap by tap, because a matrix product would sum in another order than TensorFlow.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if tuple(images.shape[-2:]) == (height, width):
+        return images
+    return _per_image(lambda x: _resize(x, height, width), images)
+
+
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    rows = _filter_rows(images.to(torch.float32, memory_format=torch.contiguous_format), height)
+    columns = _filter_rows(rows.transpose(-1, -2).contiguous(), width)
+    return columns.round_().clamp_(0, 255).to(torch.uint8).transpose(-1, -2).contiguous()
+
+
+def _filter_rows(x: Tensor, out_rows: int) -> Tensor:
+    """Lanczos filter of float32 [N, 3, rows, M] along the rows."""
+    starts, weights = _lanczos3_taps(x.shape[-2], out_rows, x.device)
+    total = None
+    for tap in range(weights.shape[1]):
+        # The last taps may point behind the image; their weight is 0 there.
+        picked = x.index_select(-2, (starts + tap).clamp_(max=x.shape[-2] - 1)).mul_(weights[:, tap, None])
+        total = picked if total is None else total.add_(picked)
+    return total
+
+
+@lru_cache(maxsize=64)
+def _lanczos3_taps(in_size: int, out_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First input index [out] and weights [out, taps] of every output, in float32 like TensorFlow's kernel."""
+    f32 = np.float32
+    inverse_scale = f32(1) / (f32(out_size) / f32(in_size))
+    widening = max(inverse_scale, f32(1))  # antialias: the filter grows when the image shrinks
+    reach = f32(_LANCZOS_RADIUS) * widening
+    center = (np.arange(out_size, dtype=f32) + f32(0.5)) * inverse_scale
+    first = np.clip(np.ceil(center - reach - f32(0.5)), 0, in_size - 1).astype(np.int64)
+    last = np.clip(np.floor(center + reach - f32(0.5)), 0, in_size - 1).astype(np.int64)
+    taps = np.arange((last - first).max() + 1)
+    position = (first[:, None] + taps).astype(f32) + f32(0.5)
+    weights = _lanczos3(np.abs((position - center[:, None]) * (f32(1) / widening)))
+    weights[taps > (last - first)[:, None]] = 0
+    total = np.zeros(out_size, f32)
+    for tap in taps:
+        total += weights[:, tap]
+    weights *= (f32(1) / total)[:, None]
+    return torch.from_numpy(first).to(device), torch.from_numpy(weights).to(device)
+
+
+def _lanczos3(u: np.ndarray) -> np.ndarray:
+    """3 sin(pi u) sin(pi u / 3) / (pi u)^2 for float32 u >= 0, 0 beyond 3."""
+    f32 = np.float32
+    pi = f32(math.pi)
+
+    def sin(angle: np.ndarray) -> np.ndarray:  # numpy's float32 sine is less exact than the C library's
+        return np.sin(angle.astype(np.float64)).astype(f32)
+
+    safe = np.where(u <= f32(1e-3), f32(1), u)
+    value = f32(_LANCZOS_RADIUS) * sin(pi * safe) * sin(pi * safe / f32(_LANCZOS_RADIUS)) / (pi * pi * safe * safe)
+    return np.where(u <= f32(1e-3), f32(1), np.where(u > _LANCZOS_RADIUS, f32(0), value))
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+
+def center_crop(images: Tensor, area: float = 0.9) -> Tensor:
+    """The central `area` of uint8 [..., 3, H, W], stretched back to H x W (bilinear), as OpenVLA does at evaluation."""
+
+    def crop(x: Tensor) -> Tensor:
+        side = np.sqrt(np.float32(area))
+        offset = np.full(len(x), (np.float32(1) - side) / np.float32(2), np.float32)
+        return _to_uint8(_crop_and_resize(x, offset, offset, side).clamp_(0, 1))
+
+    return _per_image(crop, images)
+
+
+def _crop_and_resize(images: Tensor, top: np.ndarray, left: np.ndarray, side: np.float32) -> Tensor:
+    """Bilinear crop of uint8 [N, 3, H, W] to float32 in [0, 1], same size (`tf.image.crop_and_resize`).
+
+    Args:
+        top, left: float32 [N], offsets of each image's crop as a fraction of its height or width.
+        side: height and width of the crop, likewise.
+    """
+    x = images.transpose(-1, -2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / np.float32(255))
+    x = _interpolate_rows(x, left, side)  # first along the width, then along the height: TensorFlow's order
+    return _interpolate_rows(x.transpose(-1, -2).contiguous(), top, side)
+
+
+def _interpolate_rows(x: Tensor, offset: np.ndarray, side: np.float32) -> Tensor:
+    """Sample float32 [N, C, rows, M] at `rows` places from `offset` to `offset + side` (fractions of rows - 1)."""
+    count, channels, rows, width = x.shape
+    last = np.float32(rows - 1)
+    step = (offset + side - offset) * last / last
+    place = (offset * last)[:, None] + np.arange(rows, dtype=np.float32) * step[:, None]
+    place = np.clip(place, 0, last)
+    low, high = np.floor(place), np.ceil(place)
+    plane = np.arange(count * channels).reshape(count, channels, 1) * rows
+
+    def pick(row: np.ndarray) -> Tensor:
+        index = torch.from_numpy((plane + row.astype(np.int64)[:, None]).reshape(-1)).to(x.device)
+        return x.reshape(-1, width).index_select(0, index).view(x.shape)
+
+    below = pick(low)
+    fraction = torch.from_numpy(place - low).to(x.device)[:, None, :, None]
+    return pick(high).sub_(below).mul_(fraction).add_(below)
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Strength of the training augmentation; the defaults are OpenVLA's.
+
+    Attributes:
+        crop_area: share of the image that the random crop keeps.
+        diagonal_crop: True keeps a quirk of the original: both crop offsets are drawn with the same seed and are equal,
+            so crops slide only along the main diagonal. False draws them independently.
+        brightness: largest shift of the values (in 0..1) up or down.
+        contrast, saturation: range of the factor.
+        hue: largest rotation in turns.
+    """
+
+    crop_area: float = 0.9
+    diagonal_crop: bool = True
+    brightness: float = 0.2
+    contrast: tuple[float, float] = (0.8, 1.2)
+    saturation: tuple[float, float] = (0.8, 1.2)
+    hue: float = 0.05
+
+
+def augment(images: Tensor, seeds: Tensor, augmentation: Augmentation | None = None) -> Tensor:
+    """Random crop, brightness, contrast, saturation and hue, each image by its own seed.
+
+    The same image and seed give the same pixels wherever the image stands in a batch.
+
+    Args:
+        images: uint8 [..., 3, H, W].
+        seeds: int64 [...], one per image, on the CPU (their draws become arguments of the kernels).
+
+    Returns:
+        uint8 of the same shape.
+    """
+    if seeds.shape != images.shape[:-3]:
+        raise ValueError(f"expected one seed per image, shape {list(images.shape[:-3])}, got {list(seeds.shape)}")
+    draws = _draws(seeds.reshape(-1), augmentation or Augmentation())
+    return _per_image(_augment, images, draws)
+
+
+def _draws(seeds: Tensor, options: Augmentation) -> np.ndarray:
+    """float32 [N, 7]: crop side, top, left, brightness, contrast, saturation, hue in turns."""
+    u = np.stack([_uniform(seeds, k) for k in range(6)], axis=1)
+    side = np.sqrt(np.float32(options.crop_area))
+    room = np.float32(1) - side
+
+    def between(value: np.ndarray, low: float, high: float) -> np.ndarray:
+        return np.float32(low) + value * np.float32(high - low)
+
+    columns = [
+        np.full(len(u), side),
+        u[:, 0] * room,
+        u[:, 0 if options.diagonal_crop else 1] * room,
+        between(u[:, 2], -options.brightness, options.brightness),
+        between(u[:, 3], *options.contrast),
+        between(u[:, 4], *options.saturation),
+        between(u[:, 5], -options.hue, options.hue),
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _augment(images: Tensor, draws: np.ndarray) -> Tensor:
+    """The chain on uint8 [N, 3, H, W]; values are clipped to [0, 1] after every step."""
+    x = _crop_and_resize(images, draws[:, 1], draws[:, 2], draws[0, 0]).clamp_(0, 1)
+    brightness, contrast, saturation, hue = torch.from_numpy(draws[:, 3:].T.copy()).to(x.device)[..., None, None, None]
+    x.add_(brightness).clamp_(0, 1)
+    mean = x.mean((-2, -1), keepdim=True)
+    x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
+    return _to_uint8(_shift_saturation_and_hue(x, saturation[:, 0], hue[:, 0]))
+
+
+def _shift_saturation_and_hue(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Scale the HSV saturation of float32 [N, 3, H, W] in [0, 1] (clipped to 1) and rotate its hue.
+
+    Both keep V = max(r, g, b), so one conversion serves the two steps: the range max - min is scaled by the saturation,
+    and the hue h in [0, 6) places the three channels in it.
+    """
+    red, green, blue = x.unbind(1)
+    value = x.amax(1)
+    spread = value - x.amin(1)
+    tiny = torch.finfo(x.dtype).tiny
+    h = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
+    h.div_(spread.clamp(min=tiny))
+    h.add_(torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0)))
+    h.add_(6 * hue).remainder_(6)
+    # S = spread / V, so S * factor <= 1 means factor <= V / spread.
+    spread = spread * torch.minimum(value / spread.clamp(min=tiny), saturation)
+    floor = value.sub_(spread)
+    ramps = ((h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_())
+    return torch.stack([floor + spread * ramp.clamp_(0, 1) for ramp in ramps], 1)
+
+
+def _to_uint8(x: Tensor) -> Tensor:
+    """Float in [0, 1] to uint8 by trunc(x * 255.5), as `tf.image.convert_image_dtype` does."""
+    return x.mul_(255.5).clamp_(0, 255).to(torch.uint8)
+
+
+def _per_image(function: Callable[..., Tensor], images: Tensor, draws: np.ndarray | None = None) -> Tensor:
+    """Apply `function` to [N, 3, H, W]: at once on a GPU; image by image on the CPU, whose caches hold only one."""
+    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
+        raise ValueError(f"expected images uint8 [..., 3, H, W], got {images.dtype} {list(images.shape)}")
+    flat = images.reshape(-1, *images.shape[-3:])
+    step = 1 if images.device.type == "cpu" else max(len(flat), 1)
+    parts = [
+        function(flat[i : i + step]) if draws is None else function(flat[i : i + step], draws[i : i + step])
+        for i in range(0, len(flat), step)
+    ]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return result.reshape(*images.shape[:-3], *result.shape[-3:])
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def sample_seeds(seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """int64 [B]: the augmentation seed of every sample, a pure function of (run seed, epoch, global window index)."""
+    return _mix(_mix(torch.tensor(seed), torch.tensor(epoch)), indices.cpu())
+
+
+def _mix(a: Tensor, b: Tensor) -> Tensor:
+    """A well-mixed int64 of two (broadcast) int64: two rounds of the splitmix64 finaliser (Steele et al. 2014)."""
+    return torch.from_numpy((_splitmix(_splitmix(_u64(a)) ^ _u64(b))).view(np.int64))
+
+
+def _uniform(seeds: Tensor, stream: int) -> np.ndarray:
+    """float32 [N] in [0, 1), 24 random bits each."""
+    bits = _splitmix(_u64(seeds) + np.uint64(stream))
+    return ((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).astype(np.float32)
+
+
+def _u64(x: Tensor) -> np.ndarray:
+    return np.atleast_1d(x.numpy().astype(np.int64)).view(np.uint64)
+
+
+def _splitmix(z: np.ndarray) -> np.ndarray:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
