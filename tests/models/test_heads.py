@@ -8,6 +8,7 @@ from torch import nn
 
 from prismo.models.heads import DDIM, DiffusionActionHead, L1RegressionActionHead
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector, TimeEmbedding
+from tests.golden import close, figures, fill, normal_input, salt, uniform_input
 
 HEAD_KEYS = {
     f"{name}.{kind}"
@@ -134,3 +135,23 @@ def test_time_embedding_is_sines_then_cosines():
     assert embedding[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert embedding[1, 0].item() == pytest.approx(math.sin(3))
     assert embedding[1, 7].item() == pytest.approx(math.cos(3 * 1e-4))
+
+
+def test_l1_head_gives_the_golden_actions():
+    golden = figures("train_l1_align.npz")
+    states, expected = golden["action_states"], golden["pred"]
+    chunk, action_dim = expected.shape[1:]
+    head = L1RegressionActionHead(states.shape[-1], None, action_dim, chunk)
+    fill(head, salt("action_head"))
+    close(head.predict(states), expected)
+
+
+def test_diffusion_gives_the_golden_noisy_actions_and_time_tokens():
+    golden = figures("diffusion.npz")
+    shape = golden["noisy"].shape
+    actions = uniform_input("gt", *shape) * 2 - 1
+    head = DiffusionActionHead(golden["time_emb"].shape[-1], None, shape[2], shape[1])
+    drawn = head.noisy_actions(actions, normal_input("noise", *shape), torch.tensor([3, 41]))
+    close(drawn.actions, golden["noisy"])
+    close(drawn.time_embedding, golden["time_emb"])
+    assert head.ddim.timesteps(len(golden["timesteps"])) == golden["timesteps"].tolist()
