@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from prismo.models.openvla.action_tokenizer import ActionTokenizer
 from prismo.models.openvla.attention import attention_mask_for
@@ -97,8 +96,8 @@ class PrismaticProjector(nn.Module):
         return x if self.fc3 is None else self.fc3(F.gelu(x))
 
 
-@dataclass
-class OpenVLAOutput(ModelOutput):
+@dataclass(frozen=True)
+class OpenVLAOutput:
     """What a forward pass returns.
 
     Attributes:
@@ -109,10 +108,10 @@ class OpenVLAOutput(ModelOutput):
         past_key_values: the cache that was passed in.
     """
 
-    last_hidden_state: Tensor | None = None
-    hidden_states: dict[int, Tensor] | None = None
-    vision_tokens: int = 0
-    inserted_tokens: int = 0
+    last_hidden_state: Tensor
+    hidden_states: dict[int, Tensor]
+    vision_tokens: int
+    inserted_tokens: int
     past_key_values: Cache | None = None
 
     def action_states(self, action_mask: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if vision_tokens is None:
-            condition = self._language_mean(embeddings, action_mask) if self.vision_backbone.film else None
+            condition = self.language_mean(embeddings, action_mask) if self.vision_backbone.film else None
             vision_tokens = self.project_vision(pixel_values, condition)
         if action_mask is not None:
             embeddings = _fill_actions(embeddings, action_mask, action_embeddings)
@@ -329,7 +328,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return self.language_model.config._attn_implementation or "eager"
 
     @staticmethod
-    def _language_mean(embeddings: Tensor, action_mask: Tensor | None) -> Tensor:
+    def language_mean(embeddings: Tensor, action_mask: Tensor | None) -> Tensor:
         """FiLM's condition [B, D]: mean of all text embeddings but the action tokens (padding included, as trained)."""
         if action_mask is None:
             return embeddings.mean(dim=1)

@@ -130,13 +130,19 @@ class TextBatch:
 
     Attributes:
         input_ids: int64 [B, L].
-        attention_mask: bool [B, L], False at padding.
+        attention_mask: bool [B, L], False at padding; None when no sample is padded, so that the kernels without a mask
+            can run (asking a GPU tensor would stall the device at every step).
         labels: int64 [B, L], -100 except at the action tokens and the stop token.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     labels: Tensor
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        """The same batch on another device."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
+        return TextBatch(self.input_ids.to(device, non_blocking=True), mask, self.labels.to(device, non_blocking=True))
 
 
 class PrismaticProcessor(ProcessorMixin):
@@ -191,34 +197,43 @@ class PrismaticProcessor(ProcessorMixin):
             tokens: the action tokenizer.
         """
         prompts = [self.prompt_ids(text) for text in instructions]
-        actions_ids = tokens.encode(actions.reshape(len(prompts), -1)).tolist()
-        return self._pad([(p, [*ids, STOP_ID]) for p, ids in zip(prompts, actions_ids, strict=True)])
+        action_ids = tokens.encode(actions.reshape(len(prompts), -1)).tolist()
+        return self._checked([(p, [*ids, STOP_ID]) for p, ids in zip(prompts, action_ids, strict=True)])
 
     def query_text(self, instructions: Sequence[str], action_tokens: int, tokens: ActionTokenizer) -> TextBatch:
-        """As `training_text` but with placeholders where the actions will be predicted (parallel decoding)."""
-        tail = [PLACEHOLDER_ID] * action_tokens + [STOP_ID]
-        batch = self._pad([(self.prompt_ids(text), tail) for text in instructions])
-        placeholder = (batch.labels != IGNORE_INDEX) & (batch.labels != STOP_ID)
-        return TextBatch(
-            batch.input_ids, batch.attention_mask, batch.labels.masked_fill(placeholder, tokens.first_id + 1)
-        )
+        """Prompts followed by slots for the actions (parallel decoding)."""
+        return query([self.prompt_ids(text) for text in instructions], action_tokens, tokens)
 
     def prompt_batch(self, instructions: Sequence[str]) -> TextBatch:
         """Prompts alone (token-by-token decoding of vanilla OpenVLA)."""
-        return self._pad([(self.prompt_ids(text), []) for text in instructions])
+        return self._checked([(self.prompt_ids(text), []) for text in instructions])
 
-    def _pad(self, rows: list[tuple[list[int], list[int]]]) -> TextBatch:
-        """Concatenate (unsupervised, supervised) id lists and pad on the right."""
-        length = max(len(a) + len(b) for a, b in rows)
-        limit = self.tokenizer.model_max_length
-        if length > limit:
-            raise ValueError(f"an instruction gives {length} tokens, the model takes {limit}; shorten it")
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.long)
-        labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.long)
-        mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        for i, (prompt, target) in enumerate(rows):
-            n = len(prompt) + len(target)
-            ids[i, :n] = torch.tensor(prompt + target)
-            labels[i, len(prompt) : n] = torch.tensor(target, dtype=torch.long)
-            mask[i, :n] = True
-        return TextBatch(ids, mask, labels)
+    def _checked(self, rows: list[tuple[list[int], list[int]]]) -> TextBatch:
+        longest, limit = max(len(a) + len(b) for a, b in rows), self.tokenizer.model_max_length
+        if longest > limit:
+            raise ValueError(f"an instruction gives {longest} tokens, the model takes {limit}; shorten it")
+        return pad_rows(rows, self.tokenizer.pad_token_id)
+
+
+def query(prompts: Sequence[list[int]], action_tokens: int, tokens: ActionTokenizer) -> TextBatch:
+    """Prompt ids followed by `action_tokens` slots and the stop token, as one pass of an OFT model expects them.
+
+    The labels mark the slots like action tokens, so that training and inference find them in the same way.
+    """
+    batch = pad_rows([(ids, [PLACEHOLDER_ID] * action_tokens + [STOP_ID]) for ids in prompts], tokens.vocab_size)
+    slots = (batch.labels != IGNORE_INDEX) & (batch.labels != STOP_ID)
+    return TextBatch(batch.input_ids, batch.attention_mask, batch.labels.masked_fill(slots, tokens.first_id + 1))
+
+
+def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> TextBatch:
+    """Concatenate (unsupervised, supervised) id lists and pad on the right."""
+    length = max(len(a) + len(b) for a, b in rows)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, (prompt, target) in enumerate(rows):
+        n = len(prompt) + len(target)
+        ids[i, :n] = torch.tensor(prompt + target)
+        labels[i, len(prompt) : n] = torch.tensor(target, dtype=torch.long)
+        mask[i, :n] = True
+    return TextBatch(ids, None if mask.all() else mask, labels)

@@ -1,0 +1,175 @@
+"""Whole-model equality with the original implementations (fp32, real-size towers), see tests/golden.py.
+
+The model is built once per session. Single parts have their own golden tests beside their unit tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from prismo.data.normalize import parse_statistics, resolve_unnorm_key, unnormalize
+from prismo.embodiment import LIBERO
+from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
+from prismo.models.openvla.prediction import ActionModules, predict_actions
+from prismo.models.openvla.processing import query
+from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from tests import golden
+from tests.golden import close
+
+pytestmark = pytest.mark.slow
+
+
+def build(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
+    """The golden OpenVLA: meta device first, so that no time goes into an initialisation that is overwritten."""
+    shapes = golden.sizes("state_shapes.json")
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == shapes
+    weights = {name: golden.weight(golden.salt(), name, shape) for name, shape in shapes.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=config.text_config)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def config() -> OpenVLAConfig:
+    return OpenVLAConfig(**golden.sizes("config.json"))
+
+
+@pytest.fixture(scope="session")
+def vla(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
+    return build(config)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Stored ids, drawn images and states of the two samples."""
+
+    text: TextBatch
+    pixels: Tensor
+    proprio: Tensor
+    target: Tensor
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Inputs:
+    stored = golden.figures("train_l1_align.npz")
+    text = TextBatch(stored["input_ids"].long(), stored["attention_mask"].bool(), stored["labels"].long())
+    return Inputs(
+        text=text,
+        pixels=PrismaticImageProcessor().normalize(golden.images()),
+        proprio=golden.normal_input("proprio", 2, 8),
+        target=golden.uniform_input("gt", 2, 8, 7) * 2 - 1,
+    )
+
+
+@pytest.fixture(scope="session")
+def modules(vla: OpenVLAForActionPrediction) -> ActionModules:
+    head = golden.fill(L1RegressionActionHead(vla.llm_dim), golden.salt("action_head"))
+    projector = golden.fill(ProprioProjector(vla.llm_dim), golden.salt("proprio_projector"))
+    return ActionModules(head=head, proprio_projector=projector)
+
+
+def to_environment(config: OpenVLAConfig, normalized: Tensor) -> Tensor:
+    """Un-normalised actions, as the original's `predict_action` returns them."""
+    statistics = parse_statistics(config.norm_stats)
+    key = resolve_unnorm_key(statistics, None)
+    return torch.from_numpy(unnormalize(normalized[0].numpy(), statistics[key].action, LIBERO.normalization))
+
+
+def sample_query(vla: OpenVLAForActionPrediction, file: str) -> TextBatch:
+    """The inference prompt of a file (sample 1) with its action slots."""
+    prompt = golden.figures(file)["input_ids"].long()[0].tolist()
+    return query([prompt], LIBERO.action_tokens, vla.action_tokenizer)
+
+
+def test_l1_inference(
+    vla: OpenVLAForActionPrediction, modules: ActionModules, inputs: Inputs, config: OpenVLAConfig
+) -> None:
+    expected = golden.figures("infer_l1.npz")
+    text = sample_query(vla, "infer_l1.npz")
+    mask = vla.action_tokenizer.mask(text.labels)
+    out = vla(
+        text.input_ids,
+        None,
+        inputs.pixels[1:],
+        action_mask=mask,
+        extra_tokens=modules.proprio_projector(inputs.proprio[1:]),
+    )
+    close(out.action_states(mask), expected["states"])
+    actions = predict_actions(vla, modules, text, inputs.pixels[1:], LIBERO, proprio=inputs.proprio[1:])
+    close(to_environment(config, actions), expected["actions"])
+
+
+def test_image_processor() -> None:
+    expected = golden.figures("image_processor.npz")
+    pixels = PrismaticImageProcessor()(Image.fromarray(expected["image"].numpy()))["pixel_values"]
+    close(pixels[:, :, ::13, ::13], expected["pixel_values"])
+
+
+def test_discrete(vla: OpenVLAForActionPrediction, inputs: Inputs, config: OpenVLAConfig) -> None:
+    expected = golden.figures("discrete.npz")
+    text, pixels = inputs.text, inputs.pixels[:, :6]
+    mask = vla.action_tokenizer.mask(text.labels)
+    out = vla(text.input_ids, text.attention_mask, pixels, action_mask=mask)
+    logits = vla.logits(out.last_hidden_state)
+    close(logits[:, 256::7, ::997], expected["logits"])
+    assert torch.equal(logits[:, out.inserted_tokens : -1].argmax(-1), expected["argmax"].long())
+    targets = text.labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, out.inserted_tokens : -1].flatten(0, 1), targets.flatten(), ignore_index=-100
+    )
+    close(loss, expected["lm_loss"])
+    prompt = sample_query(vla, "infer_l1.npz")
+    actions = predict_actions(vla, ActionModules(), prompt, pixels[1:], LIBERO)
+    close(to_environment(config, actions), expected["actions"])
+
+
+@pytest.fixture
+def diffusion_modules(vla: OpenVLAForActionPrediction, modules: ActionModules) -> Iterator[ActionModules]:
+    head = golden.fill(DiffusionActionHead(vla.llm_dim), golden.salt("diffusion_head"))
+    noisy = golden.fill(NoisyActionProjector(vla.llm_dim), golden.salt("noisy_action_projector"))
+    return ActionModules(head, modules.proprio_projector, noisy)
+
+
+def test_diffusion(
+    vla: OpenVLAForActionPrediction, diffusion_modules: ActionModules, inputs: Inputs, config: OpenVLAConfig
+) -> None:
+    expected = golden.figures("diffusion.npz")
+    text, head = inputs.text, diffusion_modules.head
+    noise = golden.normal_input("noise", 2, 8, 7)
+    example = head.noisy_actions(inputs.target, noise, torch.tensor([3, 41]))
+    close(example.actions, expected["noisy"])
+    close(example.time_embedding, expected["time_emb"])
+    mask = vla.action_tokenizer.mask(text.labels)
+    out = vla(
+        text.input_ids,
+        text.attention_mask,
+        inputs.pixels,
+        action_mask=mask,
+        action_embeddings=diffusion_modules.noisy_action_projector(example.actions),
+        extra_tokens=torch.cat([diffusion_modules.proprio_projector(inputs.proprio), example.time_embedding], 1),
+    )
+    close(head(out.action_states(mask)), expected["eps"])
+    steps = len(expected["timesteps"])
+    assert head.ddim.timesteps(steps) == expected["timesteps"].int().tolist()
+    actions = predict_actions(
+        vla,
+        diffusion_modules,
+        sample_query(vla, "infer_l1.npz"),
+        inputs.pixels[1:],
+        LIBERO,
+        proprio=inputs.proprio[1:],
+        diffusion_steps=steps,
+        start=golden.normal_input("x0", 1, 8, 7),
+    )
+    close(to_environment(config, actions), expected["actions"])
