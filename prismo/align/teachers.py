@@ -1,0 +1,79 @@
+"""Teachers by name. A new teacher is one file with a loader, and one line in `TEACHERS`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from prismo.align.random_teacher import random_vggt
+from prismo.align.vggt import load_vggt
+from prismo.util.text import did_you_mean
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What `SpatialForcing` needs of a teacher, which is also an `nn.Module`.
+
+    Attributes:
+        width: channels D of a feature.
+        layers: number of layers to choose from.
+    """
+
+    width: int
+    layers: int
+
+    def features(self, images: Tensor, layer: int, view_mask: Tensor | None = None) -> Tensor:
+        """Patch features of one layer.
+
+        Args:
+            images: [B, V, 3, H, W] in [0, 1], on the teacher's device. Resizing and normalising are the teacher's job.
+            layer: -layers <= layer < layers.
+            view_mask: boolean [B, V]; views that are False must not influence the features of the others.
+
+        Returns:
+            [B, V, h, w, D] on the teacher's own grid, without CLS or register tokens.
+        """
+        ...
+
+
+class TeacherLoader(Protocol):
+    """A function that builds a frozen teacher from its weights file."""
+
+    def __call__(
+        self, path: str | Path | None, *, dtype: torch.dtype, device: str | torch.device, compile: bool
+    ) -> Teacher: ...
+
+
+TEACHERS: dict[str, TeacherLoader] = {
+    "vggt": load_vggt,
+    "random": random_vggt,
+}
+
+
+def load_teacher(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    compile: bool = False,
+) -> Teacher:
+    """Build a teacher by name.
+
+    Args:
+        name: a key of `TEACHERS`: "vggt", or "random" for the untrained control arm.
+        path: the weights file ("random" reads only its sizes from it, and takes VGGT-1B's without).
+        dtype: of the weights, torch.float32 or torch.bfloat16.
+        device: where to put them.
+        compile: use torch.compile: faster steps after a slow first one.
+
+    Raises:
+        ValueError: no such teacher, or bad weights.
+        FileNotFoundError: no such file.
+    """
+    if name not in TEACHERS:
+        raise ValueError(did_you_mean("teacher", name, TEACHERS))
+    return TEACHERS[name](path, dtype=dtype, device=device, compile=compile)
