@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from prismo.align import AlignRecipe, SpatialForcing, VGGTAggregator, vision_tokens
+from prismo.align.vggt import infer_config
 from prismo.data.normalize import parse_statistics, resolve_unnorm_key, unnormalize
 from prismo.embodiment import LIBERO
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
@@ -22,6 +23,7 @@ from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, Pri
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.processing import query
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.training.objective import OpenVLAObjective, TrainingInputs
 from tests import golden
 from tests.golden import close
 
@@ -173,3 +175,84 @@ def test_diffusion(
         start=golden.normal_input("x0", 1, 8, 7),
     )
     close(to_environment(config, actions), expected["actions"])
+
+
+@pytest.fixture(scope="session")
+def teacher() -> VGGTAggregator:
+    shapes = golden.sizes("aggregator_shapes.json")
+    state = {name: golden.weight(golden.salt("aggregator"), name, shape) for name, shape in shapes.items()}
+    model = VGGTAggregator(infer_config(state))
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def alignment(vla: OpenVLAForActionPrediction, teacher: VGGTAggregator, vggt_layer: int) -> SpatialForcing:
+    """The published recipe on hidden state 2 of the small Llama."""
+    recipe = AlignRecipe(
+        vla_layers_align=2, vggt_layers_align=vggt_layer, use_vggt_pe=True, use_vlm_norm=True, align_loss_coeff=0.5
+    )
+    module = SpatialForcing(teacher, vla.llm_dim, recipe)
+    golden.fill(module.projector, golden.salt("align_projector"))
+    return module
+
+
+# Gradient norms that the original stored, and where the parameter sits in our objective.
+GRADIENTS = {
+    "g_head_fc2": "action_head.model.fc2.weight",
+    "g_align_fc1": "alignment.projector.fc1.weight",
+    "g_align_norm": "alignment.projector.vlm_norm.weight",
+    "g_prop_fc1": "proprio_projector.fc1.weight",
+    "g_q0": "vla.language_model.model.layers.0.self_attn.q_proj.weight",
+    "g_fc3": "vla.projector.fc3.weight",
+    "g_qkv0": "vla.vision_backbone.featurizer.blocks.0.attn.qkv.weight",
+    "g_fqkv5": "vla.vision_backbone.fused_featurizer.blocks.5.attn.qkv.weight",
+    "g_embed": "vla.language_model.model.embed_tokens.weight",
+}
+
+
+def test_training_step(
+    vla: OpenVLAForActionPrediction, modules: ActionModules, teacher: VGGTAggregator, inputs: Inputs
+) -> None:
+    """Losses and gradients of one step come out of the objective that the trainer uses."""
+    expected = golden.figures("train_l1_align.npz")
+    objective = OpenVLAObjective(vla, modules, alignment(vla, teacher, -1))
+    batch = TrainingInputs(
+        images=golden.images(),
+        pixel_values=inputs.pixels,
+        text=inputs.text,
+        actions=inputs.target,
+        proprio=inputs.proprio,
+    )
+    parameters = {name: objective.get_parameter(path).requires_grad_() for name, path in GRADIENTS.items()}
+    try:
+        losses = objective(batch)
+        close(losses.actions, expected["pred"])
+        close(losses.metrics["loss"], expected["l1"])
+        close(losses.metrics["align_loss"], expected["align"])
+        close(losses.total, expected["loss"])
+        gradients = torch.autograd.grad(losses.total, list(parameters.values()))
+    finally:
+        vla.requires_grad_(False)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        close(gradient.norm(), expected[name], rel=1e-3)
+
+
+def test_aligned_states_and_other_teacher_layer(
+    vla: OpenVLAForActionPrediction, modules: ActionModules, teacher: VGGTAggregator, inputs: Inputs
+) -> None:
+    expected = golden.figures("train_l1_align.npz")
+    mask = vla.action_tokenizer.mask(inputs.text.labels)
+    with torch.no_grad():
+        out = vla(
+            inputs.text.input_ids,
+            inputs.text.attention_mask,
+            inputs.pixels,
+            action_mask=mask,
+            extra_tokens=modules.proprio_projector(inputs.proprio),
+            hidden_layers=(2,),
+        )
+        close(out.action_states(mask), expected["action_states"])
+        hidden = vision_tokens(out.hidden_states[2], out.vision_tokens, shift=True)
+        close(hidden[:, ::37], expected["vision_hidden"])
+        _, metrics = alignment(vla, teacher, 1)(golden.images(), hidden)
+    close(metrics["align_loss"], expected["align_1"])
