@@ -1,0 +1,1 @@
+"""SpatialVLA (spatialvla-4b-*): model, action tokeniser, processor and decoding."""

@@ -1,0 +1,55 @@
+"""Metric depth of RGB images from ZoeDepth, in the way SpatialVLA feeds it. Called by `modeling.py`.
+
+Shape legend: B images, S image side (224), Z side of ZoeDepth's input (384).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import ZoeDepthForDepthEstimation
+
+
+@torch.no_grad()
+def predict_depth(zoe: ZoeDepthForDepthEstimation, pixel_values: Tensor) -> Tensor:
+    """Depth [B, Z, Z] in metres of images [B, 3, S, S] in 0..1, in the network's dtype.
+
+    ZoeDepth chooses its metric head (indoor or outdoor) by one vote over the batch, so an image's depth would depend
+    on its batch mates. Here every image gets the head of its own vote: images that were outvoted are run again
+    among their kind (robot data is all indoor, so there is rarely a second pass).
+    """
+    images = _zoe_input(pixel_values.to(next(zoe.parameters()).dtype), zoe.config.backbone_config.image_size)
+    output = zoe(images)
+    depth, logits = output.predicted_depth, output.domain_logits
+    if len(images) == 1 or logits is None:
+        return depth
+    own = logits.argmax(-1)
+    used = torch.softmax(logits.sum(0), dim=-1).argmax()
+    if not (own == used).all():
+        for domain in range(logits.shape[-1]):
+            outvoted = (own == domain) & (own != used)
+            if outvoted.any():
+                depth[outvoted] = zoe(images[outvoted]).predicted_depth
+    return depth
+
+
+def _padding(size: int) -> int:
+    return int(math.sqrt(size / 2) * 3)  # ZoeDepth's rule; 31 pixels for 224
+
+
+def _zoe_input(pixel_values: Tensor, size: int) -> Tensor:
+    """Reflect-pad, then resize (bicubic, corners aligned), then scale to -1..1: the order matters."""
+    pad = _padding(pixel_values.shape[-1])
+    padded = F.pad(pixel_values, (pad, pad, pad, pad), mode="reflect")
+    return (F.interpolate(padded, size=(size, size), mode="bicubic", align_corners=True) - 0.5) / 0.5
+
+
+def depth_at_image(depth: Tensor, image_size: int) -> Tensor:
+    """Undo the padding of `predict_depth`: [B, Z, Z] -> [B, S, S]."""
+    pad = _padding(image_size)
+    size = (image_size + 2 * pad,) * 2
+    resized = F.interpolate(depth[:, None], size=size, mode="bicubic", align_corners=True)[:, 0]
+    return resized[:, pad : pad + image_size, pad : pad + image_size]

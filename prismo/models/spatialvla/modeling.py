@@ -1,0 +1,421 @@
+"""SpatialVLA on transformers' own Gemma2, SigLIP and ZoeDepth, without remote code.
+
+One RGB image becomes 256 tokens (SigLIP features plus Ego3D position vectors), the instruction follows, and Gemma2
+emits three tokens per action. Training calls `SpatialVLAForConditionalGeneration.forward`; prediction is in
+`decoding.py`. Parameter names are those of the published checkpoints (see `checkpoint.py` for the exception).
+
+Shape legend: B batch, L tokens, I image tokens (256), D language width, V vocabulary, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import Gemma2ForCausalLM, PreTrainedModel, SiglipVisionModel, ZoeDepthForDepthEstimation
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from prismo.models.random_weights import fill_random
+from prismo.models.spatialvla.checkpoint import checkpoint_folder, load_weights, save_weights, set_parameter
+from prismo.models.spatialvla.configuration import PrefixMask, SpatialVLAConfig
+from prismo.models.spatialvla.depth import depth_at_image, predict_depth
+from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
+from prismo.util.files import read_json, write_json
+
+IGNORE_INDEX = -100
+
+# LoRA targets of the authors' `--lora_target`, as full-match patterns for peft. Theirs were bare layer names, which
+# also put adapters on four layers of the frozen ZoeDepth.
+_LINEAR = (
+    r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    r"|vision_tower\.vision_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])"
+    r"|multi_modal_projector\.linear|position_embedding_3d\.position_embedding_head\.[03]"
+)
+LORA_TARGETS = {
+    "linear": _LINEAR,
+    "linear+emb": _LINEAR + r"|spatial_embed_tokens",
+    "linear+emb+h": _LINEAR + r"|spatial_embed_tokens|language_model\.lm_head",
+}
+
+
+@dataclass
+class SpatialVLAOutput(ModelOutput):
+    """What `forward` returns (a ModelOutput, because FSDP2 looks for gradients only in types that it can flatten).
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens; None without labels.
+        logits: [N, V] fp32 at the supervised positions, soft-capped; None without labels.
+        targets: [N] their token ids.
+        last_hidden_state: [B, L, D] after the final norm; feed it to `lm_logits`.
+        image_hidden_states: image tokens [B, I, D] of the hidden layers that were asked for, by their index as asked.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    image_hidden_states: dict[int, Tensor] | None = None
+
+
+class _Projector(nn.Module):
+    """Holds the projection under its published name."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)
+
+
+class SpatialVLAForConditionalGeneration(PreTrainedModel):
+    """SpatialVLA with a language-model head.
+
+    ZoeDepth is frozen, stays in evaluation mode and takes no gradient.
+    """
+
+    config_class = SpatialVLAConfig
+    config: SpatialVLAConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Gemma2DecoderLayer", "SiglipEncoderLayer", "BeitLayer"]  # noqa: RUF012
+
+    def __init__(self, config: SpatialVLAConfig) -> None:
+        super().__init__(config)
+        # Soft-capped scores under an arbitrary mask: only the eager kernel computes what the weights were made for.
+        # (Set here because some versions of transformers hand the outer model's choice down.)
+        config.text_config._attn_implementation = "eager"
+        vision, width = config.vision_config, config.text_config.hidden_size
+        self.vision_tower = nn.ModuleDict({"vision_model": SiglipVisionModel(vision)})
+        self.multi_modal_projector = _Projector(vision.hidden_size, width)
+        self.language_model = Gemma2ForCausalLM(config.text_config)
+        self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, width)
+        if config.use_vision_zoe:
+            self.vision_zoe_model = ZoeDepthForDepthEstimation(config.vision_zoe_config)
+            self.vision_zoe_model.eval().requires_grad_(False)
+            self.position_embedding_3d = Ego3DPositionEmbedding(
+                vision.hidden_size, vision.image_size, vision.patch_size, config.ego3d_patch_reso, config.n_freqs
+            )
+        self.post_init()
+
+    @classmethod
+    def empty(cls, config: SpatialVLAConfig) -> SpatialVLAForConditionalGeneration:
+        """The network with parameters on the meta device (no memory) and real buffers, which no file stores."""
+        with init_empty_weights(include_buffers=False):
+            return cls(config).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        **switches: Any,
+    ) -> SpatialVLAForConditionalGeneration:
+        """Load an official checkpoint, or one that `save_pretrained` wrote; nothing in it is executed or written.
+
+        transformers' own loader is not used: it would take other weights for missing ones, and renames only classes
+        that it knows.
+
+        Args:
+            pretrained_model_name_or_path: folder with config.json and safetensors, or a hub id.
+            dtype: of the parameters; None takes the stored one (bf16 for the published checkpoints).
+            device: where the parameters go, without a detour through the host's memory.
+            **switches: replace settings of the file: `geometry`, `prefix_mask`.
+
+        Raises:
+            FileNotFoundError: not a checkpoint.
+            ValueError: another model's config.json, or tensors that miss, are unknown or do not fit; names them.
+        """
+        folder = checkpoint_folder(pretrained_model_name_or_path)
+        model = cls.empty(read_config(folder, **switches))
+        load_weights(model, folder, torch.device(device), dtype or model.config.dtype or torch.bfloat16)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return model.to(device)
+
+    @classmethod
+    def random(
+        cls,
+        config: SpatialVLAConfig,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> SpatialVLAForConditionalGeneration:
+        """Random weights drawn on `device`; nothing touches the disk. For tests and benchmarks."""
+        model = cls.empty(config)
+        for name, parameter in list(model.named_parameters()):
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            set_parameter(model, name, value, parameter.requires_grad)
+        fill_random(model, seed)
+        return model.to(device)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> None:
+        """Write `config.json` and the weights in the official layout.
+
+        Args:
+            state_dict: parameters under our names, e.g. gathered from a sharded model; None takes this module's own.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        config = self.config.to_diff_dict()
+        config["architectures"] = [type(self).__name__]
+        config["torch_dtype"] = str(state["spatial_embed_tokens.weight"].dtype).removeprefix("torch.")
+        write_json(folder / "config.json", config)
+        save_weights(state, folder, max_shard_size)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
+
+    @property
+    def llm_dim(self) -> int:
+        """Width of the language model."""
+        return self.config.text_config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the language model (26)."""
+        return len(self.language_model.model.layers)
+
+    def train(self, mode: bool = True) -> SpatialVLAForConditionalGeneration:
+        """Like any module, except that ZoeDepth stays in evaluation mode: its drop-path would make depth noisy."""
+        super().train(mode)
+        if self.config.use_vision_zoe:
+            self.vision_zoe_model.eval()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpatialVLAForConditionalGeneration:
+        super()._apply(fn, recurse)
+        # A cast of the whole module (`model.bfloat16()`, DeepSpeed) must not round RoPE's frequencies: at position 270
+        # their bf16 values are wrong by up to a third of a radian.
+        rotary = self.language_model.model.rotary_emb
+        if rotary.inv_freq.dtype != torch.float32:
+            frequencies, _ = rotary.compute_default_rope_parameters(rotary.config)
+            rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
+        return self
+
+    def freeze(self, llm_embed: bool = True, vision_tower: bool = False) -> None:
+        """Set what full fine-tuning trains: everything but ZoeDepth, the text embeddings and, if asked, SigLIP."""
+        self.requires_grad_(True)
+        if self.config.use_vision_zoe:
+            self.vision_zoe_model.requires_grad_(False)
+        self.get_input_embeddings().requires_grad_(not llm_embed)
+        self.vision_tower.requires_grad_(not vision_tower)
+
+    def predict_depth(self, pixel_values: Tensor) -> Tensor:
+        """Metric depth [B, 384, 384] in metres of images [B, 3, 224, 224] in 0..1."""
+        return predict_depth(self.vision_zoe_model, pixel_values)
+
+    def image_features(self, pixel_values: Tensor, intrinsics: Tensor, depth: Tensor | None = None) -> Tensor:
+        """Image tokens [B, I, D] as Gemma2 takes them.
+
+        Args:
+            pixel_values: [B, 3, 224, 224] RGB in 0..1.
+            intrinsics: [B, 3, 3] in pixels of these images.
+            depth: [B, 224, 224] metres, from a sensor or a cache; None asks ZoeDepth.
+        """
+        pixels = pixel_values.to(self.dtype)
+        features = self.vision_tower["vision_model"]((pixels - 0.5) / 0.5).last_hidden_state
+        parity = self.config.geometry == "parity"
+        if self.config.use_vision_zoe:
+            if depth is None:
+                depth = predict_depth(self.vision_zoe_model, pixels)
+                depth = depth_at_image(depth if parity else depth.float(), self.config.vision_config.image_size)
+            elif parity:
+                depth = depth.to(self.dtype)
+            features = features + self.position_embedding_3d(depth, intrinsics, self.config.geometry)
+        features = self.multi_modal_projector(features)
+        if parity:
+            # The official code divides here and Gemma2 of its day multiplied every input again: two roundings.
+            features = features / self.llm_dim**0.5 * self._embed_scale(features.dtype)
+        return features
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Input vectors [B, L, D] of token ids [B, L], image features in the place of the image tokens.
+
+        Raises:
+            ValueError: the number of image tokens differs from the number of features.
+        """
+        first, count = self.config.action_token_begin_idx, self.config.spatial_token_num
+        text = self.language_model.model.embed_tokens(input_ids)  # scales by sqrt(D) itself
+        actions = self.spatial_embed_tokens((input_ids - first).clamp(0, count - 1)) * self._embed_scale(text.dtype)
+        vectors = torch.where((input_ids >= first)[..., None], actions, text)
+        if image_features is None:
+            return vectors
+        image = input_ids == self.config.image_token_index
+        if image.sum() != image_features.shape[:2].numel():
+            raise ValueError(
+                f"input_ids hold {int(image.sum())} image tokens for {image_features.shape[:2].numel()} image features"
+            )
+        return vectors.masked_scatter(image[..., None], image_features.to(vectors.dtype))
+
+    def _embed_scale(self, dtype: torch.dtype) -> Tensor:
+        return self.language_model.model.embed_tokens.embed_scale.to(dtype)
+
+    def run_llm(
+        self,
+        inputs_embeds: Tensor,
+        bias: Tensor,
+        position_ids: Tensor,
+        *,
+        hidden_layers: Sequence[int] = (),
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Gemma2's decoder stack on embeddings.
+
+        Args:
+            inputs_embeds: [B, L, D].
+            bias: [B, 1, L, K] added to the attention scores (see `attention_bias`).
+            position_ids: [B, L]; the first token has position 1.
+            hidden_layers: states to keep: 0 the inputs, i the output of decoder layer i - 1, the last one (also -1)
+                after the final norm. Only these are kept, not all 27.
+            cache: keys and values of earlier tokens; extended.
+
+        Returns:
+            Final states after the norm [B, L, D], and the kept ones by the index that was asked.
+        """
+        gemma = self.language_model.model
+        wanted = {self.layer_index(i): i for i in hidden_layers}
+        rotary = gemma.rotary_emb(inputs_embeds, position_ids)
+        kept = {wanted[0]: inputs_embeds} if 0 in wanted else {}
+        x = inputs_embeds
+        for i, layer in enumerate(gemma.layers, start=1):
+            x = layer(
+                x,
+                attention_mask=bias,
+                position_ids=position_ids,
+                past_key_values=cache,
+                position_embeddings=rotary,
+            )
+            if i in wanted and i < self.num_layers:
+                kept[wanted[i]] = x
+        x = gemma.norm(x)
+        if self.num_layers in wanted:
+            kept[wanted[self.num_layers]] = x
+        return x, kept
+
+    def layer_index(self, layer: int) -> int:
+        """Non-negative index of a hidden state (see `run_llm`).
+
+        Raises:
+            IndexError: outside the `num_layers + 1` states.
+        """
+        count = self.num_layers + 1
+        if not -count <= layer < count:
+            raise IndexError(f"hidden layer {layer} asked, the language model has {-count}..{count - 1}")
+        return layer % count
+
+    def lm_logits(self, hidden: Tensor, rows: slice | None = None) -> Tensor:
+        """Soft-capped logits [..., V] fp32 of hidden states [..., D], or only those of a range of token ids."""
+        head, cap = self.language_model.lm_head, self.language_model.config.final_logit_softcapping
+        if rows is not None and type(head) is nn.Linear:
+            logits = F.linear(hidden, head.weight[rows])
+        else:  # with an adapter on the head there is no plain matrix to cut
+            logits = head(hidden)[..., rows or slice(None)]
+        return (torch.tanh(logits / cap) * cap).float()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        intrinsics: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        depth: Tensor | None = None,
+        hidden_layers: Sequence[int] = (),
+    ) -> SpatialVLAOutput:
+        """One teacher-forced pass.
+
+        Args:
+            input_ids: [B, L] image tokens, prompt and (training) action tokens; padded on either side.
+            pixel_values: [B, 3, 224, 224] RGB in 0..1.
+            intrinsics: [B, 3, 3] in pixels of these images.
+            attention_mask: [B, L] 1 for tokens, 0 for padding; None means no padding.
+            token_type_ids: [B, L] 0 for image and prompt, 1 for what is to be predicted; None means no suffix.
+            labels: [B, L] token ids, -100 where there is no loss.
+            depth: [B, 224, 224] metres instead of ZoeDepth's.
+            hidden_layers: states of `run_llm` whose image tokens are returned for alignment.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds = self.embed(input_ids, self.image_features(pixel_values, intrinsics, depth))
+        bias = attention_bias(attention_mask, token_type_ids, self.config.prefix_mask, embeds.dtype)
+        hidden, kept = self.run_llm(embeds, bias, token_positions(attention_mask), hidden_layers=hidden_layers)
+        image = input_ids == self.config.image_token_index
+        output = SpatialVLAOutput(
+            last_hidden_state=hidden,
+            image_hidden_states={i: state[image].unflatten(0, (len(state), -1)) for i, state in kept.items()},
+        )
+        if labels is not None:
+            # Token t is predicted at t - 1. The head sees only these positions: 13 of 290 rows, not 290 x 265,347.
+            supervised = (labels[:, 1:] != IGNORE_INDEX) & (attention_mask[:, 1:] != 0)
+            output.targets = labels[:, 1:][supervised]
+            output.logits = self.lm_logits(hidden[:, :-1][supervised])
+            output.loss = F.cross_entropy(output.logits, output.targets)
+        return output
+
+
+def read_config(folder: Path, **switches: Any) -> SpatialVLAConfig:
+    """The configuration of a checkpoint folder, with settings replaced.
+
+    Raises:
+        FileNotFoundError, ValueError: no config.json, or one of another model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: no config.json")
+    stored = read_json(path)
+    if stored.get("model_type") != "spatialvla":
+        raise ValueError(f"{path} is of model_type {stored.get('model_type')!r}, expected 'spatialvla'")
+    return SpatialVLAConfig.from_dict({**stored, **switches})
+
+
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """Position ids [B, L] of a padding mask: 1, 2, ... over the real tokens (PaliGemma counts from one)."""
+    return attention_mask.long().cumsum(-1)
+
+
+def attention_bias(
+    attention_mask: Tensor, token_type_ids: Tensor | None, prefix_mask: PrefixMask, dtype: torch.dtype
+) -> Tensor:
+    """Additive attention mask [B, 1, L, L]: 0 where a query (row) sees a key (column), the lowest number elsewhere.
+
+    Every token sees itself and what is before it; with "bidirectional" everything also sees the whole prefix (token
+    type 0). Padding is invisible in either mode. (The authors' eager path unmasks the prefix after masking the padding,
+    whose type is 0 too, so that padding becomes visible.)
+    """
+    length = attention_mask.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()[None]
+    if prefix_mask == "bidirectional":
+        types = torch.zeros_like(attention_mask) if token_type_ids is None else token_type_ids
+        seen = seen | (types == 0)[:, None, :]
+    seen = seen & (attention_mask != 0)[:, None, :]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
