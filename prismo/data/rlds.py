@@ -1,0 +1,187 @@
+"""Random access to the frames and episodes of an RLDS folder.
+
+`index.py` finds out where everything lies; `dataset.py` reads a few hundred bytes of index rows and the encoded images
+of one frame per sample; `scripts/show_dataset.py` reads whole episodes. Nothing grows with the dataset: rows and images
+are read by position when they are needed (`os.pread`), so neither a shuffle buffer nor a memory map fills the host.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from prismo.data.features import DatasetInfo, Feature
+from prismo.data.images import decode_image
+from prismo.data.specs import DatasetSpec, find_feature
+from prismo.data.tfrecord import crc32c, parse_example
+
+_MAX_OPEN_FILES = 64
+
+EPISODE = np.dtype(
+    [
+        ("split", "u1"),
+        ("shard", "u4"),  # within the split
+        ("offset", "u8"),  # of the record's message in the shard
+        ("length", "u8"),
+        ("crc", "u4"),
+        ("first_row", "u8"),
+        ("steps", "u4"),
+        ("named", "?"),  # at least one step has an instruction
+    ]
+)
+
+
+def row_type(spec: DatasetSpec) -> np.dtype:
+    """Type of one frame's row in an index: values in the spec's convention and where its images are in the shard."""
+    cameras = (len(spec.cameras),)
+    return np.dtype(
+        [
+            ("action", "<f4", (spec.embodiment.action_dim,)),
+            ("proprio", "<f4", (spec.embodiment.proprio_dim,)),
+            ("instruction", "<u4"),  # number of the text
+            ("offset", "<u8", cameras),
+            ("length", "<u4", cameras),
+            ("crc", "<u4", cameras),
+        ]
+    )
+
+
+class PositionedFiles:
+    """Reads byte ranges of files and keeps a few of them open. Safe across forks and threads, picklable."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; ValueError where the file is shorter."""
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = path.open("rb", buffering=0)
+            if len(self._open) > _MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        data = os.pread(file.fileno(), size, offset)
+        if len(data) < size:
+            raise ValueError(f"{path} ends at byte {offset + len(data)}, {offset + size} expected; fetch it again")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._open = OrderedDict()
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeIndex:
+    """Where every frame of a dataset lies, with its standardised action and proprio.
+
+    Attributes:
+        info, spec: the folder and its meaning.
+        path: folder of the index.
+        episodes: structured array `EPISODE`, one entry per stored episode of every split.
+        instructions: distinct instruction texts, by number.
+    """
+
+    info: DatasetInfo
+    spec: DatasetSpec
+    path: Path
+    episodes: np.ndarray
+    instructions: list[str]
+    _files: PositionedFiles = field(default_factory=PositionedFiles, repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.episodes["steps"].sum())
+
+    def rows(self, episode: int, start: int, stop: int) -> np.ndarray:
+        """Rows (`row_type`) of the steps `start` to `stop` of an episode, fewer at its end."""
+        entry = self.episodes[episode]
+        return self._read_rows(int(entry["first_row"]) + start, min(stop, int(entry["steps"])) - start)
+
+    def column(self, name: str, dims: slice = slice(None)) -> np.ndarray:
+        """One row field ("action", "proprio") of every frame of every split, float64 [frames, dims]."""
+        parts, piece = [], 1 << 16
+        for first in range(0, self.num_rows, piece):
+            rows = self._read_rows(first, min(piece, self.num_rows - first))
+            parts.append(rows[name][:, dims].astype(np.float64))
+        return np.concatenate(parts)
+
+    def _read_rows(self, first: int, count: int) -> np.ndarray:
+        dtype = row_type(self.spec)
+        data = self._files.read(self.path / "rows.bin", first * dtype.itemsize, count * dtype.itemsize)
+        return np.frombuffer(data, dtype)
+
+    def shard(self, episode: int) -> Path:
+        """The file that holds an episode."""
+        entry = self.episodes[episode]
+        return self.info.splits[entry["split"]].files[entry["shard"]]
+
+    def image_size(self, camera: int) -> tuple[int, int] | None:
+        """(height, width) of a camera as features.json declares it, None if it may vary."""
+        height, width, *_ = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
+        return (height, width) if height > 0 and width > 0 else None
+
+    def image(self, episode: int, row: np.void, camera: int) -> np.ndarray:
+        """uint8 [H, W, 3] of one camera in one of the `rows`; black where the dataset stores an empty image.
+
+        Raises:
+            ValueError: the bytes are not those that were indexed, or no image; the message names the file.
+        """
+        offset, length = int(row["offset"][camera]), int(row["length"][camera])
+        size = self.image_size(camera)
+        if length == 0 and size is not None:
+            return np.zeros((*size, 3), np.uint8)
+        path = self.shard(episode)
+        place = f"{path}: {self.spec.cameras[camera]} at byte {offset}"
+        data = self._files.read(path, offset, length)
+        if crc32c(data) != row["crc"][camera]:
+            raise ValueError(f"{place} is not what was indexed; the file changed or is damaged. Fetch it again")
+        try:
+            image = decode_image(data)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if size is not None and image.shape[:2] != size:
+            raise ValueError(f"{place} is {image.shape[0]}x{image.shape[1]}, features.json says {size[0]}x{size[1]}")
+        return image
+
+    def read_episode(self, episode: int) -> dict[str, Any]:
+        """Everything stored of one episode: numbers [T, ...], images uint8 [T, H, W, 3], texts as lists of str.
+
+        Keys are the entry names ("steps/action", "episode_metadata/file_path"); values of the whole episode come
+        without the first dimension.
+        """
+        entry = self.episodes[episode]
+        data = self._files.read(self.shard(episode), int(entry["offset"]), int(entry["length"]))
+        if crc32c(data) != entry["crc"]:
+            raise ValueError(f"{self.shard(episode)}: episode {episode} is damaged; fetch the file again")
+        entries = parse_example(data)
+        values = {
+            name: _decode(name, f, data, entries[name]) for name, f in self.info.features.items() if name in entries
+        }
+        return {name: value if name.startswith("steps/") else value[0] for name, value in values.items()}
+
+
+def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray | list[Any]:
+    """All values of one entry, one per step."""
+    if feature.kind == "tensor":
+        return numbers(name, feature, data, entry)
+    if feature.kind == "text":
+        return [data[a:b].decode() for a, b in entry]
+    images = [decode_image(data[a:b]) for a, b in entry]
+    return np.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+def numbers(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray:
+    """Numbers [T, *shape] of one entry of a record."""
+    if min(feature.shape, default=1) < 0:
+        raise ValueError(f"{name} has the open shape {list(feature.shape)} and cannot be read step by step")
+    if isinstance(entry, list):  # tensors stored as bytes, one string per step
+        pieces = [zlib.decompress(data[a:b]) if feature.encoding == "zlib" else data[a:b] for a, b in entry]
+        entry = np.frombuffer(b"".join(pieces), feature.dtype)
+    return entry.reshape(-1, *feature.shape).astype(feature.dtype)

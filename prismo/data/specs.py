@@ -1,0 +1,344 @@
+"""Which features of an RLDS dataset are the cameras, the action, the proprio and the instruction, and what they mean.
+
+`dataset.py` resolves a dataset name, a mixture name or a YAML file to specs; `rlds.py` applies them once, while it
+builds the index. A new public dataset is one entry of `SPECS`; own data need only a YAML file (data/README.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import yaml
+
+from prismo.data.features import DatasetInfo, Feature, read_dataset_info
+from prismo.embodiment import BRIDGE, EMBODIMENTS, FRACTAL, FRANKA, LIBERO, Embodiment
+from prismo.util.text import did_you_mean
+
+Gripper = Literal["open_low", "open_high", "binarize", "relative", "as_stored"]
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """How one RLDS dataset becomes training samples.
+
+    Features are named as in `features.json` below `steps/`; `name[a:b]` takes a part of a vector.
+
+    Attributes:
+        name: key in dataset_statistics.json, and the unnorm_key at evaluation.
+        embodiment: robot constants; their sizes must be those of the concatenated features.
+        cameras: image features in view order: primary, wrist, others.
+        action, proprio: vector features, concatenated.
+        instruction: text feature.
+        gripper: convention of the stored gripper command. It always becomes 1 = open, 0 = closed.
+            "open_low": small is open (LIBERO: -1 open, +1 closed; 0 open, 1 closed), 1 - clip(x, 0, 1).
+            "open_high": large is open, clip(x, 0, 1).
+            "binarize": large is open; values between 0.05 and 0.95 take the next clear value of the episode.
+            "relative": +1 begins to close, -1 to open, 0 keeps (fractal).
+            "as_stored": no change, and normalised like every other dimension.
+        actions_from_state: derive the first six action dimensions from the states, state[t+1] - state[t]; the last step
+            has no successor and is dropped (bridge).
+        skip_first: steps to drop at the beginning of each episode.
+    """
+
+    name: str
+    embodiment: Embodiment
+    cameras: tuple[str, ...]
+    action: tuple[str, ...]
+    proprio: tuple[str, ...]
+    instruction: str = "language_instruction"
+    gripper: Gripper = "open_high"
+    actions_from_state: bool = False
+    skip_first: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the content of an index."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "embodiment")} | {
+            "gripper_dims": self.embodiment.gripper_dims
+        }
+
+    def action_mask(self) -> np.ndarray:
+        """bool [A]: which action dimensions are normalised (gripper commands in 0..1 are not)."""
+        mask = np.ones(self.embodiment.action_dim, bool)
+        if self.gripper != "as_stored":
+            mask[list(self.embodiment.gripper_dims)] = False
+        return mask
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode in the project's convention: steps `start` to `start + len(action)` of the stored one.
+
+    Attributes:
+        action: float32 [T, A], gripper 1 = open, 0 = closed.
+        proprio: float32 [T, P].
+    """
+
+    start: int
+    action: np.ndarray
+    proprio: np.ndarray
+
+
+def standardize(spec: DatasetSpec, action: np.ndarray, proprio: np.ndarray) -> Trajectory:
+    """Apply the conventions of `spec` to the stored action [T, A] and proprio [T, P] of a whole episode."""
+    action, proprio = action[spec.skip_first :].copy(), proprio[spec.skip_first :]
+    for dim in spec.embodiment.gripper_dims if spec.gripper != "as_stored" else ():
+        action[:, dim] = _absolute_gripper(action[:, dim], spec.gripper)
+    if spec.actions_from_state and len(action):
+        action[:-1, :6] = proprio[1:, :6] - proprio[:-1, :6]
+        action, proprio = action[:-1], proprio[:-1]
+    return Trajectory(spec.skip_first, action.astype(np.float32), proprio.astype(np.float32))
+
+
+def _absolute_gripper(command: np.ndarray, convention: Gripper) -> np.ndarray:
+    """Gripper commands [T] as 1 = open, 0 = closed."""
+    if convention == "open_low":
+        return 1 - np.clip(command, 0, 1)
+    if convention == "open_high":
+        return np.clip(command, 0, 1)
+    if convention == "binarize":
+        # A moving gripper belongs to where it is going, so each unclear value takes the next clear one.
+        clear = (command > 0.95) | (command < 0.05)
+        return _fill(np.where(command > 0.95, 1.0, 0.0)[::-1], clear[::-1], start=command[-1:])[::-1]
+    # "relative": before the first command the gripper is in the opposite state, and open if there is none at all.
+    clear = np.abs(command) > 0.1
+    first = command[clear][:1]
+    return _fill(np.where(command < 0, 1.0, 0.0), clear, start=np.where(first > 0, 1.0, 0.0) if len(first) else [1.0])
+
+
+def _fill(value: np.ndarray, valid: np.ndarray, start: Any) -> np.ndarray:
+    """Carry the last valid value forward; `start` (one number) stands before the first valid one."""
+    last = np.maximum.accumulate(np.where(valid, np.arange(1, len(value) + 1), 0))
+    return np.concatenate([start, value])[last] if len(value) else value
+
+
+# --- known datasets ---------------------------------------------------------------------------------------------------
+
+
+def _libero(suite: str) -> DatasetSpec:
+    return DatasetSpec(
+        name=f"libero_{suite}_no_noops",
+        embodiment=LIBERO,
+        cameras=("observation/image", "observation/wrist_image"),
+        action=("action",),
+        proprio=("observation/state",),
+        gripper="open_low",
+    )
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        *(_libero(suite) for suite in ("spatial", "object", "goal", "10", "90")),
+        DatasetSpec(
+            name="bridge_orig",
+            embodiment=BRIDGE,
+            cameras=("observation/image_0",),
+            action=("action",),
+            proprio=("observation/state",),
+            gripper="binarize",
+            actions_from_state=True,
+            skip_first=1,
+        ),
+        DatasetSpec(
+            name="fractal20220817_data",
+            embodiment=FRACTAL,
+            cameras=("observation/image",),
+            action=("action/world_vector", "action/rotation_delta", "action/gripper_closedness_action"),
+            proprio=("observation/base_pose_tool_reached", "observation/gripper_closed"),
+            instruction="observation/natural_language_instruction",
+            gripper="relative",
+        ),
+        DatasetSpec(
+            name="droid",
+            embodiment=FRANKA,
+            cameras=("observation/exterior_image_1_left", "observation/wrist_image_left"),
+            action=("action_dict/cartesian_velocity", "action_dict/gripper_position"),
+            proprio=("observation/joint_position", "observation/gripper_position"),
+            gripper="open_low",
+        ),
+    )
+}
+
+# Weight 1 everywhere: every window of every suite once per epoch.
+MIXTURES: dict[str, dict[str, float]] = {
+    "libero_4_task_suites_no_noops": {f"libero_{suite}_no_noops": 1.0 for suite in ("spatial", "object", "goal", "10")},
+}
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """A dataset of a mixture: its spec, what its folder says, and how often each window is seen per epoch."""
+
+    spec: DatasetSpec
+    info: DatasetInfo
+    weight: float = 1.0
+
+
+def resolve(data_root: str | Path, name: str | Path) -> list[MixtureEntry]:
+    """The datasets that `name` means: a known dataset or mixture, or a YAML file (one dataset or a mixture).
+
+    `data_root / name` is the folder, with or without a version below it; a known name may carry the version
+    ("bridge_orig/1.0.0"). `data_root` may also be the dataset's own folder.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown name, absent folder, feature or file; one sentence on what to do.
+    """
+    name = str(name)
+    if name.endswith((".yaml", ".yml")):
+        return _resolve_yaml(Path(data_root), Path(name))
+    if name in MIXTURES:
+        return _resolve_mixture(Path(data_root), MIXTURES[name], Path())
+    base = name.split("/", maxsplit=1)[0]
+    if base not in SPECS:
+        raise ValueError(
+            did_you_mean("dataset", name, [*SPECS, *MIXTURES])
+            + ". Describe your own data in a YAML file and give its path (data/README.md)"
+        )
+    info = read_dataset_info(_folder(Path(data_root), name))
+    spec = replace(SPECS[base], name=name)
+    _check_features(spec, info)
+    return [MixtureEntry(spec, info)]
+
+
+def _folder(data_root: Path, name: str) -> Path:
+    """The dataset's folder below the root, or the root where that already is the dataset."""
+    if (data_root / name).is_dir():
+        return data_root / name
+    is_dataset = (data_root / "dataset_info.json").is_file() or any(data_root.glob("*/dataset_info.json"))
+    return data_root if is_dataset else data_root / name
+
+
+def _resolve_mixture(data_root: Path, weights: Mapping[str, float], beside: Path) -> list[MixtureEntry]:
+    entries = []
+    for name, weight in weights.items():
+        if not isinstance(weight, (int, float)) or weight <= 0:
+            raise ValueError(f"weight of dataset {name!r} must be a number above 0, found {weight!r}")
+        is_file = name.endswith((".yaml", ".yml"))
+        entries += [
+            replace(entry, weight=entry.weight * float(weight))
+            for entry in resolve(data_root, beside / name if is_file else name)
+        ]
+    return entries
+
+
+_YAML_KEYS = {field.name for field in fields(DatasetSpec)} | {
+    "path", "control_hz", "chunk", "normalization", "gripper_dims", "gripper_env_sign"
+}  # fmt: skip
+_REQUIRED = ("name", "cameras", "action", "proprio", "gripper", "control_hz")
+
+
+def _resolve_yaml(data_root: Path, file: Path) -> list[MixtureEntry]:
+    """Read a description of own data (keys in data/README.md) or a mixture (`datasets: {name or file: weight}`)."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no dataset description {file}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold `key: value` lines (data/README.md shows one)")
+    if "datasets" in content:
+        return _resolve_mixture(data_root, content["datasets"], file.parent)
+    for key in content:
+        if key not in _YAML_KEYS:
+            raise ValueError(f"{file}: {did_you_mean('key', str(key), _YAML_KEYS)}")
+    if missing := [key for key in _REQUIRED if key not in content]:
+        raise ValueError(f"{file} lacks {', '.join(missing)} (data/README.md shows a complete one)")
+    if content["gripper"] not in get_args(Gripper):
+        raise ValueError(f"{file}: {did_you_mean('gripper convention', str(content['gripper']), get_args(Gripper))}")
+    folder = Path(str(content.get("path", content["name"])))
+    info = read_dataset_info(folder if folder.is_absolute() else _folder(data_root, str(folder)))
+    spec = _spec_from_yaml(content, info)
+    _check_features(spec, info)
+    return [MixtureEntry(spec, info)]
+
+
+def _spec_from_yaml(content: Mapping[str, Any], info: DatasetInfo) -> DatasetSpec:
+    cameras, action, proprio = (_names(content[key]) for key in ("cameras", "action", "proprio"))
+    base = EMBODIMENTS[content["embodiment"]] if "embodiment" in content else LIBERO
+    embodiment = Embodiment(
+        name=str(content.get("embodiment", content["name"])),
+        action_dim=_total_width(action, info),
+        proprio_dim=_total_width(proprio, info),
+        chunk=int(content.get("chunk", base.chunk)),
+        normalization=content.get("normalization", base.normalization),
+        control_hz=float(content["control_hz"]),
+        gripper_dims=tuple(content.get("gripper_dims", base.gripper_dims)),
+        gripper_env_sign=int(content.get("gripper_env_sign", base.gripper_env_sign)),
+    )
+    return DatasetSpec(
+        name=str(content["name"]),
+        embodiment=embodiment,
+        cameras=cameras,
+        action=action,
+        proprio=proprio,
+        instruction=content.get("instruction", "language_instruction"),
+        gripper=content["gripper"],
+        actions_from_state=bool(content.get("actions_from_state", False)),
+        skip_first=int(content.get("skip_first", 0)),
+    )
+
+
+def _names(value: str | list[str] | dict[str, str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value.values() if isinstance(value, dict) else value)
+
+
+# --- features of a spec -----------------------------------------------------------------------------------------------
+
+
+def split_slice(name: str) -> tuple[str, slice]:
+    """("observation/state", slice(0, 6)) of "observation/state[0:6]"; "[3]" is the one column 3."""
+    match = re.fullmatch(r"(.+)\[(-?\d*)(:?)(-?\d*)\]", name)
+    if not match:
+        return name, slice(None)
+    key, first, colon, last = match.groups()
+    start = int(first) if first else None
+    if colon:
+        return key, slice(start, int(last) if last else None)
+    return key, slice(start, None if start == -1 else start + 1)
+
+
+def find_feature(name: str, kind: str, info: DatasetInfo) -> tuple[str, Feature]:
+    """Entry name and feature of `name`, below `steps/` or of the whole episode.
+
+    Raises:
+        ValueError: absent or of another kind; the message lists those that there are.
+    """
+    for entry in (f"steps/{name}", name):
+        if entry in info.features and info.features[entry].kind == kind:
+            return entry, info.features[entry]
+    known = [key.removeprefix("steps/") for key, feature in info.features.items() if feature.kind == kind]
+    raise ValueError(f"{info.path / 'features.json'}: {did_you_mean(f'{kind} feature', name, known)}")
+
+
+def _total_width(names: tuple[str, ...], info: DatasetInfo) -> int:
+    total = 0
+    for name in names:
+        key, part = split_slice(name)
+        shape = find_feature(key, "tensor", info)[1].shape
+        total += len(range(int(np.prod(shape, dtype=int)))[part])
+    return total
+
+
+def _check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
+    """Every feature of `spec` exists and the widths are the embodiment's."""
+    for camera in spec.cameras:
+        find_feature(camera, "image", info)
+    find_feature(spec.instruction, "text", info)
+    robot = spec.embodiment
+    for what, names, expected in (
+        ("action", spec.action, robot.action_dim),
+        ("proprio", spec.proprio, robot.proprio_dim),
+    ):
+        if (found := _total_width(names, info)) != expected:
+            raise ValueError(
+                f"{info.path}: {what} ({' + '.join(names)}) has {found} numbers, {robot.name} has {expected}"
+            )
