@@ -1,0 +1,36 @@
+"""Fixtures that several parts of the suite share; expensive things are made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Tiny tensors are slower on many threads, and several test processes may share the machine."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint in the layout of openvla-7b; read-only."""
+    return make_tiny_openvla(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned checkpoint (L1 head, proprio, merged weights) as OFT and Spatial-Forcing publish theirs."""
+    return make_tiny_policy(tmp_path_factory.mktemp("tiny") / "policy")
+
+
+@pytest.fixture(scope="session")
+def tiny_vggt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small VGGT `model.pt`."""
+    return make_tiny_vggt(tmp_path_factory.mktemp("tiny") / "model.pt")
