@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prismo.data.hashing import mix, uniform
+
 _LANCZOS_RADIUS = 3
 
 
@@ -90,8 +92,7 @@ def prepare_images(
     resized = resize_lanczos3(images, size)
     if seeds is None:
         return resized
-    views = torch.arange(images.shape[1]).expand(len(seeds), -1)
-    return augment(resized, _mix(seeds[:, None], views), augmentation)
+    return augment(resized, _seeds(seeds[:, None], torch.arange(images.shape[1])), augmentation)
 
 
 # --- resize ----------------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def augment(images: Tensor, seeds: Tensor, augmentation: Augmentation | None = N
 
 def _draws(seeds: Tensor, options: Augmentation) -> np.ndarray:
     """float32 [N, 7]: crop side, top, left, brightness, contrast, saturation, hue in turns."""
-    u = np.stack([_uniform(seeds, k) for k in range(6)], axis=1)
+    u = np.stack([uniform(mix(seeds.numpy(), draw)) for draw in range(6)], axis=1)
     side = np.sqrt(np.float32(options.crop_area))
     room = np.float32(1) - side
 
@@ -321,28 +322,11 @@ def _per_image(function: Callable[..., Tensor], images: Tensor, draws: np.ndarra
 # --- seeds -----------------------------------------------------------------------------------------------------------
 
 
-def sample_seeds(seed: int, epoch: int, indices: Tensor) -> Tensor:
+def sample_seeds(seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
     """int64 [B]: the augmentation seed of every sample, a pure function of (run seed, epoch, global window index)."""
-    return _mix(_mix(torch.tensor(seed), torch.tensor(epoch)), indices.cpu())
+    return _seeds(seed, torch.as_tensor(epoch), indices)
 
 
-def _mix(a: Tensor, b: Tensor) -> Tensor:
-    """A well-mixed int64 of two (broadcast) int64: two rounds of the splitmix64 finaliser (Steele et al. 2014)."""
-    return torch.from_numpy((_splitmix(_splitmix(_u64(a)) ^ _u64(b))).view(np.int64))
-
-
-def _uniform(seeds: Tensor, stream: int) -> np.ndarray:
-    """float32 [N] in [0, 1), 24 random bits each."""
-    bits = _splitmix(_u64(seeds) + np.uint64(stream))
-    return ((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).astype(np.float32)
-
-
-def _u64(x: Tensor) -> np.ndarray:
-    return np.atleast_1d(x.numpy().astype(np.int64)).view(np.uint64)
-
-
-def _splitmix(z: np.ndarray) -> np.ndarray:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _seeds(*values: int | Tensor) -> Tensor:
+    arrays = [value.numpy() if isinstance(value, Tensor) else value for value in values]
+    return torch.from_numpy(mix(*arrays).view(np.int64))
