@@ -22,8 +22,8 @@ from prismo.align.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Room for what resizing (bicubic overshoot) and low precision add to [0, 1]; other conventions lie far outside.
-_RANGE = (-0.25, 1.25)
+# Bicubic resizing of [0, 1] overshoots to at most -0.45 and 1.45; other conventions (-1 to 1, ImageNet) lie outside.
+_RANGE = (-0.5, 1.5)
 _EPS = 1e-6
 
 
