@@ -100,7 +100,16 @@ def load_component(module: nn.Module, folder: str | Path, stem: Stem, step: Step
         ValueError: the file cannot be read, or its tensors are not those of the module.
     """
     path = find_component(folder, stem, step)
-    state = read_component(path)
+    load_state(module, read_component(path), path)
+    return path
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load `state` strictly; `path` is only named in errors.
+
+    Raises:
+        ValueError: names or shapes are not those of the module, which then stays as it was.
+    """
     expected = module.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
@@ -116,7 +125,6 @@ def load_component(module: nn.Module, folder: str | Path, stem: Stem, step: Step
                 "both must be those of the training run"
             )
     module.load_state_dict(state)
-    return path
 
 
 def read_component(path: str | Path) -> dict[str, Tensor]:

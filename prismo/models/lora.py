@@ -1,0 +1,317 @@
+"""LoRA (arXiv 2106.09685) on OpenVLA: the recipe's layers, published adapter files, and which layers can learn at all.
+
+The trainer adds and saves adapters, the policy loader reads them for unmerged evaluation, `prismo.models.merge` folds
+them into the base weights. peft does the layers themselves; they are injected in place, so the model keeps its class.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prismo.util.files import atomic_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from prismo.models.openvla import OpenVLAForActionPrediction
+
+_LOG = logging.getLogger(__name__)
+ADAPTER_FOLDER = "lora_adapter"
+_CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+# What peft 0.11's "all-linear" expanded to on openvla-7b. Names are matched as suffixes, which also takes in the two
+# patch-embedding convolutions (`.proj`), the never-used attention pool (`q`, `kv`, ...) and `lm_head`.
+TARGET_MODULES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+    "qkv", "proj", "fc1", "fc2", "fc3", "q", "kv",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The numbers that turn two factors into a change of a weight: `W + scale * B @ A`.
+
+    Attributes:
+        rank: inner width of the factors.
+        alpha: None = the recipe's `min(rank, 16)`.
+        dropout: on the layer's input, in training only.
+        target_modules: suffixes of the adapted modules' names.
+    """
+
+    rank: int = 32
+    alpha: int | None = None
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = TARGET_MODULES
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def resolved_alpha(self) -> int:
+        return min(self.rank, 16) if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product B @ A (0.5 for the recipe's rank 32)."""
+        return self.resolved_alpha / self.rank
+
+
+def add_lora(model: OpenVLAForActionPrediction, spec: LoraSpec, *, dtype: torch.dtype = torch.float32) -> None:
+    """Freeze `model` and give it new LoRA layers in place (A gaussian with deviation 1/rank, B zero).
+
+    Args:
+        model: OpenVLA, with or without FiLM, whose own layers stay trainable.
+        dtype: of the LoRA weights. fp32 is right for training: in bf16, as in the original, AdamW's small updates and
+            its second moment round away.
+
+    Raises:
+        ValueError: the model already has LoRA layers.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ValueError("the model already has LoRA layers; merge them first or load a fresh base")
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.resolved_alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.target_modules),
+        init_lora_weights="gaussian",
+    )
+    inject_adapter_in_model(config, model)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(dtype)
+    if model.vision_backbone.film:  # injecting froze it with everything else
+        for tower in model.vision_backbone.towers:
+            for block in tower.blocks:
+                block.scale.requires_grad_(True)
+                block.shift.requires_grad_(True)
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """LoRA weights by their published names, without the `base_model.model.` in front."""
+    return {
+        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if ".lora_" in name
+    }
+
+
+def never_used_modules(model: OpenVLAForActionPrediction, *, lm_head_used: bool) -> list[str]:
+    """Names of modules whose output never reaches a loss, so that their weights get no gradient.
+
+    Features are taken from the second-to-last block of each tower: the last block, the final norm and the attention
+    pool are dead weights. So is `lm_head`, unless actions are predicted as tokens (`lm_head_used`).
+    """
+    unused = set() if lm_head_used else {model.language_model.lm_head}
+    for tower in model.vision_backbone.towers:
+        unused |= {tower.blocks[-1], tower.norm, getattr(tower, "attn_pool", tower.norm)}
+    return [name for name, module in model.named_modules() if module in unused]
+
+
+def freeze_never_used(model: OpenVLAForActionPrediction, *, lm_head_used: bool) -> list[str]:
+    """Take the modules of `never_used_modules` out of training and return their names.
+
+    DistributedDataParallel then needs no search for unused parameters, and the optimizer carries no moments for them.
+    """
+    names = never_used_modules(model, lm_head_used=lm_head_used)
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    return names
+
+
+def save_adapter(
+    model: OpenVLAForActionPrediction,
+    checkpoint_dir: str | Path,
+    spec: LoraSpec,
+    *,
+    base: str,
+    base_fingerprint: str | None = None,
+) -> Path:
+    """Write `lora_adapter/` in the published layout, atomically; any peft from 0.11 on reads it.
+
+    Unlike the original's, it holds no copy of `lm_head` (263 MB).
+
+    Args:
+        base: path or hub id of the base model, for the reader's information.
+        base_fingerprint: `prismo.models.weight_files.fingerprint` of the base; merging then refuses another one.
+
+    Returns:
+        The adapter folder.
+    """
+    tensors = {
+        _PREFIX + name: parameter.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in lora_parameters(model).items()
+    }
+    if not tensors:
+        raise ValueError("the model has no LoRA layers to save")
+    metadata = {"format": "pt"} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
+    folder = Path(checkpoint_dir) / ADAPTER_FOLDER
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / _WEIGHTS, metadata=metadata)
+        (temporary / _WEIGHTS).chmod(0o644)  # safetensors writes private files; a shared folder needs the usual mode
+        write_json(temporary / _CONFIG, _published_config(spec, base))
+    return folder
+
+
+def load_adapter(
+    model: OpenVLAForActionPrediction, checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.float32
+) -> LoraSpec:
+    """Add the LoRA layers of a checkpoint's `lora_adapter/` to `model` and fill them.
+
+    Adapters may lack modules that are never used, and may carry the original's copy of `lm_head`, which must be that of
+    `model`.
+
+    Returns:
+        What to pass to `save_adapter` when training goes on.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter, an unsupported kind, or one that does not fit (naming the tensor).
+    """
+    folder = Path(checkpoint_dir) / ADAPTER_FOLDER
+    spec = read_adapter_spec(folder)
+    with open_adapter(folder) as file:
+        add_lora(model, spec, dtype=dtype)
+        parameters = lora_parameters(model)
+        for name, key in match_adapter(file, model, folder).items():
+            parameters[name].data.copy_(file.get_tensor(key))
+        for key in base_copies(file):
+            own = dict(model.named_parameters()).get(key.removeprefix(_PREFIX))
+            if own is None or not torch.equal(own.cpu(), file.get_tensor(key).to(own.dtype)):
+                _LOG.warning("%s was trained on another base model: its copy of %s differs", folder, key)
+    return spec
+
+
+def match_adapter(file: safe_open, model: OpenVLAForActionPrediction, folder: Path) -> dict[str, str]:
+    """Which tensor of an adapter file belongs to which LoRA parameter of `model` (as `lora_parameters` names it).
+
+    Raises:
+        ValueError: the file adapts something else, has other shapes, or lacks a module that is used.
+    """
+    parameters = lora_parameters(model)
+    found = {key.removeprefix(_PREFIX): key for key in file.keys() if ".lora_" in key}  # noqa: SIM118 (not a dict)
+    unknown = sorted(found.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(
+            f"{folder} does not fit this base model: it adapts {unknown[0]} and {len(unknown) - 1} more tensors that "
+            "the model does not have (adapters of FiLM runs need FiLM first)"
+        )
+    for name, key in found.items():
+        shape, expected = file.get_slice(key).get_shape(), list(parameters[name].shape)
+        if shape != expected:
+            raise ValueError(f"{folder} does not fit this base model: {key} has shape {shape}, expected {expected}")
+    unused = never_used_modules(model, lm_head_used=False)
+    absent = [name for name in parameters.keys() - found.keys() if not any(name.startswith(f"{m}.") for m in unused)]
+    if absent:
+        raise ValueError(f"{folder} is incomplete: {min(absent)} and {len(absent) - 1} more tensors are missing")
+    return found
+
+
+def base_copies(file: safe_open) -> list[str]:
+    """Base weights inside an adapter file: peft adds `lm_head` by itself when that is adapted."""
+    return [key for key in file.keys() if ".lora_" not in key]  # noqa: SIM118 (not a dict)
+
+
+def read_adapter_spec(folder: str | Path) -> LoraSpec:
+    """Settings in `adapter_config.json`.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: a variant of LoRA that is more than `W + alpha / rank * B @ A`.
+    """
+    path = Path(folder) / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no LoRA adapter: {path} does not exist. Give the checkpoint folder that holds {ADAPTER_FOLDER}/"
+        )
+    config = read_json(path)
+    plain: dict[str, tuple[Any, ...]] = {
+        "peft_type": ("LORA",),
+        "use_dora": (False, None),
+        "use_rslora": (False, None),
+        "bias": ("none", None),
+        "lora_bias": (False, None),
+        "fan_in_fan_out": (False, None),
+        "rank_pattern": ({}, None),
+        "alpha_pattern": ({}, None),
+        "modules_to_save": ([], None),
+        "layer_replication": ([], None),
+        "init_lora_weights": (True, False, "gaussian", None),  # the others change the base weights
+    }
+    for key, allowed in plain.items():
+        if config.get(key, allowed[-1]) not in allowed:
+            raise ValueError(f"{path}: {key} is {config[key]!r}; only plain LoRA is supported ({key}={allowed[0]!r})")
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(targets, list):
+        raise ValueError(
+            f"{path}: r, lora_alpha and a list target_modules are needed; found {rank}, {alpha}, {targets}"
+        )
+    return LoraSpec(rank, alpha, config.get("lora_dropout") or 0.0, tuple(sorted(targets)))
+
+
+def open_adapter(folder: str | Path) -> safe_open:
+    """The adapter's tensors, opened lazily.
+
+    Raises:
+        FileNotFoundError: no safetensors file; pickled adapters are not read.
+        ValueError: truncated.
+    """
+    path = Path(folder) / _WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (pickled adapters, .bin, are not read; save it as safetensors)")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or broken ({error}); copy or save it again") from error
+
+
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`weight + scale * B @ A` rounded once to the dtype of `weight`; linear [out, in] or convolution [out, in, h, w].
+
+    The sum over the rank runs in float64, so that neither the kind of CPU nor the number of threads shows in the
+    result. Rows go through the cache in blocks.
+    """
+    flat, a, b = weight.flatten(1), a.flatten(1).double(), b.flatten(1).double().mul(scale)
+    merged = torch.empty_like(flat)
+    rows = max(1, 2**18 // flat.shape[1])
+    for block in range(0, len(flat), rows):
+        part = slice(block, block + rows)
+        merged[part] = torch.addmm(flat[part].double(), b[part], a).to(weight.dtype)
+    return merged.view_as(weight)
+
+
+def _published_config(spec: LoraSpec, base: str) -> dict[str, Any]:
+    """`adapter_config.json` with the keys of peft 0.11, which rejects keys that later versions added."""
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian",
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": spec.resolved_alpha,
+        "lora_dropout": spec.dropout,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": sorted(spec.target_modules),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }

@@ -1,0 +1,191 @@
+"""Safetensors checkpoints tensor by tensor: read, fingerprint and write them without ever holding a whole model.
+
+Used by `prismo.models.merge`. The safetensors library maps whole files into memory, which counts as resident memory
+as pages are touched; this module reads and writes the byte ranges it needs (the format is a JSON header with offsets,
+followed by the data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prismo.models.openvla.loading import weight_files
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX = "model.safetensors.index.json"
+_SAMPLE = 4096  # bytes per tensor that enter a fingerprint
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: safetensors file.
+        dtype: its name in the format, e.g. "BF16".
+        shape: as stored.
+        start, size: bytes within the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        data = bytearray(self.size)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            view = memoryview(data)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{self.file} ended early while it was read; copy it again")
+                view = view[count:]
+        if not data:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder, in the order of its files.
+
+    Raises:
+        FileNotFoundError: no weights there, or a shard is missing.
+        ValueError: a file is truncated, or has a dtype that is not known here.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(Path(folder)):
+        tensors |= _read_header(file)
+    return tensors
+
+
+def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
+    """Identity of a set of weights, cheap to compute: names, shapes, dtypes and the first bytes of every tensor.
+
+    It does not depend on how the tensors are spread over files. Fine-tuned and merged weights differ from their base.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        stored = tensors[name]
+        digest.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            digest.update(file.read(min(_SAMPLE, stored.size)))
+    return digest.hexdigest()
+
+
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, StoredTensor],
+    produce: Callable[[str], Tensor],
+    *,
+    shard_bytes: int,
+    wrote: Callable[[int], None],
+) -> tuple[list[Path], dict[str, str]]:
+    """Write tensors one after the other as `model-0000i-of-0000n.safetensors`.
+
+    Args:
+        folder: existing folder.
+        layout: names, dtypes and shapes, in the order of writing.
+        produce: gives the tensor of a name; called once per tensor.
+        shard_bytes: upper limit per file (a larger tensor gets a file of its own).
+        wrote: called with the bytes of each tensor.
+
+    Returns:
+        The files, flushed to disk, and the index's `weight_map`.
+    """
+    shards = _split(layout, shard_bytes)
+    files, weight_map = [], {}
+    for i, names in enumerate(shards, start=1):
+        path = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        with path.open("wb") as file:
+            file.write(_header({name: layout[name] for name in names}))
+            for name in names:
+                tensor = produce(name)
+                if tuple(tensor.shape) != layout[name].shape or tensor.dtype != DTYPES[layout[name].dtype]:
+                    raise ValueError(f"{name}: produced {tensor.dtype} {list(tensor.shape)}, planned {layout[name]}")
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                wrote(layout[name].size)
+            file.flush()
+            os.fsync(file.fileno())
+        files.append(path)
+        weight_map |= dict.fromkeys(names, path.name)
+    return files, weight_map
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Entries of one safetensors file in the order of their data."""
+    broken = ValueError(f"{file} is truncated or not a safetensors file; copy or download it again")
+    total = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if total < 8 + length:
+            raise broken
+        try:
+            header = json.loads(handle.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise broken from error
+    header.pop("__metadata__", None)
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    tensors = {}
+    for name, entry in entries:
+        start, end = entry["data_offsets"]
+        if 8 + length + end > total:
+            raise broken
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return tensors
+
+
+def _header(entries: Mapping[str, StoredTensor]) -> bytes:
+    """Length and JSON header of a file that holds `entries` one after the other."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, stored in entries.items():
+        size = math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
+        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _split(layout: Mapping[str, StoredTensor], limit: int) -> list[list[str]]:
+    """Names per file, in order, so that no file exceeds `limit` bytes if it can be helped."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, stored in layout.items():
+        if shards[-1] and used + stored.size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += stored.size
+    return shards
+
+
+def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Bytes of data."""
+    return sum(stored.size for stored in tensors)
