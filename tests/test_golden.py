@@ -18,8 +18,10 @@ from prismo.align import AlignRecipe, SpatialForcing, VGGTAggregator, vision_tok
 from prismo.align.vggt import infer_config
 from prismo.data.normalize import parse_statistics, resolve_unnorm_key, unnormalize
 from prismo.embodiment import LIBERO
+from prismo.models.film import FiLMVisionBackbone
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
+from prismo.models.openvla.modeling import PrismaticVisionBackbone
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.processing import query
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
@@ -175,6 +177,32 @@ def test_diffusion(
         start=golden.normal_input("x0", 1, 8, 7),
     )
     close(to_environment(config, actions), expected["actions"])
+
+
+def test_film(vla: OpenVLAForActionPrediction, modules: ActionModules, inputs: Inputs, config: OpenVLAConfig) -> None:
+    expected = golden.figures("film.npz")
+    shapes = golden.sizes("film_shapes.json")
+    with torch.device("meta"):
+        backbone = FiLMVisionBackbone(PrismaticVisionBackbone(config.towers), vla.llm_dim)
+    state = {name: golden.weight(golden.salt("film"), name, shape) for name, shape in shapes.items()}
+    backbone.load_state_dict(state, strict=True, assign=True)
+    mask = vla.action_tokenizer.mask(inputs.text.labels)
+    plain, vla.vision_backbone = vla.vision_backbone, backbone
+    try:
+        with torch.no_grad():
+            out = vla(
+                inputs.text.input_ids[:1],
+                inputs.text.attention_mask[:1],
+                inputs.pixels[:1],
+                action_mask=mask[:1],
+                extra_tokens=modules.proprio_projector(inputs.proprio[:1]),
+                hidden_layers=(0,),
+            )
+    finally:
+        vla.vision_backbone = plain
+    inserted = out.hidden_states[0][:, 1 : 1 + out.inserted_tokens]
+    close(inserted[:, ::37], expected["projector_features"])
+    close(out.last_hidden_state[:, ::29], expected["last"])
 
 
 @pytest.fixture(scope="session")

@@ -257,7 +257,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if vision_tokens is None:
-            condition = self.language_mean(embeddings, action_mask) if self.vision_backbone.film else None
+            condition = self.language_condition(embeddings, action_mask, attention_mask)
             vision_tokens = self.project_vision(pixel_values, condition)
         if action_mask is not None:
             embeddings = _fill_actions(embeddings, action_mask, action_embeddings)
@@ -327,13 +327,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def _llm_attention(self) -> str:
         return self.language_model.config._attn_implementation or "eager"
 
-    @staticmethod
-    def language_mean(embeddings: Tensor, action_mask: Tensor | None) -> Tensor:
-        """FiLM's condition [B, D]: mean of all text embeddings but the action tokens (padding included, as trained)."""
-        if action_mask is None:
-            return embeddings.mean(dim=1)
-        keep = (~action_mask).unsqueeze(-1).to(embeddings.dtype)
-        return (embeddings * keep).sum(dim=1) / keep.sum(dim=1)
+    def language_condition(
+        self, embeddings: Tensor, action_mask: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """FiLM's condition [B, D] from text embeddings [B, L, D]; None for a model without FiLM."""
+        backbone = self.vision_backbone
+        return backbone.language_mean(embeddings, action_mask, attention_mask) if backbone.film else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on hidden states [..., D] -> float32 [..., vocabulary]. Ask only for the positions you need."""

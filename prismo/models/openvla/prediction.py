@@ -80,10 +80,8 @@ def predict_actions(
             return modules.head.predict(states).float()
         return _decode(vla, vla.logits(states).argmax(dim=-1)).unflatten(1, shape)
 
-    if vla.vision_backbone.film:
-        condition = vla.language_mean(vla.get_input_embeddings()(text.input_ids), mask)
-    else:
-        condition = None
+    embeddings = vla.get_input_embeddings()(text.input_ids)
+    condition = vla.language_condition(embeddings, mask, text.attention_mask)
     vision = vla.project_vision(pixel_values, condition)  # the same at every denoising step
 
     def action_hidden(noisy: Tensor, time_token: Tensor) -> Tensor:
