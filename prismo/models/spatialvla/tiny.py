@@ -40,7 +40,7 @@ _WORDS = (
 
 
 def tiny_config() -> SpatialVLAConfig:
-    """Sizes of the tiny model. ZoeDepth sees 96 pixels instead of 384, whatever its width it would take all the time."""
+    """Sizes of the tiny model. ZoeDepth sees 96 pixels instead of 384, or it would take nearly all of the time."""
     vocabulary = IMAGE_TOKEN + 1 + 8194
     return SpatialVLAConfig(
         text_config={
