@@ -1,0 +1,129 @@
+"""Where meshes, textures and scenes come from, and the folder that simulators may write to.
+
+LIBERO's assets (about 200 MB) are not in its package. In this order: a folder that the user names, the package's own
+`assets` folder, what a former download left, a download if the user allows one, the built-in stand-ins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.sim import standins
+from prismo.sim.suites import package_folder
+from prismo.util.files import atomic_folder
+
+log = logging.getLogger(__name__)
+
+ASSETS_VARIABLE = "PRISMO_LIBERO_ASSETS"
+CACHE_VARIABLE = "PRISMO_CACHE"
+HUB_REPOSITORY = "lerobot/libero-assets"  # the dataset repository that hf-libero itself downloads
+STAND_INS = "stand-ins"
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A folder laid out like LIBERO's `assets`, and where it comes from.
+
+    Attributes:
+        folder: holds `scenes`, `stable_hope_objects`, ...
+        source: "folder", "package", "hub", or "stand-ins": results made with those are smoke runs and must say so.
+    """
+
+    folder: Path
+    source: str
+
+    @property
+    def are_stand_ins(self) -> bool:
+        return self.source == STAND_INS
+
+
+def resolve_assets(folder: str | Path | None = None, *, download: bool = False) -> Assets:
+    """Find the assets; which ones is logged, loudly if they are stand-ins.
+
+    Args:
+        folder: the content of LIBERO's `assets` folder; default: the environment variable PRISMO_LIBERO_ASSETS.
+            "stand-ins" asks for the built-in ones.
+        download: allow fetching `lerobot/libero-assets` from the hub.
+
+    Raises:
+        FileNotFoundError: the named folder is missing or is not an assets folder.
+    """
+    folder = folder or os.environ.get(ASSETS_VARIABLE) or None
+    if folder is not None and str(folder) != STAND_INS:
+        return Assets(_check(Path(folder)), "folder")
+    if folder is None:
+        found = _installed() or (_download() if download else None)
+        if found is not None:
+            return found
+    log.warning(
+        "LIBERO's assets: none found, using the built-in stand-ins (boxes and cylinders). Fit for smoke runs only: "
+        "success rates do not compare with anything. For real results set %s to LIBERO's assets folder or allow the "
+        "download of %s.",
+        ASSETS_VARIABLE,
+        HUB_REPOSITORY,
+    )
+    return Assets(_stand_ins(), STAND_INS)
+
+
+def _check(folder: Path) -> Path:
+    if not (folder / "scenes").is_dir():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else None
+        raise FileNotFoundError(
+            f"{folder} is not LIBERO's assets folder: expected sub-folders such as scenes and stable_hope_objects, "
+            f"found {'no such folder' if found is None else found or 'an empty folder'}. "
+            f"Set {ASSETS_VARIABLE} to the right one, or to {STAND_INS!r} for a smoke run."
+        )
+    return folder.resolve()
+
+
+def _installed() -> Assets | None:
+    """Assets in the package, or downloaded before by us (hub cache) or by hf-libero."""
+    package = package_folder() / "assets"
+    if (package / "scenes").is_dir():
+        return Assets(package, "package")
+    former = Path.home() / ".cache" / "libero" / "assets"
+    if (former / "scenes").is_dir():
+        return Assets(former, "hub")
+    return _download(local_files_only=True)
+
+
+def _download(*, local_files_only: bool = False) -> Assets | None:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 (an assets folder needs no hub client)
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        folder = snapshot_download(HUB_REPOSITORY, repo_type="dataset", local_files_only=local_files_only)
+    except LocalEntryNotFoundError:
+        if not local_files_only:
+            raise
+        return None
+    return Assets(_check(Path(folder)), "hub")
+
+
+def _stand_ins() -> Path:
+    """The generated stand-ins; the folder's name holds the generator's hash, so that an old set is never used."""
+    folder = cache_folder() / f"stand-ins-{standins.fingerprint()}"
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            standins.write(temporary)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Our own folder for what simulators write: configuration, compiled code, stand-ins. Not the home folder.
+
+    PRISMO_CACHE names it; default: `prismo-<user id>` among the temporary files, readable by its owner only.
+
+    Raises:
+        PermissionError: somebody else owns it (compiled code is executed, so it must not come from others).
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"prismo-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user; set {CACHE_VARIABLE} to a folder of your own")
+    return folder

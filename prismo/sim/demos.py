@@ -1,0 +1,202 @@
+"""Demonstrations in LIBERO's HDF5 schema: recording, writing and reading.
+
+`<task>_demo.hdf5` holds `data/demo_<i>` with `actions`, `states`, `robot_states`, `rewards`, `dones` and `obs/...`, as
+LIBERO publishes them and as OpenVLA's regeneration keeps them, so existing readers work on our files. Every finished
+demonstration is one small file of its own until its task is complete: a killed run loses none.
+
+Pictures are stored as the simulator makes them (first row at the bottom); the turn by 180 degrees belongs to the step
+that makes RLDS data.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from prismo.sim.interface import (
+    AGENT_CAMERA,
+    SETTLE_STEPS,
+    WRIST_CAMERA,
+    SimInfo,
+    SimulatorError,
+    quat_to_axis_angle,
+)
+from prismo.sim.suites import Task
+from prismo.util.files import atomic_write
+
+AGENT_VIEW = "agentview_rgb"
+WRIST_VIEW = "eye_in_hand_rgb"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One episode of T actions; entry t of everything else is what was there before action t.
+
+    Attributes:
+        actions: float64 [T, 7]: six deltas in [-1, 1]; gripper -1 open, +1 close.
+        states: float64 [T, 1 + nq + nv]. `states[0]` is the initial state before the objects came to rest: replay sets
+            it, waits 10 steps and goes on with `actions[0]`.
+        robot_states: float64 [T, 9]: two finger positions (m), end-effector position (m), quaternion (x, y, z, w).
+        gripper_states: float64 [T, 2], m.
+        joint_states: float64 [T, 7], rad.
+        ee_states: float64 [T, 6]: position (m), axis-angle (rad).
+        agentview_rgb: uint8 [T, H, W, 3], not turned; None if nothing was drawn.
+        eye_in_hand_rgb: the wrist camera, likewise.
+        seed: of the scene (poses of fixtures), None in files that do not say it.
+    """
+
+    actions: np.ndarray
+    states: np.ndarray
+    robot_states: np.ndarray
+    gripper_states: np.ndarray
+    joint_states: np.ndarray
+    ee_states: np.ndarray
+    agentview_rgb: np.ndarray | None = None
+    eye_in_hand_rgb: np.ndarray | None = None
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+_ARRAYS = tuple(field.name for field in fields(Demo) if field.name != "seed")
+
+
+class Recorder:
+    """Collects a `Demo` from an environment: call `add` before every action.
+
+    Args:
+        env: a `prismo.sim.libero.LiberoEnv` that was reset to `init_state`.
+        init_state: becomes `states[0]`.
+        seed: of that reset.
+    """
+
+    def __init__(self, env: Any, init_state: np.ndarray, seed: int) -> None:
+        self._env = env
+        self._init_state = init_state
+        self._seed = seed
+        self._rows: list[dict[str, np.ndarray | None]] = []
+
+    def add(self, action: np.ndarray) -> None:
+        """Note the action about to be executed and what is there before it."""
+        env = self._env
+        axis_angle = quat_to_axis_angle(env.eef_quat)
+        row = {
+            "actions": np.array(action, dtype=np.float64),
+            "states": env.sim_state() if self._rows else np.array(self._init_state),
+            "robot_states": np.concatenate([env.gripper_qpos, env.eef_pos, env.eef_quat]),
+            "gripper_states": env.gripper_qpos.copy(),
+            "joint_states": env.joint_pos.copy(),
+            "ee_states": np.concatenate([env.eef_pos, axis_angle]),
+        }
+        for name, camera in ((AGENT_VIEW, AGENT_CAMERA), (WRIST_VIEW, WRIST_CAMERA)):
+            image = env.image(camera)
+            row[name] = None if image is None else image[::-1, ::-1]
+        self._rows.append(row)
+
+    def demo(self) -> Demo:
+        """All that was added.
+
+        Raises:
+            SimulatorError: nothing was.
+        """
+        if not self._rows:
+            raise SimulatorError("an episode without actions is no demonstration")
+        columns = {name: [row[name] for row in self._rows] for name in _ARRAYS}
+        arrays = {name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()}
+        return Demo(**arrays, seed=self._seed)
+
+
+def demo_file_name(task: Task) -> str:
+    """LIBERO's file name for a task's demonstrations; readers take the instruction from it."""
+    return f"{task.name}_demo.hdf5"
+
+
+def write_demo(path: Path, demo: Demo) -> None:
+    """Write one demonstration to a file of its own, atomically."""
+    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+        group = file.create_group("demo")
+        group.attrs["num_samples"] = len(demo)
+        group.attrs["init_state"] = demo.states[0]
+        if demo.seed is not None:
+            group.attrs["seed"] = demo.seed
+        group.attrs["settle_steps"] = SETTLE_STEPS
+        for name in ("actions", "states", "robot_states"):
+            group[name] = getattr(demo, name)
+        ends = np.zeros(len(demo), dtype=np.uint8)
+        ends[-1] = 1
+        group["rewards"], group["dones"] = ends, ends
+        observations = group.create_group("obs")
+        for name in ("gripper_states", "joint_states", "ee_states"):
+            observations[name] = getattr(demo, name)
+        observations["ee_pos"], observations["ee_ori"] = demo.ee_states[:, :3], demo.ee_states[:, 3:]
+        for name in (AGENT_VIEW, WRIST_VIEW):
+            images = getattr(demo, name)
+            if images is not None:
+                observations.create_dataset(
+                    name, data=images, chunks=(1, *images.shape[1:]), compression="gzip", compression_opts=1
+                )
+
+
+def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) -> None:
+    """Join files of `write_demo` into the task's HDF5 file, atomically.
+
+    Args:
+        target: the `<task>_demo.hdf5` to write.
+        parts: demonstration index -> file.
+        task: goes into the attributes that LIBERO's readers look at.
+        info: assets and versions, so that data made with stand-ins can be told.
+    """
+    with atomic_write(target) as temporary, h5py.File(temporary, "w") as file:
+        data = file.create_group("data")
+        total = 0
+        for index, part in sorted(parts.items()):
+            with h5py.File(part, "r") as source:
+                source.copy("demo", data, name=f"demo_{index}")
+            total += int(data[f"demo_{index}"].attrs["num_samples"])
+        problem = {"domain_name": "robosuite", "language_instruction": task.language}
+        data.attrs.update(
+            {
+                "tag": "libero-v1",
+                "problem_info": json.dumps(problem),
+                "bddl_file_name": f"{task.suite}/{task.bddl_file.name}",
+                "env_args": json.dumps({"type": 1, "env_kwargs": {"control_freq": 20, "controller": "OSC_POSE"}}),
+                "macros_image_convention": "opengl",
+                "num_demos": len(parts),
+                "total": total,
+                "assets": info.assets,
+                "versions": json.dumps(info.versions),
+            }
+        )
+
+
+def demo_indices(path: Path) -> list[int]:
+    """The demonstrations of a file, in numeric order (they may have gaps)."""
+    with h5py.File(path, "r") as file:
+        return sorted(int(name.removeprefix("demo_")) for name in file["data"])
+
+
+def read_demo(path: Path, index: int, *, images: bool = True) -> Demo:
+    """Demonstration `index` of a LIBERO HDF5 file: ours, OpenVLA's regenerated ones, or LIBERO's raw ones.
+
+    Raises:
+        ValueError: the file lacks it, or something in it.
+    """
+    with h5py.File(path, "r") as file:
+        group = file.get(f"data/demo_{index}")
+        if group is None:
+            raise ValueError(f"{path} has no demonstration {index}; it has {demo_indices(path)}")
+        arrays: dict[str, np.ndarray | None] = {}
+        for name in _ARRAYS:
+            dataset = group.get(name, group["obs"].get(name))
+            is_image = name in (AGENT_VIEW, WRIST_VIEW)
+            if dataset is None and not is_image:
+                raise ValueError(f"{path}: data/demo_{index} lacks {name!r}; expected LIBERO's schema")
+            arrays[name] = None if dataset is None or (is_image and not images) else dataset[()]
+        seed = group.attrs.get("seed")
+    return Demo(**arrays, seed=None if seed is None else int(seed))

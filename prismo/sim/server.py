@@ -1,0 +1,117 @@
+"""The simulator process: answers `prismo.sim.worker.SimWorker` over a pipe until the pipe closes.
+
+Started as `python -m prismo.sim.server <file descriptor>`. Each request is (command, arguments); each answer is
+("ok", result) or ("error", message). An error leaves the process usable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import traceback
+import types
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prismo.sim.assets import Assets, cache_folder
+from prismo.sim.gl import GLBackend
+from prismo.sim.interface import SimInfo, SimulatorError
+from prismo.sim.suites import package_folder
+from prismo.util.files import atomic_write
+
+
+def prepare_process(assets: Assets, backend: GLBackend | None) -> None:
+    """Set this process up for robosuite and LIBERO; call it once, before anything imports MuJoCo.
+
+    Without it, LIBERO asks for folders on stdin and writes ~/.libero, robosuite logs to a file in /tmp that it shares
+    with all users and picks a GPU by misreading CUDA_VISIBLE_DEVICES, numba, matplotlib and Mesa write to the home
+    folder.
+    """
+    cache = cache_folder()
+    variables: dict[str, str | None] = {
+        "LIBERO_CONFIG_PATH": str(_write_libero_config(cache, assets)),
+        "NUMBA_CACHE_DIR": str(cache / "numba"),
+        "MPLCONFIGDIR": str(cache / "matplotlib"),
+        "MESA_SHADER_CACHE_DISABLE": "true",
+        "__GL_SHADER_DISK_CACHE_PATH": str(cache),
+    }
+    # One thread per simulator: two processes with one thread each draw 1.5 times as much as one with two.
+    for name in ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        variables[name] = os.environ.get(name, "1")
+    variables |= backend.environment() if backend is not None else {"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": None}
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    (cache / "matplotlib").mkdir(exist_ok=True)
+    # robosuite's own hook for site settings: no log file, and no warning that the hook is missing.
+    macros = types.ModuleType("robosuite.macros_private")
+    macros.FILE_LOGGING_LEVEL = None
+    macros.CONSOLE_LOGGING_LEVEL = "ERROR"
+    sys.modules["robosuite.macros_private"] = macros
+
+
+def _write_libero_config(cache: Path, assets: Assets) -> Path:
+    """The folder with the `config.yaml` that LIBERO would otherwise ask for; one per set of folders."""
+    root = package_folder()
+    text = yaml.safe_dump(
+        {
+            "benchmark_root": str(root),
+            "bddl_files": str(root / "bddl_files"),
+            "init_states": str(root / "init_files"),
+            "datasets": str(cache / "datasets"),
+            "assets": str(assets.folder),
+        }
+    )
+    folder = cache / f"libero-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    with atomic_write(folder / "config.yaml") as temporary:
+        temporary.write_text(text)
+    return folder
+
+
+class _Session:
+    """One simulator: `start` prepares the process, everything else goes to `prismo.sim.commands.Commands`."""
+
+    def __init__(self) -> None:
+        self._commands: Any = None
+
+    def answer(self, command: str, arguments: dict[str, Any]) -> Any:
+        if command == "start":
+            return self._start(**arguments)
+        return getattr(self._commands, command)(**arguments)
+
+    def _start(self, assets: Assets, backend: GLBackend | None, image_size: int) -> SimInfo:
+        prepare_process(assets, backend)
+        from prismo.sim.commands import Commands  # noqa: PLC0415 (imports MuJoCo, robosuite and LIBERO)
+
+        self._commands = Commands(assets, backend, image_size)
+        return self._commands.info()
+
+
+def main(pipe: Connection) -> None:
+    """Serve requests until the parent is gone."""
+    session = _Session()
+    while True:
+        try:
+            command, arguments = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = ("ok", session.answer(command, arguments))
+        except SimulatorError as error:
+            answer = ("error", str(error))
+        except Exception:
+            answer = ("error", traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))

@@ -1,0 +1,190 @@
+"""LIBERO's suites, tasks and initial states, read from the installed package without importing it.
+
+Importing LIBERO asks questions on stdin and pulls in robosuite; listing tasks needs neither. Used by the evaluation,
+the scripted expert and the dataset scripts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismo.util.files import read_json
+from prismo.util.text import did_you_mean
+
+# Policy steps before an episode counts as failed, after the longest human demonstration of each suite: 193, 254, 270,
+# 505 and 373 steps (OpenVLA's protocol; the settle steps come on top).
+MAX_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+SUITES = tuple(MAX_STEPS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite.
+
+    Attributes:
+        suite: e.g. "libero_object".
+        index: position in the suite (task order 0 of the benchmark).
+        name: as in LIBERO's file names.
+        language: the instruction; from the file name, as in the training data, not from the BDDL file, whose wording
+            differs ("Pick the milk ..." there, "pick up the milk ..." here).
+        bddl_file: scene and goal.
+        init_states_file: the benchmark's 50 initial states.
+    """
+
+    suite: str
+    index: int
+    name: str
+    language: str
+    bddl_file: Path
+    init_states_file: Path
+
+
+def package_folder() -> Path:
+    """The folder `libero/libero` of the installed hf-libero (or a LIBERO checkout on the path).
+
+    Raises:
+        ModuleNotFoundError: LIBERO is not installed.
+    """
+    spec = importlib.util.find_spec("libero")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "libero"
+        if (folder / "bddl_files").is_dir():
+            return folder
+    raise ModuleNotFoundError(
+        "LIBERO is not installed: `make setup` installs it, or "
+        "`pip install 'prismo[libero]' && pip install --no-deps hf-libero robosuite==1.4.0 bddl==1.0.1`"
+    )
+
+
+@functools.cache
+def load_tasks(suite: str) -> tuple[Task, ...]:
+    """The tasks of a suite in benchmark order.
+
+    Raises:
+        ValueError: unknown suite; the message lists them.
+    """
+    if suite not in SUITES:
+        raise ValueError(did_you_mean("LIBERO suite", suite, SUITES))
+    root = package_folder()
+    spec = importlib.util.spec_from_file_location("_libero_tasks", root / "benchmark" / "libero_suite_task_map.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # a bare table; its package's __init__, which asks questions, is not run
+    return tuple(
+        Task(
+            suite=suite,
+            index=index,
+            name=name,
+            language=_language(name),
+            bddl_file=root / "bddl_files" / suite / f"{name}.bddl",
+            init_states_file=root / "init_files" / suite / f"{name}.pruned_init",
+        )
+        for index, name in enumerate(module.libero_task_map[suite])
+    )
+
+
+def load_task(suite: str, task_id: int) -> Task:
+    """Task `task_id` (0-based) of a suite.
+
+    Raises:
+        ValueError: unknown suite, or an index outside of it.
+    """
+    tasks = load_tasks(suite)
+    if not 0 <= task_id < len(tasks):
+        raise ValueError(f"{suite} has tasks 0 to {len(tasks) - 1}; found task {task_id}")
+    return tasks[task_id]
+
+
+def _language(name: str) -> str:
+    # "KITCHEN_SCENE3_turn_on_the_stove": the scene is no part of the instruction.
+    if name[0].isupper():
+        _, _, name = name.partition("SCENE")
+        name = name.lstrip("0123456789").lstrip("_")
+    return name.replace("_", " ")
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Rebuilds numpy arrays and nothing else: initial states are data, whoever made the file."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_init_states(path: str | Path) -> np.ndarray:
+    """A LIBERO `.init` / `.pruned_init` file as float64 [N, 1 + nq + nv] (time, positions, velocities).
+
+    The files are torch archives around one pickled numpy array; torch is not needed, and no code in them is run.
+
+    Raises:
+        ValueError: the file is not such an archive, or holds anything but an array.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
+            states = _NumpyUnpickler(io.BytesIO(archive.read(name))).load()
+    except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no LIBERO initial-state file ({error}); reinstall hf-libero") from error
+    states = np.asarray(states, dtype=np.float64)
+    if states.ndim != 2:
+        raise ValueError(f"{path}: expected an array [states, numbers], found shape {states.shape}")
+    return states
+
+
+@functools.cache
+def load_init_states(suite: str, task_id: int) -> np.ndarray:
+    """The benchmark's initial states of a task, float64 [50, 1 + nq + nv], read-only."""
+    states = read_init_states(load_task(suite, task_id).init_states_file)
+    states.setflags(write=False)
+    return states
+
+
+def read_custom_init_states(path: str | Path, task: Task) -> dict[int, np.ndarray]:
+    """Initial states of `task` from an `--initial_states_path` JSON file, by demonstration index.
+
+    The file maps task (instruction with underscores) to `demo_<i>` to `{"success": bool, "initial_state": [...]}`, as
+    `scripts/regenerate_libero_dataset.py` writes it. Failed demonstrations are left out, as in the original protocol,
+    so indices may have gaps.
+
+    Raises:
+        ValueError: the task is not in the file, or none of its demonstrations succeeded.
+    """
+    content = read_json(path)
+    key = task.language.replace(" ", "_")
+    if key not in content:
+        raise ValueError(f"{path}: {did_you_mean('task', key, content)}")
+    states = {
+        int(name.removeprefix("demo_")): np.asarray(demo["initial_state"], dtype=np.float64)
+        for name, demo in content[key].items()
+        if demo["success"]
+    }
+    if not states:
+        raise ValueError(f"{path}: no demonstration of {key!r} succeeded, so there is no state to start from")
+    return dict(sorted(states.items()))

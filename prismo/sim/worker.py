@@ -1,0 +1,233 @@
+"""`SimWorker`: a LIBERO simulator in its own process, with time-outs and restart. What evaluation talks to.
+
+This side never imports MuJoCo, so that the process with the model stays free of OpenGL.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+import prismo
+from prismo.sim.assets import Assets, resolve_assets
+from prismo.sim.gl import GLBackend, choose_backend
+from prismo.sim.interface import (
+    SETTLE_STEPS,
+    Observation,
+    Render,
+    SimInfo,
+    SimulatorCrashed,
+    SimulatorError,
+    SimulatorTimeout,
+    StepResult,
+)
+
+log = logging.getLogger(__name__)
+
+_LOG_TAIL_LINES = 15
+_GRACE_S = 3.0
+
+
+class SimWorker:
+    """A simulator process, started at the first `reset` and again at the `reset` after it died or hung.
+
+    An episode is a function of (task, initial state, seed, actions), so repeating a lost one gives the same episode.
+    Use it as a context manager, or call `close`. Not thread-safe; use one worker per thread.
+
+    Args:
+        assets: default: `prismo.sim.assets.resolve_assets()`.
+        cameras: False for a simulator that draws nothing (no OpenGL needed, faster, less memory).
+        image_size: height and width of the pictures.
+        cuda_device: draw on the GPU of this machine-wide CUDA ordinal (`prismo.sim.gl.physical_cuda_index`).
+        reset_timeout: seconds for a reset; building a scene takes 1 to 5, on a loaded machine much more.
+        step_timeout: seconds for a chunk of actions, plus `step_timeout / 10` per action.
+    """
+
+    def __init__(
+        self,
+        assets: Assets | None = None,
+        *,
+        cameras: bool = True,
+        image_size: int = 256,
+        cuda_device: int | None = None,
+        reset_timeout: float = 300.0,
+        step_timeout: float = 60.0,
+    ) -> None:
+        self._arguments = {
+            "assets": assets or resolve_assets(),
+            "backend": choose_backend(cuda_device) if cameras else None,
+            "image_size": image_size,
+        }
+        self._reset_timeout = reset_timeout
+        self._step_timeout = step_timeout
+        self._process: subprocess.Popen | None = None
+        self._pipe: multiprocessing.connection.Connection | None = None
+        self._log: IO[bytes] | None = None
+        self._info: SimInfo | None = None
+
+    def __enter__(self) -> SimWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def assets(self) -> Assets:
+        return self._arguments["assets"]
+
+    @property
+    def backend(self) -> GLBackend | None:
+        """How pictures are drawn; None without cameras."""
+        return self._arguments["backend"]
+
+    @property
+    def info(self) -> SimInfo:
+        """Assets, renderer and versions, for result files. Starts the process if need be."""
+        self.start()
+        return self._info
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None while none runs."""
+        return self._process.pid if self._process else None
+
+    def reset(
+        self,
+        suite: str,
+        task_id: int,
+        init_state: int | np.ndarray,
+        *,
+        seed: int = 0,
+        settle_steps: int = SETTLE_STEPS,
+    ) -> Observation:
+        """Start an episode and let the objects come to rest.
+
+        Args:
+            suite: e.g. "libero_object".
+            task_id: 0-based index in the suite.
+            init_state: index among the benchmark's initial states, or one as float64 [1 + nq + nv].
+            seed: for what initial states leave open (the poses of cabinets, stoves and racks). Vary it per episode to
+                sample as the benchmark does.
+            settle_steps: control steps without motion before the first observation.
+
+        Raises:
+            SimulatorError: wrong task or state, or a scene that cannot be built; the worker stays usable.
+            SimulatorCrashed, SimulatorTimeout: the process is gone; the next `reset` starts a new one.
+        """
+        arguments = {"suite": suite, "task_id": task_id, "init_state": init_state, "seed": seed}
+        self.start()
+        return self._call("reset", self._reset_timeout, **arguments, settle_steps=settle_steps)
+
+    def step_chunk(self, actions: np.ndarray, render: Render = "last") -> StepResult:
+        """Execute actions until the task succeeds or they end.
+
+        Args:
+            actions: float [n, 7]: six end-effector deltas in [-1, 1] (5 cm, 0.5 rad at 1); gripper -1 open, +1 close.
+            render: "last" draws only the observation that is returned, "all" every step (frames for a video), "none"
+                nothing.
+
+        Raises:
+            ValueError: wrong shape, or numbers that are not finite.
+            SimulatorError: no episode is running; after SimulatorCrashed or SimulatorTimeout start it again with
+                `reset`.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        if actions.ndim != 2 or actions.shape[1] != 7 or len(actions) == 0 or not np.isfinite(actions).all():
+            raise ValueError(
+                f"expected finite actions of shape [n, 7], found shape {actions.shape}"
+                f"{'' if np.isfinite(actions).all() else ' with NaN or infinity'}"
+            )
+        if self._process is None:
+            raise SimulatorError("no episode is running: call reset first")
+        timeout = self._step_timeout * (1 + len(actions) / 10)
+        return self._call("step_chunk", timeout, actions=actions, render=render)
+
+    def request(self, command: str, timeout: float, **arguments: Any) -> Any:
+        """Any command of `prismo.sim.commands.Commands`, e.g. a whole episode of the expert."""
+        self.start()
+        return self._call(command, timeout, **arguments)
+
+    def start(self) -> None:
+        """Start the process unless it runs."""
+        if self._process is not None:
+            return
+        self._pipe, child = multiprocessing.Pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        # Not multiprocessing's spawn: that would run the caller's main script (torch, perhaps TensorFlow) in the child.
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([_import_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONSAFEPATH": "1",  # a folder called `libero` where the user stands must not hide the package
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "prismo.sim.server", str(child.fileno())],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[child.fileno()],
+            start_new_session=True,  # Ctrl-C is for the parent, which then closes the worker
+        )
+        child.close()
+        self._info = self._call("start", self._reset_timeout, **self._arguments)
+
+    def _call(self, command: str, timeout: float, **arguments: Any) -> Any:
+        try:
+            self._pipe.send((command, arguments))
+            if not self._pipe.poll(timeout):
+                tail = self._kill()
+                raise SimulatorTimeout(f"the simulator did not answer {command!r} within {timeout:.0f} s{tail}")
+            status, result = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            code = self._wait()
+            raise SimulatorCrashed(f"the simulator died during {command!r} ({code}){self._kill()}") from error
+        except KeyboardInterrupt:
+            self._kill()  # its answer would be taken for that of the next call
+            raise
+        if status == "error":
+            raise SimulatorError(result)
+        return result
+
+    def _wait(self) -> str:
+        try:
+            code = self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
+        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+    def _kill(self) -> str:
+        """Make sure that the process is gone; return the end of its output for an error message."""
+        process, self._process = self._process, None
+        if process is None:
+            return ""
+        process.kill()
+        process.wait()
+        self._pipe.close()
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_TAIL_LINES:]
+        self._log.close()
+        return "; its last output:\n" + "\n".join(lines) if lines else ""
+
+    def close(self) -> None:
+        """End the process; a later `reset` starts a new one."""
+        if self._process is None:
+            return
+        self._pipe.close()  # the child leaves at the end of its input
+        try:
+            self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            log.debug("simulator %d did not leave by itself", self._process.pid)
+        self._kill()
+
+
+def _import_root() -> str:
+    """The folder that holds the `prismo` package of this process, for the child to import the same one."""
+    return str(Path(prismo.__file__).resolve().parents[1])

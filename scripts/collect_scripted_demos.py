@@ -1,0 +1,78 @@
+"""Collect demonstrations of the scripted expert in LIBERO's HDF5 schema, or measure how often it succeeds.
+
+    python scripts/collect_scripted_demos.py --task_suite_name libero_object --output_dir demos/libero_object
+    python scripts/collect_scripted_demos.py --task_suite_name libero_object --dry_run true
+
+Writes {output_dir}/{task}_demo.hdf5 for scripts/build_rlds_dataset.py; an interrupted run continues where it stopped.
+`--dry_run true` draws and writes nothing and prints the success rates only.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+from tqdm import tqdm
+
+from prismo.sim import SimWorker
+from prismo.sim.assets import resolve_assets
+from prismo.sim.collect import Attempt, Collection, Outcome, expert_task_ids, run_attempts, table
+
+
+@dataclass
+class CollectConfig:
+    # libero_object, or libero_spatial (some tasks)
+    task_suite_name: str = "libero_object"
+    # Only these tasks (0-based), e.g. "[0, 5]". Default: all that the expert knows
+    task_ids: list[int] | None = None
+    # Episodes per task, from initial state 0 on; only successes are kept
+    num_demos_per_task: int = 50
+    # Folder of the HDF5 files
+    output_dir: Path = Path("demos/scripted")
+    # Simulator processes
+    num_workers: int = 2
+    # Standard deviation of the noise on the expert's actions (0.05 is 2.5 mm)
+    noise: float = 0.05
+    # Height and width of the pictures
+    image_size: int = 256
+    # Seed of scenes and noise: episode k of a task uses seed + k
+    seed: int = 0
+    # Folder of LIBERO's assets, or "stand-ins". Default: PRISMO_LIBERO_ASSETS, what is installed, stand-ins
+    libero_assets: str | None = None
+    # Fetch LIBERO's assets (200 MB) from the hub where none are found
+    download_assets: bool = False
+    # Print success rates only
+    dry_run: bool = False
+
+
+@draccus.wrap()
+def main(cfg: CollectConfig) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tasks = expert_task_ids(cfg.task_suite_name, cfg.task_ids)
+    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+    collection = None if cfg.dry_run else Collection(cfg.output_dir, cfg.noise, assets.source)
+    attempts = [
+        Attempt(cfg.task_suite_name, task, index, cfg.seed + index)
+        for task in tasks
+        for index in range(cfg.num_demos_per_task)
+    ]
+
+    def make_worker() -> SimWorker:
+        return SimWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
+
+    outcomes: list[Outcome] = []
+    results = run_attempts(attempts, make_worker, num_workers=cfg.num_workers, noise=cfg.noise, collection=collection)
+    with tqdm(total=len(attempts), unit="episode", desc=cfg.task_suite_name) as progress:
+        for outcome in results:
+            outcomes.append(outcome)
+            progress.set_postfix_str(f"{sum(o.success for o in outcomes)} successes")
+            progress.update()
+    print(f"Scripted expert, assets: {assets.source}, noise {cfg.noise}\n{table(outcomes)}")
+    if collection is not None:
+        with make_worker() as worker:
+            files = collection.finish(outcomes, worker)
+        print(f"{len(files)} files in {cfg.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
