@@ -102,7 +102,7 @@ def write_shards(
     produce: Callable[[str], Tensor],
     *,
     shard_bytes: int,
-    wrote: Callable[[int], None],
+    wrote: Callable[[int], object],
 ) -> tuple[list[Path], dict[str, str]]:
     """Write tensors one after the other as `model-0000i-of-0000n.safetensors`.
 

@@ -1,0 +1,403 @@
+"""Fold a LoRA adapter into its base model, file to file, without ever holding a model in memory.
+
+`vla-scripts/merge_lora_weights_and_save.py` and the trainer call `merge`. The result has the layout of a published
+fine-tuned checkpoint. Every weight is `W + scale * B @ A` on the CPU, rounded once to the base's dtype, so the bytes
+are the same on every machine (the original merges in bf16, and its results depend on the GPU).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from prismo import __version__
+from prismo.data.normalize import load_statistics, statistics_to_json
+from prismo.models.component_files import find_component
+from prismo.models.film import add_film
+from prismo.models.lora import (
+    ADAPTER_FOLDER,
+    LoraSpec,
+    add_lora,
+    base_copies,
+    match_adapter,
+    merged_weight,
+    open_adapter,
+    read_adapter_spec,
+)
+from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
+from prismo.models.openvla.loading import check_folder
+from prismo.models.weight_files import INDEX, StoredTensor, fingerprint, stored_tensors, total_bytes, write_shards
+from prismo.util.files import read_json, write_json
+
+_LOG = logging.getLogger(__name__)
+MARKER = "merge.json"
+_TEMPORARY = ".merging"
+_FILM = "vision_backbone.vision_backbone."
+_BESIDE_WEIGHTS = (
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "*.py",  # the original's model code, which config.json may name; copied, never run
+)
+_OF_CHECKPOINT = ("*_checkpoint.pt", "dataset_statistics.json")
+
+
+@dataclass(frozen=True)
+class MergeChecks:
+    """How far a merged checkpoint is from base + adapter, as measured by `verify_merge`.
+
+    Attributes:
+        weight_error: largest error of a sampled weight in units of the rounding of its dtype (at most 1 is perfect).
+        output_error: largest error of a layer's output on a random input, in standard deviations of what rounding the
+            weights may cause (10 is the limit).
+    """
+
+    weight_error: float
+    output_error: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        folder: holds the merged checkpoint.
+        adapted_tensors: weights that were changed.
+        copied_tensors: weights that are the base's, bit for bit.
+        bytes: size of the weights.
+        seconds: wall time.
+        checks: result of `verify_merge`, None if it was left out.
+    """
+
+    folder: Path
+    adapted_tensors: int
+    copied_tensors: int
+    bytes: int
+    seconds: float
+    checks: MergeChecks | None
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that fits: which factors belong to which weight.
+
+    Attributes:
+        file: opened safetensors file.
+        spec: rank and scale.
+        keys: name of a base weight -> keys of A and B in the file.
+    """
+
+    file: safe_open
+    spec: LoraSpec
+    keys: dict[str, tuple[str, str]]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        a, b = self.keys[name]
+        return self.file.get_tensor(a), self.file.get_tensor(b)
+
+
+def merge(
+    base: str | Path,
+    checkpoint_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = True,
+    shard_bytes: int = 5_000_000_000,
+) -> MergeReport:
+    """Write base + adapter as a complete checkpoint.
+
+    Args:
+        base: folder of the model that the adapter was trained on, or a hub id (the local cache is used if it is there).
+        checkpoint_dir: holds `lora_adapter/` and `dataset_statistics.json`.
+        output: folder to write to; None = `checkpoint_dir`, as the original does. Another folder also gets the side
+            modules and processor files.
+        overwrite: replace merged weights that are already there.
+        verify: read the result back and compare it with base + adapter (`verify_merge`) before it appears.
+        progress: show progress bars.
+        shard_bytes: upper limit of a weight file.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing, does not fit, or would merge an adapter twice. Nothing has
+            been written then.
+        OSError: the disk is too small.
+    """
+    began = time.monotonic()
+    checkpoint_dir = Path(checkpoint_dir)
+    output = Path(output) if output is not None else checkpoint_dir
+    base_folder = resolve_base(base)
+    with _opened(base_folder, checkpoint_dir) as (tensors, adapter):
+        marker = _marker(base, base_folder, tensors, checkpoint_dir, adapter)
+        _refuse_overwriting(base_folder, output, overwrite)
+        statistics = load_statistics(checkpoint_dir / "dataset_statistics.json")
+        _check_space(output, total_bytes(tensors.values()))
+        temporary = output / _TEMPORARY
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed merge
+        temporary.mkdir(parents=True)
+        try:
+            _write_weights(temporary, tensors, adapter, shard_bytes, progress)
+            checks = _verify(tensors, adapter, temporary, progress) if verify else None
+            config = read_json(base_folder / "config.json") | {"norm_stats": statistics_to_json(statistics)}
+            write_json(temporary / "config.json", config)
+            write_json(temporary / MARKER, marker | {"checks": asdict(checks) if checks else None})
+            _publish(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _copy_missing(base_folder, checkpoint_dir, output)
+    adapted = len(adapter.keys)
+    size = total_bytes(tensors.values())
+    return MergeReport(output, adapted, len(tensors) - adapted, size, time.monotonic() - began, checks)
+
+
+def verify_merge(
+    base: str | Path, checkpoint_dir: str | Path, merged: str | Path, *, progress: bool = True
+) -> MergeChecks:
+    """Prove that the weights in `merged` are base + adapter, whoever wrote them.
+
+    Every tensor is read back. One without an adapter must be the base's, bit for bit. Of one with an adapter, some rows
+    are compared weight by weight with the exact sum, and all rows by their product with a random input, for which
+    `W x + scale * B (A x)` is computed without forming `B A`.
+
+    Raises:
+        ValueError: naming the first tensor that differs by more than rounding.
+    """
+    with _opened(resolve_base(base), Path(checkpoint_dir)) as (tensors, adapter):
+        return _verify(tensors, adapter, Path(merged), progress)
+
+
+def resolve_base(base: str | Path) -> Path:
+    """Folder of a base model: `base` itself, or the local copy of a hub id (downloaded if it is not in the cache)."""
+    check_folder(base)
+    if Path(base).is_dir():
+        return Path(base)
+    patterns = ["*.json", "*.safetensors", "*.py", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(str(base), allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        _LOG.info("downloading %s", base)
+        return Path(snapshot_download(str(base), allow_patterns=patterns))
+
+
+@contextmanager
+def _opened(base_folder: Path, checkpoint_dir: Path) -> Iterator[tuple[dict[str, StoredTensor], _Adapter]]:
+    """Base tensors and adapter, after checking that both fit the model and each other."""
+    check_folder(base_folder)
+    tensors = stored_tensors(base_folder)
+    folder = checkpoint_dir / ADAPTER_FOLDER
+    spec = read_adapter_spec(folder)
+    with open_adapter(folder) as file:
+        keys = _match(file, spec, base_folder, tensors, checkpoint_dir)
+        for key in base_copies(file):
+            own = tensors.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            if own is None or not torch.equal(own.read(), file.get_tensor(key)):
+                raise ValueError(
+                    f"{folder} was trained on another base model than {base_folder}: its copy of {key} differs. "
+                    "Pass the model that training started from as --base_checkpoint"
+                )
+        yield tensors, _Adapter(file, spec, keys)
+
+
+def _match(
+    file: safe_open, spec: LoraSpec, base_folder: Path, tensors: dict[str, StoredTensor], checkpoint_dir: Path
+) -> dict[str, tuple[str, str]]:
+    """Base weight -> keys of its two factors. Names and shapes come from the model itself, built without memory."""
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(base_folder))
+        for name, parameter in model.state_dict().items():
+            shape = tensors[name].shape if name in tensors else None
+            if shape != tuple(parameter.shape):
+                raise ValueError(f"{base_folder}: {name} has shape {shape}, its config.json means {parameter.shape}")
+        film = any(key.startswith(f"base_model.model.{_FILM}") for key in file.keys())  # noqa: SIM118 (not a dict)
+        if film:
+            find_component(checkpoint_dir, "vision_backbone")  # it holds the towers with their LoRA
+            _LOG.info("FiLM run: the vision LoRA stays in the vision_backbone file")
+            add_film(model)
+        add_lora(model, spec)
+    found = match_adapter(file, model, checkpoint_dir / ADAPTER_FOLDER)
+    modules = {name.rpartition(".lora_")[0] for name in found if not name.startswith(_FILM)}
+    return {f"{m}.weight": (found[f"{m}.lora_A.weight"], found[f"{m}.lora_B.weight"]) for m in sorted(modules)}
+
+
+def _marker(
+    base: str | Path, base_folder: Path, tensors: dict[str, StoredTensor], checkpoint_dir: Path, adapter: _Adapter
+) -> dict[str, Any]:
+    """Content of `merge.json`: what was merged into what.
+
+    Raises:
+        ValueError: the base already contains this adapter, or the adapter belongs to another base.
+    """
+    path = checkpoint_dir / ADAPTER_FOLDER / "adapter_model.safetensors"
+    digest = _sha256(path)
+    contained = list(read_json(base_folder / MARKER)["adapters"]) if (base_folder / MARKER).is_file() else []
+    beside = base_folder / ADAPTER_FOLDER / path.name
+    if digest in contained or (beside.is_file() and _sha256(beside) == digest):
+        raise ValueError(
+            f"the weights in {base_folder} already contain this adapter; merging it again would apply it twice. "
+            "Pass the model that training started from as --base_checkpoint"
+        )
+    identity = fingerprint(tensors)
+    trained_on = (adapter.file.metadata() or {}).get("base_fingerprint")
+    if trained_on not in (None, identity):
+        name = read_json(path.with_name("adapter_config.json")).get("base_model_name_or_path")
+        raise ValueError(
+            f"{path} was trained on other weights than those in {base_folder} (training started from {name!r}); "
+            "pass that model as --base_checkpoint"
+        )
+    return {
+        "adapters": [*contained, digest],
+        "base_checkpoint": str(base),
+        "base_fingerprint": identity,
+        "rank": adapter.spec.rank,
+        "scale": adapter.spec.scale,
+        "adapted_tensors": len(adapter.keys),
+        "prismo_version": __version__,
+    }
+
+
+def _refuse_overwriting(base_folder: Path, output: Path, overwrite: bool) -> None:
+    if output.resolve() == base_folder.resolve():
+        raise ValueError(f"{output} is the base itself; choose another output folder")
+    present = sorted(path.name for path in output.glob("model*.safetensors"))
+    if present and not overwrite:
+        raise ValueError(
+            f"{output} already holds merged weights ({present[0]}{', ...' if len(present) > 1 else ''}). They work on "
+            "every GPU, so there is no need to merge again; --overwrite True replaces them"
+        )
+
+
+def _check_space(output: Path, needed: int) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output).free
+    if free < needed * 1.01:
+        raise OSError(f"{output} has {free / 1e9:.1f} GB free, the merged model takes {needed / 1e9:.1f} GB")
+
+
+def _write_weights(
+    folder: Path, tensors: dict[str, StoredTensor], adapter: _Adapter, shard_bytes: int, progress: bool
+) -> None:
+    """Weight files and index."""
+
+    def produce(name: str) -> Tensor:
+        weight = tensors[name].read()
+        return merged_weight(weight, *adapter.factors(name), adapter.spec.scale) if name in adapter.keys else weight
+
+    size = total_bytes(tensors.values())
+    with _bar("merge", size, progress) as wrote:
+        _, weight_map = write_shards(folder, tensors, produce, shard_bytes=shard_bytes, wrote=wrote)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, progress: bool) -> MergeChecks:
+    """See `verify_merge`."""
+    written = stored_tensors(merged)
+    differing = sorted(
+        name
+        for name in tensors.keys() | written.keys()
+        if name not in written or name not in tensors or not _same_kind(written[name], tensors[name])
+    )
+    if differing:
+        raise ValueError(f"{merged}: {differing[0]} is not stored as in the base model")
+    worst = MergeChecks(0.0, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    with _bar("verify", total_bytes(tensors.values()), progress) as read:
+        for name, stored in tensors.items():
+            before, after = stored.read(), written[name].read()
+            if name in adapter.keys:
+                checks = _compare(before, after, *adapter.factors(name), adapter.spec.scale, generator)
+                if not (checks.weight_error <= 1.05 and checks.output_error <= 10):
+                    raise ValueError(f"{merged}: {name} is not base + adapter ({checks})")
+                worst = MergeChecks(
+                    max(worst.weight_error, checks.weight_error), max(worst.output_error, checks.output_error)
+                )
+            elif not torch.equal(before.view(-1).view(torch.uint8), after.view(-1).view(torch.uint8)):
+                raise ValueError(f"{merged}: {name} differs from the base model, but no adapter changes it")
+            read(stored.size)
+    return worst
+
+
+def _compare(
+    before: Tensor, after: Tensor, a: Tensor, b: Tensor, scale: float, generator: torch.Generator
+) -> MergeChecks:
+    """Error of one merged weight.
+
+    Rounding changes a weight by at most `unit` times itself. With independent normal inputs x the error of an output
+    is then normal with a deviation of at most `unit * norm(row)`.
+    """
+    before, after, a, b = before.flatten(1), after.flatten(1), a.flatten(1).double(), b.flatten(1).double()
+    unit = torch.finfo(after.dtype).eps / 2
+    tiny = torch.finfo(after.dtype).tiny
+    x = torch.randn(before.shape[1], generator=generator, dtype=torch.float64)
+    change = scale * (b @ (a @ x))
+    weight_error = output_error = 0.0
+    rows = max(1, 2**22 // before.shape[1])
+    for block in range(0, len(before), rows):
+        old, new = before[block : block + rows].double(), after[block : block + rows].double()
+        error = new @ x - (old @ x + change[block : block + rows])
+        deviation = unit * new.norm(dim=1) + tiny
+        output_error = max(output_error, (error.abs() / deviation).max().item())
+        sample = slice(block, min(block + 8, len(before)))
+        exact = before[sample].double() + scale * (b[sample] @ a)
+        gap = (after[sample].double() - exact).abs() / (unit * exact.abs() + tiny)
+        weight_error = max(weight_error, gap.max().item())
+    return MergeChecks(weight_error, output_error)
+
+
+def _same_kind(left: StoredTensor, right: StoredTensor) -> bool:
+    return (left.dtype, left.shape) == (right.dtype, right.shape)
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    """Move the finished files into place; without config.json a half-moved folder is not taken for a checkpoint."""
+    for name in (INDEX, "config.json", MARKER):
+        (output / name).unlink(missing_ok=True)
+    for stale in output.glob("model*.safetensors"):
+        stale.unlink()
+    last = temporary / "config.json"
+    for path in [*(p for p in sorted(temporary.iterdir()) if p != last), last]:
+        path.replace(output / path.name)
+
+
+def _copy_missing(base_folder: Path, checkpoint_dir: Path, output: Path) -> None:
+    """Processor files, statistics and side modules that the output folder does not have yet."""
+    sources = (
+        [(checkpoint_dir, _BESIDE_WEIGHTS + _OF_CHECKPOINT)] if output.resolve() != checkpoint_dir.resolve() else []
+    )
+    for source, patterns in [*sources, (base_folder, _BESIDE_WEIGHTS)]:
+        for pattern in patterns:
+            for path in source.glob(pattern):
+                if not (output / path.name).exists():
+                    shutil.copyfile(path, output / path.name)
+
+
+@contextmanager
+def _bar(title: str, size: int, show: bool) -> Iterator[Callable[[int], object]]:
+    """A progress bar over bytes with rate and time left."""
+    with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=not show) as bar:
+        yield bar.update
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
