@@ -1,0 +1,93 @@
+"""Flags of `experiments/robot/libero/run_libero_eval.py`: the original's names and meanings, plus a few of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from prismo.policies import PolicyFlags
+from prismo.sim import MAX_STEPS, SUITES, load_tasks
+from prismo.util.text import did_you_mean
+
+SaveVideos = Literal["all", "failures", "none"]
+DEFAULT_STATES = "DEFAULT"
+BENCHMARK_STATES = 50  # initial states per task that LIBERO ships
+
+
+@dataclass(frozen=True)
+class EvalConfig(PolicyFlags):
+    """An evaluation in LIBERO. The flags of the policy are inherited."""
+
+    # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
+    task_suite_name: str = "libero_spatial"
+    # Only these tasks (0-based), e.g. "[0, 5]". Default: all
+    task_ids: list[int] | None = None
+    # Episodes per task (at most 50 with LIBERO's own initial states)
+    num_trials_per_task: int = 50
+    # Actions executed between two queries: the first ones of a chunk (original default: 8). Default: the whole chunk
+    num_open_loop_steps: int | None = None
+    # Simulator steps without motion before the policy starts, while objects fall to rest
+    num_steps_wait: int = 10
+    # Policy steps before an episode counts as failed. Default: 220 / 280 / 300 / 520 / 400 by suite
+    max_steps: int | None = None
+    # DEFAULT for LIBERO's initial states, or a JSON file written by scripts/regenerate_libero_dataset.py
+    initial_states_path: str = DEFAULT_STATES
+    # Height and width of the camera images in pixels
+    env_img_res: int = 256
+    # Folder of LIBERO's assets, or "stand-ins" for the built-in ones (smoke runs). Default: PRISMO_LIBERO_ASSETS, what
+    # is installed, the hub
+    libero_assets: str | None = None
+    # Fetch LIBERO's assets (200 MB) from the hub where none are found
+    download_assets: bool = True
+    # Videos of which episodes: all, failures or none (drawing every step doubles the time without a GPU)
+    save_videos: str = "all"
+    # Folder of the videos; they go into a sub-folder by date
+    rollout_dir: str = "./rollouts"
+    # Folder of the text log and of the results
+    local_log_dir: str = "./experiments/logs"
+    # Suffix of the run's name
+    run_id_note: str | None = None
+    # Continue the newest unfinished run of the same command; False starts a new one
+    resume: bool = True
+    # Run the episodes again that ended in an error
+    retry_errors: bool = False
+    # Also log to Weights & Biases
+    use_wandb: bool = False
+    wandb_entity: str | None = None
+    wandb_project: str = "prismo-libero-eval"
+    # Seed of whatever the policy draws at random; scenes are seeded by the trial's number, the same for every policy
+    seed: int = 7
+
+    def validate(self) -> None:
+        """Everything that can be seen without a file.
+
+        Raises:
+            ValueError: naming the flag, what it was and what it may be.
+        """
+        if self.task_suite_name not in SUITES:
+            raise ValueError(did_you_mean("task_suite_name", self.task_suite_name, SUITES))
+        if self.save_videos not in get_args(SaveVideos):
+            raise ValueError(did_you_mean("save_videos", self.save_videos, get_args(SaveVideos)))
+        for flag, value, low in (
+            ("num_trials_per_task", self.num_trials_per_task, 1),
+            ("num_open_loop_steps", self.num_open_loop_steps, 1),
+            ("num_steps_wait", self.num_steps_wait, 0),
+            ("max_steps", self.max_steps, 1),
+            ("env_img_res", self.env_img_res, 16),
+        ):
+            if value is not None and value < low:
+                raise ValueError(f"--{flag} is {value}; expected at least {low}")
+        if self.initial_states_path == DEFAULT_STATES and self.num_trials_per_task > BENCHMARK_STATES:
+            raise ValueError(
+                f"--num_trials_per_task is {self.num_trials_per_task}, but LIBERO has {BENCHMARK_STATES} initial "
+                "states per task; for more give your own with --initial_states_path"
+            )
+        count = len(load_tasks(self.task_suite_name))
+        wrong = [index for index in self.task_ids or () if not 0 <= index < count]
+        if wrong:
+            raise ValueError(f"--task_ids holds {wrong}; {self.task_suite_name} has tasks 0 to {count - 1}")
+
+    @property
+    def episode_steps(self) -> int:
+        """Policy steps before an episode counts as failed."""
+        return self.max_steps or MAX_STEPS[self.task_suite_name]

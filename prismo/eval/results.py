@@ -1,0 +1,211 @@
+"""Results of an evaluation: one JSON line per episode as it ends, and a summary with intervals.
+
+`EpisodeLog` is the memory of a run: what is in it is done, whatever happens to the process afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from prismo.eval.rollout import Outcome
+
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One line of `episodes.jsonl`.
+
+    Attributes:
+        episode: 1-based number in the run.
+        suite, task_id, task: what was to be done.
+        init_state: index of the initial state.
+        env_seed, policy_seed: seeds of the scene and of the policy.
+        outcome: "success", "failure" or "error" (something broke; says nothing of the policy).
+        steps: policy steps executed.
+        queries: predictions asked of the policy.
+        seconds, policy_seconds: wall time, and the policy's share.
+        actions_sha256: of the executed actions (16 hex digits).
+        attempts: 1, or more where a simulator had died.
+        video: path, or None.
+        error: traceback, or None.
+        finished: local time, ISO 8601.
+    """
+
+    episode: int
+    suite: str
+    task_id: int
+    task: str
+    init_state: int
+    env_seed: int
+    policy_seed: int
+    outcome: Outcome
+    steps: int
+    queries: int
+    seconds: float
+    policy_seconds: float
+    actions_sha256: str
+    attempts: int = 1
+    video: str | None = None
+    error: str | None = None
+    finished: str = ""
+
+
+class EpisodeLog:
+    """An append-only file of `EpisodeResult` lines that survives a killed process.
+
+    Args:
+        path: `episodes.jsonl`; created if need be. A half-written last line is cut off.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._results: dict[int, EpisodeResult] = {}
+        if self._path.is_file():
+            self._read()
+
+    @property
+    def results(self) -> dict[int, EpisodeResult]:
+        """By episode number; the last line of an episode counts."""
+        return dict(self._results)
+
+    def append(self, result: EpisodeResult) -> None:
+        """Add one line and flush it to the disk."""
+        line = json.dumps(asdict(result), ensure_ascii=False) + "\n"
+        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(handle, line.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self._results[result.episode] = result
+
+    def _read(self) -> None:
+        content = self._path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self._path, whole)
+        known = {field.name for field in fields(EpisodeResult)}
+        for number, line in enumerate(content[:whole].decode().splitlines(), start=1):
+            try:
+                values = json.loads(line)
+                result = EpisodeResult(**{name: value for name, value in values.items() if name in known})
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number} is damaged ({error}); remove the line (its episode is then repeated) "
+                    "or start a new run with --resume False"
+                ) from error
+            self._results[result.episode] = result
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Outcomes of a group of episodes.
+
+    Attributes:
+        episodes: successes + failures + errors.
+        success_rate: successes among successes and failures, in 0..1; None without any. Errors are in neither.
+        interval: 95 % Wilson interval of that rate.
+    """
+
+    episodes: int
+    successes: int
+    failures: int
+    errors: int
+    success_rate: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole run.
+
+    Attributes:
+        total: over all tasks.
+        tasks: by task index, with the instruction.
+        planned: episodes of the run; more than `total.episodes` while it is unfinished.
+    """
+
+    total: Tally
+    tasks: Mapping[int, tuple[str, Tally]]
+    planned: int
+
+    @property
+    def complete(self) -> bool:
+        return self.total.episodes == self.planned
+
+    def to_json(self) -> dict[str, Any]:
+        """`complete`, `planned`, `total` and `tasks` of results.json."""
+        tasks = [{"task_id": i, "task": task, **_tally_json(tally)} for i, (task, tally) in self.tasks.items()]
+        return {"complete": self.complete, "planned": self.planned, "total": _tally_json(self.total), "tasks": tasks}
+
+
+def summarize(results: Iterable[EpisodeResult], planned: int) -> Summary:
+    """Count outcomes per task and in total."""
+    ordered = sorted(results, key=lambda result: result.episode)
+    tasks: dict[int, list[EpisodeResult]] = {}
+    for result in ordered:
+        tasks.setdefault(result.task_id, []).append(result)
+    return Summary(
+        total=tally(ordered),
+        tasks={index: (group[0].task, tally(group)) for index, group in tasks.items()},
+        planned=planned,
+    )
+
+
+def tally(results: Sequence[EpisodeResult]) -> Tally:
+    """Count outcomes."""
+    count = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("success", "failure", "error")}
+    judged = count["success"] + count["failure"]
+    return Tally(
+        episodes=len(results),
+        successes=count["success"],
+        failures=count["failure"],
+        errors=count["error"],
+        success_rate=count["success"] / judged if judged else None,
+        interval=wilson_interval(count["success"], judged) if judged else None,
+    )
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a success probability (Wilson 1927), within 0..1.
+
+    Unlike the usual `p +- 1.96 s` it is right near 0 and 1: 500 of 500 gives 0.992 to 1.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"expected 0 <= successes <= trials and trials > 0, found {successes} of {trials}")
+    rate, z2 = successes / trials, _Z95**2
+    center = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
+    margin = _Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
+    return max(0.0, center - margin), min(1.0, center + margin)
+
+
+def format_table(summary: Summary) -> str:
+    """The summary as text: one line per task, then the total."""
+    rows = [("task", "", "episodes", "success", "95 % interval", "errors")]
+    for index, (task, counts) in summary.tasks.items():
+        rows.append((str(index), task, *_columns(counts)))
+    rows.append(("total", "", *_columns(summary.total)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _columns(counts: Tally) -> tuple[str, str, str, str]:
+    if counts.success_rate is None:
+        return str(counts.episodes), "-", "-", str(counts.errors)
+    low, high = counts.interval
+    rate = f"{100 * counts.success_rate:.1f} %"
+    return str(counts.episodes), rate, f"{100 * low:.1f} - {100 * high:.1f}", str(counts.errors)
+
+
+def _tally_json(counts: Tally) -> dict[str, Any]:
+    values = asdict(counts)
+    values["wilson_95"] = values.pop("interval")
+    return values

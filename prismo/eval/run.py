@@ -1,0 +1,284 @@
+"""An evaluation from its flags to its results: `prepare` settles everything that can be wrong, `Evaluation.run` plays.
+
+Called by `experiments/robot/libero/run_libero_eval.py`. Episodes run one after the other here; policy and simulators
+only meet in `prismo.eval.rollout`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from prismo.embodiment import LIBERO
+from prismo.eval.config import DEFAULT_STATES, EvalConfig
+from prismo.eval.plan import Episode, plan_episodes
+from prismo.eval.results import EpisodeResult, Summary, format_table, summarize
+from prismo.eval.rollout import Rollout, RolloutSettings, run_episode
+from prismo.eval.run_folder import RunFolder, RunIdentity, open_run
+from prismo.eval.text_log import TextLog, WandbLog
+from prismo.eval.versions import collect_versions, version_warnings
+from prismo.eval.video import check_video_writer, video_path, write_video
+from prismo.policies import Policy, PolicySpec, checkpoint_hash, prepare_policy
+from prismo.sim import SimWorker
+from prismo.sim.assets import Assets, resolve_assets
+from prismo.sim.gl import physical_cuda_index
+from prismo.util.files import write_json
+
+_LOG = logging.getLogger(__name__)
+
+
+def evaluate(cfg: EvalConfig) -> Summary:
+    """Run (or continue) an evaluation and write its results; see `prepare` and `Evaluation`."""
+    with prepare(cfg) as evaluation:
+        return evaluation.run()
+
+
+def prepare(cfg: EvalConfig) -> Evaluation:
+    """Check flags, checkpoint and simulator, find or create the run, load the policy.
+
+    Raises:
+        ValueError, FileNotFoundError, SelfTestError, SimulatorError, GLUnavailableError: with one clear message.
+            Nothing has been run, and no run folder has been made, unless the weights themselves cannot be loaded.
+    """
+    cfg.validate()
+    if cfg.save_videos != "none":
+        check_video_writer()
+    spec = prepare_policy(cfg, LIBERO, default_key=cfg.task_suite_name)
+    episodes = plan_episodes(cfg)
+    settings = _rollout_settings(cfg, spec)
+    with ExitStack() as stack:
+        worker = stack.enter_context(_start_simulator(cfg, spec))
+        versions = collect_versions(worker.info)
+        identity = RunIdentity(
+            cfg.task_suite_name,
+            spec.checkpoint.family,
+            cfg.run_id_note,
+            _identity_settings(cfg, spec, settings, worker.assets),
+        )
+        description = {"checkpoint": cfg.pretrained_checkpoint, "versions": versions}
+        run, resumed = open_run(
+            cfg.local_log_dir, identity, description, resume=cfg.resume, retry_errors=cfg.retry_errors
+        )
+        stack.callback(run.close)
+        for warning in version_warnings(versions):
+            _LOG.warning(warning)
+        done = run.log.results
+        if resumed:
+            _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
+        todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
+        policy = spec.load() if todo else None
+        return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, stack.pop_all())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that is ready to run. Use it as a context manager: it ends the simulator and frees the run.
+
+    Attributes:
+        run_folder: its files.
+        worker: the simulator.
+        policy: None where every episode is done already.
+        episodes, todo: all of them, and those that are left.
+    """
+
+    cfg: EvalConfig
+    run_folder: RunFolder
+    worker: SimWorker
+    policy: Policy | None
+    episodes: tuple[Episode, ...]
+    todo: list[Episode]
+    settings: RolloutSettings
+    versions: dict[str, Any]
+    resources: ExitStack
+
+    def __enter__(self) -> Evaluation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.resources.close()
+
+    def run(self) -> Summary:
+        """Play what is left, one episode after the other, and write results.json."""
+        start, run = time.perf_counter(), self.run_folder
+        seed_everything(self.cfg.seed)
+        wandb = self._wandb()
+        try:
+            with TextLog(run.text_log) as text, logging_redirect_tqdm():
+                self._play(text, wandb)
+                summary = summarize(run.log.results.values(), len(self.episodes))
+                text.end(summary)
+        except KeyboardInterrupt:
+            done = len(run.log.results)
+            _LOG.warning("stopped after %d of %d episodes; the same command continues", done, len(self.episodes))
+            raise
+        self._write_results(summary, time.perf_counter() - start)
+        wandb.task("total", list(run.log.results.values()))
+        wandb.close(run.text_log)
+        _LOG.info("results: %s\n%s", run.results_file, format_table(summary))
+        if summary.total.errors:
+            _LOG.error(
+                "%d of %d episodes ended in an error and count as neither success nor failure; see %s. The same "
+                "command with --retry_errors True runs them again",
+                summary.total.errors,
+                summary.planned,
+                run.path / "episodes.jsonl",
+            )
+        return summary
+
+    def _play(self, text: TextLog, wandb: WandbLog) -> None:
+        log = self.run_folder.log
+        with tqdm(total=len(self.episodes), initial=len(self.episodes) - len(self.todo), unit="episode") as bar:
+            for episode in self.todo:
+                rollout = run_episode(self.worker, self.policy, episode, self.settings)
+                result = self._result(episode, rollout)
+                log.append(result)
+                if result.error:
+                    reason = result.error.strip().splitlines()[-1]
+                    _LOG.error("episode %d (%s): %s", result.episode, result.task, reason)
+                results = log.results
+                done = list(results.values())
+                text.episode(result, done)
+                same_task = [e.number for e in self.episodes if e.task == episode.task]
+                if all(number in results for number in same_task):
+                    task_results = [results[number] for number in same_task]
+                    text.task_end(task_results, done)
+                    wandb.task(result.task, task_results)
+                bar.update()
+                bar.set_postfix_str(_progress(done))
+
+    def _result(self, episode: Episode, rollout: Rollout) -> EpisodeResult:
+        """The line of an episode, with its video written."""
+        return EpisodeResult(
+            episode=episode.number,
+            suite=episode.task.suite,
+            task_id=episode.task.index,
+            task=episode.task.language,
+            init_state=episode.init_state,
+            env_seed=episode.env_seed,
+            policy_seed=episode.policy_seed,
+            outcome=rollout.outcome,
+            steps=rollout.steps,
+            queries=rollout.queries,
+            seconds=round(rollout.seconds, 3),
+            policy_seconds=round(rollout.policy_seconds, 3),
+            actions_sha256=rollout.actions_sha256,
+            attempts=rollout.attempts,
+            video=self._video(episode, rollout),
+            error=rollout.error,
+            finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+
+    def _video(self, episode: Episode, rollout: Rollout) -> str | None:
+        """Path of the episode's video, or None if it is not wanted or cannot be written."""
+        success, wanted = rollout.outcome == "success", self.cfg.save_videos
+        if rollout.frames is None or wanted == "none" or (wanted == "failures" and success):
+            return None
+        family = self.run_folder.description["family"]
+        path = video_path(self.cfg.rollout_dir, self.run_folder.timestamp, family, episode, success)
+        try:
+            write_video(path, rollout.frames)
+        except OSError as error:  # a full disk must not cost the episode
+            _LOG.warning("no video of episode %d: %s", episode.number, str(error).strip().splitlines()[0])
+            return None
+        return str(path)
+
+    def _write_results(self, summary: Summary, seconds: float) -> None:
+        """results.json: what came out, and everything it depends on."""
+        content = {
+            **summary.to_json(),
+            **self.run_folder.description,
+            "versions": self.versions,
+            "warnings": version_warnings(self.versions),
+            "policy": None if self.policy is None else self.policy.describe(),
+            "seconds_of_last_start": round(seconds, 1),
+            "seconds_of_episodes": round(sum(r.seconds for r in self.run_folder.log.results.values()), 1),
+            "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        write_json(self.run_folder.results_file, content)
+
+    def _wandb(self) -> WandbLog:
+        cfg = self.cfg
+        return WandbLog(
+            cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, self.run_folder.path.name, self.run_folder.description
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random, and ask cuDNN for repeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _rollout_settings(cfg: EvalConfig, spec: PolicySpec) -> RolloutSettings:
+    chunk, images = spec.settings.chunk, spec.settings.num_images
+    if cfg.num_open_loop_steps is not None and cfg.num_open_loop_steps > chunk:
+        raise ValueError(
+            f"--num_open_loop_steps is {cfg.num_open_loop_steps}, but the checkpoint predicts chunks of {chunk} actions"
+        )
+    if images > 2:
+        raise ValueError(f"the checkpoint takes {images} camera images; LIBERO has 2 (third-person and wrist)")
+    return RolloutSettings(
+        max_steps=cfg.episode_steps,
+        open_loop_steps=cfg.num_open_loop_steps or chunk,
+        settle_steps=cfg.num_steps_wait,
+        record=cfg.save_videos != "none",
+    )
+
+
+def _start_simulator(cfg: EvalConfig, spec: PolicySpec) -> SimWorker:
+    cuda = physical_cuda_index(spec.device.index or 0) if spec.device.type == "cuda" else None
+    return SimWorker(_find_assets(cfg), image_size=cfg.env_img_res, cuda_device=cuda)
+
+
+def _find_assets(cfg: EvalConfig) -> Assets:
+    """The assets; without network the stand-ins, which are announced loudly."""
+    if cfg.download_assets:
+        try:
+            return resolve_assets(cfg.libero_assets, download=True)
+        except OSError as error:  # every network error of the hub client is one
+            if isinstance(error, FileNotFoundError) and cfg.libero_assets:
+                raise
+            _LOG.warning("LIBERO's assets could not be downloaded (%s)", str(error).strip().splitlines()[0])
+    return resolve_assets(cfg.libero_assets)
+
+
+def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSettings, assets: Assets) -> dict[str, Any]:
+    """Everything that changes an episode, as JSON reads it back."""
+    states = cfg.initial_states_path
+    values = {
+        "checkpoint_hash": checkpoint_hash(spec.checkpoint),
+        "policy": spec.describe(),
+        "dtype": str(spec.dtype),
+        "task_ids": cfg.task_ids,
+        "num_trials_per_task": cfg.num_trials_per_task,
+        "num_open_loop_steps": settings.open_loop_steps,
+        "num_steps_wait": settings.settle_steps,
+        "max_steps": settings.max_steps,
+        "initial_states_path": states if states == DEFAULT_STATES else str(Path(states).resolve()),
+        "env_img_res": cfg.env_img_res,
+        "assets": assets.source,
+        "seed": cfg.seed,
+    }
+    return json.loads(json.dumps(values))
+
+
+def _progress(done: list[EpisodeResult]) -> str:
+    """Beside the progress bar."""
+    counts = summarize(done, len(done)).total
+    rate = "-" if counts.success_rate is None else f"{100 * counts.success_rate:.1f} %"
+    return f"success {rate}" + (f", {counts.errors} errors" if counts.errors else "")

@@ -1,0 +1,95 @@
+"""The original's text log and W&B keys, line by line, for scripts that read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prismo.eval.results import EpisodeResult, Summary, tally
+
+
+class TextLog:
+    """Appends to `EVAL-*.txt`.
+
+    Args:
+        path: created if need be; a continued run goes on in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> TextLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, line: str) -> None:
+        """One line, flushed."""
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def episode(self, result: EpisodeResult, done: list[EpisodeResult]) -> None:
+        """The block of one episode. `done` are all results so far, this one included."""
+        same_task = [other for other in done if other.task_id == result.task_id]
+        successes = tally(done).successes
+        self.write(f"\nTask: {result.task}")
+        self.write(f"Starting episode {len(same_task)}...")
+        if result.error:
+            self.write(f"Episode error: {result.error}")
+        self.write(f"Success: {result.outcome == 'success'}")
+        self.write(f"# episodes completed so far: {len(done)}")
+        self.write(f"# successes: {successes} ({successes / len(done) * 100:.1f}%)")
+
+    def task_end(self, task: list[EpisodeResult], done: list[EpisodeResult]) -> None:
+        """The rates after the last episode of a task."""
+        self.write(f"Current task success rate: {tally(task).success_rate}")
+        self.write(f"Current total success rate: {tally(done).success_rate}")
+
+    def end(self, summary: Summary) -> None:
+        """The final block."""
+        rate = summary.total.success_rate or 0.0
+        self.write("Final results:")
+        self.write(f"Total episodes: {summary.total.episodes}")
+        self.write(f"Total successes: {summary.total.successes}")
+        if summary.total.errors:
+            self.write(f"Total errors: {summary.total.errors} (in neither number of the rate)")
+        self.write(f"Overall success rate: {rate:.4f} ({rate * 100:.1f}%)")
+
+
+class WandbLog:
+    """Weights & Biases with the original's keys; does nothing when it is off.
+
+    Args:
+        entity, project: where to.
+        run_name: the run's id; a continued run goes on in the same W&B run.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+
+    def __init__(self, enabled: bool, entity: str | None, project: str, run_name: str, config: dict[str, Any]) -> None:
+        self._run = None
+        if not enabled:
+            return
+        try:
+            import wandb  # noqa: PLC0415 (optional)
+        except ImportError as error:
+            raise ValueError("--use_wandb True needs wandb: pip install wandb") from error
+        identifier = "".join(c if c.isalnum() or c in "-_" else "_" for c in run_name)
+        self._run = wandb.init(
+            entity=entity, project=project, name=run_name, id=identifier, resume="allow", config=config
+        )
+
+    def task(self, name: str, results: list[EpisodeResult]) -> None:
+        """Rate and number of episodes of a task, or of all as "total"."""
+        counts = tally(results)
+        if self._run is not None and counts.success_rate is not None:
+            self._run.log({f"success_rate/{name}": counts.success_rate, f"num_episodes/{name}": counts.episodes})
+
+    def close(self, text_log: Path) -> None:
+        """Attach the text log and end the run."""
+        if self._run is not None:
+            self._run.save(str(text_log), base_path=str(text_log.parent), policy="now")
+            self._run.finish()

@@ -1,0 +1,78 @@
+"""What a result depends on besides policy and seed: packages, renderer, GPU, driver, commit. Goes into results.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prismo
+from prismo.sim.interface import SimInfo
+
+# MuJoCo 3.3.3 darkens the floors of LIBERO-Object, 3.4.0 changes how the bowls of LIBERO-Spatial come to rest. Either
+# costs success without an error, so everything that was not checked counts as wrong.
+TESTED_MUJOCO = ("2.3.7", "3.3.2")
+TESTED_ROBOSUITE = ("1.4.1", "1.4.0")
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
+
+
+def collect_versions(simulator: SimInfo) -> dict[str, Any]:
+    """Versions as JSON values; None where something is not there."""
+    return {
+        "prismo": prismo.__version__,
+        "git": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in _PACKAGES},
+        **simulator.versions,
+        "gl": simulator.gl,
+        "assets": simulator.assets,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_driver": gpu_driver(),
+    }
+
+
+def version_warnings(versions: dict[str, Any]) -> list[str]:
+    """One sentence per version or asset that makes the result incomparable."""
+    warnings = []
+    for package, tested in (("mujoco", TESTED_MUJOCO), ("robosuite", TESTED_ROBOSUITE)):
+        if versions.get(package) not in tested:
+            warnings.append(
+                f"{package} is {versions.get(package)}, outside of {', '.join(tested)}: physics or pixels differ from "
+                f"those of the training data. Type: pip install {package}=={tested[-1]}"
+            )
+    if versions.get("assets") == "stand-ins":
+        warnings.append("the scenes are built-in stand-ins: this is a smoke run, its rates compare with nothing")
+    return warnings
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that runs, with `-dirty` where files differ from it; None for an installed package."""
+    root = Path(prismo.__file__).resolve().parents[1]
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return None
+    call = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def gpu_driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

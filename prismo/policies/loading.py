@@ -1,0 +1,77 @@
+"""From flags to a loaded policy, in two steps: everything that can be wrong is checked before the weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from prismo.embodiment import Embodiment
+from prismo.policies.base import Policy
+from prismo.policies.checkpoint import Checkpoint, open_checkpoint
+from prismo.policies.openvla import load_openvla_policy
+from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings
+from prismo.util.text import did_you_mean
+
+FAMILIES = ("openvla", "svla")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy that is ready to be loaded.
+
+    Attributes:
+        checkpoint: its files.
+        settings: resolved from flags and files.
+        robot: what the actions are for.
+        device, dtype: of the weights.
+    """
+
+    checkpoint: Checkpoint
+    settings: PolicySettings
+    robot: Embodiment
+    device: torch.device
+    dtype: torch.dtype
+
+    def load(self) -> Policy:
+        """Read the weights (minutes for a 7B model on a slow disk)."""
+        return load_openvla_policy(self.checkpoint, self.settings, self.robot, device=self.device, dtype=self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self.settings)
+
+
+def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | None = None) -> PolicySpec:
+    """Find the checkpoint and settle every setting, without loading weights.
+
+    Args:
+        flags: the user's.
+        robot: the robot that is to be driven.
+        default_key: unnorm_key where the user gives none.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_checkpoint` and `resolve_settings`.
+    """
+    if flags.model_family not in (None, *FAMILIES):
+        raise ValueError(did_you_mean("model_family", flags.model_family, FAMILIES))
+    if not flags.pretrained_checkpoint:
+        raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
+    device = _device(flags.device)
+    checkpoint = open_checkpoint(flags.pretrained_checkpoint, flags.base_checkpoint)
+    if flags.model_family not in (None, checkpoint.family):
+        raise ValueError(f"--model_family {flags.model_family}, but {checkpoint.source} is of {checkpoint.family!r}")
+    settings = resolve_settings(flags, checkpoint, robot, default_key)
+    # The published figures are bfloat16 on a GPU; CPUs are slow at it.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return PolicySpec(checkpoint, settings, robot, device, dtype)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}, but torch finds no GPU here")
+    return device

@@ -1,0 +1,278 @@
+"""OpenVLA, OpenVLA-OFT and Spatial-Forcing checkpoints as policies: parallel or causal decoding, merged or adapter.
+
+`load_openvla_policy` assembles the parts, `OpenVLAPolicy` runs them. Images take the path of the training data
+(`prismo.data.images`), and only when the policy is asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prismo.data.images import observation_image
+from prismo.data.normalize import DatasetStats, normalize, unnormalize
+from prismo.embodiment import Embodiment
+from prismo.models.component_files import find_component, load_component, load_state, read_component
+from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
+from prismo.models.openvla.prediction import ActionModules, predict_actions
+from prismo.models.openvla.self_test import run_self_test
+from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.policies.base import PolicyInput
+from prismo.policies.checkpoint import ADAPTER_FOLDER, Checkpoint, local_folder
+from prismo.policies.settings import PolicySettings, Quantization
+
+
+class OpenVLAPolicy:
+    """A loaded model of the OpenVLA family; see `prismo.policies.base.Policy`.
+
+    Args:
+        vla: the model, in eval mode on its device.
+        modules: action head and projectors on the same device.
+        processor: of the checkpoint.
+        settings: resolved settings.
+        robot: sizes and conventions of the robot.
+        stats: statistics of `settings.unnorm_key`.
+    """
+
+    def __init__(
+        self,
+        vla: OpenVLAForActionPrediction,
+        modules: ActionModules,
+        processor: PrismaticProcessor,
+        settings: PolicySettings,
+        robot: Embodiment,
+        stats: DatasetStats,
+    ) -> None:
+        self._vla = vla
+        self._modules = modules
+        self._processor = processor
+        self._settings = settings
+        self._robot = replace(robot, chunk=settings.chunk)
+        self._stats = stats
+        self._image_size = processor.image_processor.input_sizes[0][-1]
+        self._noise: dict[int, torch.Generator] = {}
+
+    @property
+    def robot(self) -> Embodiment:
+        return self._robot
+
+    @property
+    def num_images(self) -> int:
+        return self._settings.num_images
+
+    def start_episode(self, slot: int, seed: int) -> None:
+        # On the CPU, so that an episode's noise depends neither on the device nor on its neighbours in the batch.
+        self._noise[slot] = torch.Generator().manual_seed(seed)
+
+    def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
+        text = self._text([item.instruction for item in inputs]).to(self._vla.device)
+        normalised = predict_actions(
+            self._vla,
+            self._modules,
+            text,
+            self.pixel_values(inputs),
+            self._robot,
+            proprio=self._proprio(inputs),
+            diffusion_steps=self._settings.diffusion_steps_inference,
+            start=self._start_noise(slots),
+        )
+        return unnormalize(normalised.cpu().numpy(), self._stats.action, self._robot.normalization)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": "openvla",
+            **asdict(self._settings),
+            "robot": self._robot.name,
+            "device": str(self._vla.device),
+            "dtype": str(self._vla.dtype).removeprefix("torch."),
+            "attention_kernel": self._vla.config.text_config._attn_implementation,
+        }
+
+    def pixel_values(self, inputs: Sequence[PolicyInput]) -> Tensor:
+        """What the vision towers see [B, V * 6, H, W]: JPEG round trip, lanczos3, center crop, normalisation.
+
+        Raises:
+            ValueError: another number of images than the checkpoint takes.
+        """
+        for item in inputs:
+            if len(item.images) != self.num_images:
+                raise ValueError(f"this policy takes {self.num_images} camera images, found {len(item.images)}")
+        frames = [
+            observation_image(image, self._image_size, crop=self._settings.center_crop)
+            for item in inputs
+            for image in item.images
+        ]
+        images = torch.stack(frames).unflatten(0, (len(inputs), -1)).to(self._vla.device)
+        return self._processor.image_processor.normalize(images, self._vla.dtype)
+
+    def _text(self, instructions: Sequence[str]) -> Any:
+        if self._settings.attention == "causal":
+            return self._processor.prompt_batch(instructions)
+        return self._processor.query_text(instructions, self._robot.action_tokens, self._vla.action_tokenizer)
+
+    def _proprio(self, inputs: Sequence[PolicyInput]) -> Tensor | None:
+        if not self._settings.proprio:
+            return None
+        if any(item.state is None for item in inputs):
+            raise ValueError("this policy takes the proprioceptive state; an observation has none")
+        states = np.stack([item.state for item in inputs])
+        scaled = normalize(states, self._stats.proprio, self._robot.normalization, rule="evaluation")
+        return torch.from_numpy(scaled).to(self._vla.device, self._vla.dtype)
+
+    def _start_noise(self, slots: Sequence[int]) -> Tensor | None:
+        """Noise [B, K, A] for a diffusion head, from each slot's own generator."""
+        if self._settings.head != "diffusion":
+            return None
+        shape = (self._robot.chunk, self._robot.action_dim)
+        draws = [torch.randn(shape, generator=self._noise[slot]) for slot in slots]
+        return torch.stack(draws).to(self._vla.device)
+
+
+def load_openvla_policy(
+    checkpoint: Checkpoint,
+    settings: PolicySettings,
+    robot: Embodiment,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> OpenVLAPolicy:
+    """Load every part of a policy and check that it attends as it must.
+
+    Args:
+        checkpoint, settings: what the files and the user say.
+        robot: what the actions are for.
+        device, dtype: of the weights; the published figures are bfloat16 on a GPU.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or does not fit.
+        SelfTestError: the model does not behave as its attention kind demands.
+    """
+    device = torch.device(device)
+    vla = _load_vla(checkpoint, settings, device, dtype)
+    modules = _load_modules(checkpoint, settings, vla.llm_dim, robot)
+    for module in (modules.head, modules.proprio_projector, modules.noisy_action_projector):
+        if module is not None:
+            module.to(device, dtype).eval()
+    vla.eval()
+    run_self_test(vla)
+    processor = PrismaticProcessor.from_pretrained(_processor_folder(checkpoint))
+    return OpenVLAPolicy(vla, modules, processor, settings, robot, checkpoint.statistics[settings.unnorm_key])
+
+
+def _load_vla(
+    checkpoint: Checkpoint, settings: PolicySettings, device: torch.device, dtype: torch.dtype
+) -> OpenVLAForActionPrediction:
+    """The model, with its adapter merged in memory and its FiLM towers in place."""
+    folder = checkpoint.folder if checkpoint.adapter is None else local_folder(checkpoint.adapter.base)
+    # An adapter is merged in the dtype of the stored weights, so that it gives the weights that merging to disk gives.
+    arguments: dict[str, Any] = {"dtype": dtype if checkpoint.adapter is None else "auto"}
+    if settings.quantization is not None:
+        arguments["quantization_config"] = _quantization_config(settings.quantization, device, dtype)
+    if device.type != "cpu":
+        arguments["device_map"] = {"": device}  # straight from the files to the device
+    vla = OpenVLAForActionPrediction.from_pretrained(folder, attention=settings.attention, self_test=False, **arguments)
+    if checkpoint.adapter is not None:
+        _merge_adapter(vla, checkpoint)
+    if settings.film:
+        _load_film(vla, checkpoint)
+    if settings.quantization is None:
+        vla.to(device, dtype)
+    return vla
+
+
+def _merge_adapter(vla: OpenVLAForActionPrediction, checkpoint: Checkpoint) -> None:
+    """Fold `lora_adapter/` into the weights: `W + scale * B @ A`, rounded once, as merging to disk does."""
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 (peft is slow to import; merged checkpoints need none of it)
+
+    from prismo.models.film import add_film  # noqa: PLC0415
+    from prismo.models.lora import load_adapter, merged_weight  # noqa: PLC0415
+
+    _check_base(checkpoint)
+    if checkpoint.film:
+        add_film(vla, exclude_padding=True)  # the adapter's names contain the wrapper
+    spec = load_adapter(vla, checkpoint.folder)
+    for name, layer in list(vla.named_modules()):
+        if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer()
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            base.weight.data = merged_weight(base.weight.data, a.data, b.data, spec.scale)
+            parent, _, attribute = name.rpartition(".")
+            setattr(vla.get_submodule(parent), attribute, base)
+
+
+def _check_base(checkpoint: Checkpoint) -> None:
+    """Adapters of this project's trainer know the base that they belong to; on another one they give noise."""
+    from prismo.models.lora import open_adapter  # noqa: PLC0415 (imports peft)
+
+    with open_adapter(checkpoint.folder / ADAPTER_FOLDER) as file:
+        trained_on = (file.metadata() or {}).get("base_fingerprint")
+    base = local_folder(checkpoint.adapter.base)
+    if trained_on not in (None, fingerprint(stored_tensors(base))):
+        raise ValueError(
+            f"the adapter in {checkpoint.folder} was trained on other weights than those in {base}; give the model "
+            "that training started from as --base_checkpoint"
+        )
+
+
+def _load_film(vla: OpenVLAForActionPrediction, checkpoint: Checkpoint) -> None:
+    from prismo.models.film import add_film, load_film_backbone  # noqa: PLC0415 (imports peft)
+
+    if not vla.vision_backbone.film:
+        # Without padding in the language mean a prediction does not depend on the other prompts of its batch, and
+        # equals the original's, whose batches hold one prompt.
+        add_film(vla, exclude_padding=True)
+    load_film_backbone(vla, checkpoint.folder)
+
+
+def _load_modules(checkpoint: Checkpoint, settings: PolicySettings, width: int, robot: Embodiment) -> ActionModules:
+    """Action head and projectors, strictly."""
+    head = noisy = proprio = None
+    if settings.head != "discrete":
+        path = find_component(checkpoint.folder, "action_head")
+        state = read_component(path)
+        arguments = (width, _hidden_width(state), robot.action_dim, settings.chunk)
+        if settings.head == "l1":
+            head = L1RegressionActionHead(*arguments)
+        else:
+            head = DiffusionActionHead(*arguments, train_steps=settings.diffusion_steps_train)
+            head.ddim.timesteps(settings.diffusion_steps_inference)  # raises for an impossible number
+            noisy = NoisyActionProjector(width)
+            load_component(noisy, checkpoint.folder, "noisy_action_projector")
+        load_state(head, state, path)
+    if settings.proprio:
+        proprio = ProprioProjector(width, checkpoint.proprio_dim)
+        load_component(proprio, checkpoint.folder, "proprio_projector")
+    return ActionModules(head, proprio, noisy)
+
+
+def _hidden_width(state: Mapping[str, Tensor]) -> int:
+    return next(value for name, value in state.items() if name.endswith("fc1.weight")).shape[0]
+
+
+def _processor_folder(checkpoint: Checkpoint) -> Path:
+    """Trainers copy the processor into their checkpoints; one without it has its base model's."""
+    if (checkpoint.folder / "preprocessor_config.json").is_file() or checkpoint.adapter is None:
+        return checkpoint.folder
+    return local_folder(checkpoint.adapter.base)
+
+
+def _quantization_config(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:
+    flag = f"--load_in_{kind} True"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{flag} needs bitsandbytes: pip install bitsandbytes (or leave the flag out)")
+    if device.type != "cuda":
+        raise ValueError(f"{flag} needs an NVIDIA GPU; found device {device}. Leave the flag out to run in {dtype}")
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415 (only here)
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)

@@ -1,0 +1,240 @@
+"""How a policy is run: what the user's flags say, what the checkpoint's files say, and where the two contradict.
+
+Evaluation and serving inherit their flags from `PolicyFlags`; `resolve_settings` turns them into `PolicySettings`.
+A flag that is left out is read from the checkpoint. The original's defaults had to be repeated by hand for every kind
+of checkpoint, and a wrong one meant 0 % without an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prismo.data.normalize import resolve_unnorm_key
+from prismo.embodiment import Embodiment
+from prismo.models.openvla import AttentionKind
+from prismo.policies.checkpoint import Checkpoint, Head
+from prismo.util.text import did_you_mean
+
+_LOG = logging.getLogger(__name__)
+
+Quantization = Literal["8bit", "4bit"]
+
+# What the original's scripts assume where a checkpoint does not say how many cameras it saw.
+_USUAL_IMAGES = {"libero": 2, "aloha": 3}
+_DIFFUSION_STEPS = 50
+
+
+@dataclass(frozen=True)
+class PolicyFlags:
+    """Flags that describe a policy. None = not given: read from the checkpoint's files."""
+
+    # "openvla" (OpenVLA, OpenVLA-OFT, Spatial-Forcing) or "svla" (SpatialVLA). Default: from the checkpoint
+    model_family: str | None = None
+    # Checkpoint folder or Hugging Face hub id
+    pretrained_checkpoint: str = ""
+    # Base model of an unmerged checkpoint (folder with lora_adapter/). Default: the one its adapter names
+    base_checkpoint: str | None = None
+    # Continuous actions from the L1 head (original default: True). Default: from the checkpoint
+    use_l1_regression: bool | None = None
+    # Continuous actions from the diffusion head (original default: False). Default: from the checkpoint
+    use_diffusion: bool | None = None
+    # Length of the diffusion schedule in training (original default: 50)
+    num_diffusion_steps_train: int | None = None
+    # Denoising steps per prediction. Default: num_diffusion_steps_train
+    num_diffusion_steps_inference: int | None = None
+    # FiLM in the vision towers (original default: False). Default: from the checkpoint
+    use_film: bool | None = None
+    # Camera views (original default: 2). Default: from the checkpoint, else 2 for OFT and 1 for vanilla OpenVLA
+    num_images_in_input: int | None = None
+    # Feed the proprioceptive state (original default: True). Default: from the checkpoint
+    use_proprio: bool | None = None
+    # Take the central 90 % of the image area; right for models trained with --image_aug (original default: True)
+    center_crop: bool | None = None
+    # LoRA rank (original default: 32; used with FiLM). Always read from the checkpoint; given, it must agree
+    lora_rank: int | None = None
+    # Statistics that scale actions and proprio. Default: the task suite, then <suite>_no_noops
+    unnorm_key: str | None = None
+    # "bidirectional" (OFT: a chunk in one pass) or "causal" (vanilla OpenVLA). Default: from the checkpoint
+    attention: str | None = None
+    # bitsandbytes 8-bit weights
+    load_in_8bit: bool = False
+    # bitsandbytes 4-bit weights
+    load_in_4bit: bool = False
+    # Device of the model, e.g. "cuda:1". Default: the first GPU, else the CPU
+    device: str | None = None
+    # Run although flags contradict the checkpoint
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Resolved settings of an OpenVLA policy; see `PolicyFlags` for their meaning."""
+
+    head: Head
+    attention: AttentionKind
+    film: bool
+    num_images: int
+    proprio: bool
+    center_crop: bool
+    unnorm_key: str
+    chunk: int
+    diffusion_steps_train: int = _DIFFUSION_STEPS
+    diffusion_steps_inference: int = _DIFFUSION_STEPS
+    quantization: Quantization | None = None
+
+
+def resolve_settings(
+    flags: PolicyFlags, checkpoint: Checkpoint, robot: Embodiment, default_key: str | None = None
+) -> PolicySettings:
+    """Settings of an OpenVLA-family checkpoint.
+
+    Args:
+        flags: the user's.
+        checkpoint: what the files say.
+        robot: the robot that will execute the actions.
+        default_key: unnorm_key where the user gives none (LIBERO: the suite).
+
+    Raises:
+        ValueError: an unknown unnorm_key, impossible flags, or flags that contradict the checkpoint.
+    """
+    key = resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key or default_key)
+    head, attention, problems = _resolve_head(flags, checkpoint)
+    problems += _contradictions(flags, checkpoint)
+    _refuse(problems, flags, checkpoint)
+    steps = flags.num_diffusion_steps_train or checkpoint.diffusion_steps or _DIFFUSION_STEPS
+    settings = PolicySettings(
+        head=head,
+        attention=attention,
+        film=checkpoint.film,
+        num_images=flags.num_images_in_input or checkpoint.num_images or _usual_images(checkpoint, attention, robot),
+        proprio=_first(flags.use_proprio, checkpoint.proprio_dim is not None),
+        center_crop=_first(flags.center_crop, checkpoint.center_crop, True),
+        unnorm_key=key,
+        chunk=1 if attention == "causal" else checkpoint.chunk or robot.chunk,
+        diffusion_steps_train=steps,
+        diffusion_steps_inference=flags.num_diffusion_steps_inference or steps,
+        quantization="8bit" if flags.load_in_8bit else "4bit" if flags.load_in_4bit else None,
+    )
+    _check_robot(settings, checkpoint, robot)
+    return settings
+
+
+@dataclass(frozen=True)
+class _Problem:
+    text: str
+    fatal: bool = False  # cannot be run at all, even with --force
+
+
+def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, AttentionKind, list[_Problem]]:
+    """Head and attention, and what speaks against the ones asked for."""
+    if flags.use_l1_regression and flags.use_diffusion:
+        raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; a checkpoint has one")
+    if flags.load_in_8bit and flags.load_in_4bit:
+        raise ValueError("--load_in_8bit True and --load_in_4bit True exclude each other")
+    if flags.attention not in (None, "bidirectional", "causal"):
+        raise ValueError(did_you_mean("attention", flags.attention, ("bidirectional", "causal")))
+    head, problems = checkpoint.head, []
+    for flag, asked, kind in (
+        ("use_l1_regression", flags.use_l1_regression, "l1"),
+        ("use_diffusion", flags.use_diffusion, "diffusion"),
+    ):
+        if asked and head != kind:
+            problems.append(_Problem(f"--{flag} True, but {_HEADS[checkpoint.head]}", fatal=True))
+        elif asked is False and checkpoint.head == kind:
+            problems.append(_Problem(f"--{flag} False, but {_HEADS[checkpoint.head]}"))
+            head = "discrete"
+    attention = flags.attention or checkpoint.attention or "causal"
+    if checkpoint.attention is None and flags.attention is None:
+        _LOG.warning(
+            "%s: nothing says whether it decodes token by token (vanilla OpenVLA) or in parallel (OFT without a head); "
+            "taken as vanilla. For the other pass --attention bidirectional",
+            checkpoint.source,
+        )
+    if flags.attention and checkpoint.attention and flags.attention != checkpoint.attention:
+        problems.append(_Problem(f"--attention {flags.attention}, but {checkpoint.attention_evidence}"))
+    if attention == "causal" and head != "discrete":
+        problems.append(_Problem("causal attention cannot feed an action head (chunks are decoded in one pass)", True))
+    return head, attention, problems
+
+
+_HEADS = {
+    "l1": "its action_head file is an L1 head",
+    "diffusion": "its action_head file is a diffusion head",
+    "discrete": "it has no action_head file: actions are tokens of the language model",
+}
+
+
+def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[_Problem]:
+    """Flags that do not fit the files."""
+    problems = []
+    if flags.use_film is not None and flags.use_film != checkpoint.film:
+        found = "a vision_backbone file (FiLM)" if checkpoint.film else "no vision_backbone file"
+        problems.append(_Problem(f"--use_film {flags.use_film}, but there is {found}", fatal=True))
+    has_proprio = checkpoint.proprio_dim is not None
+    if flags.use_proprio is not None and flags.use_proprio != has_proprio:
+        found = f"a proprio_projector for {checkpoint.proprio_dim} numbers" if has_proprio else "no proprio_projector"
+        problems.append(_Problem(f"--use_proprio {flags.use_proprio}, but there is {found}", fatal=not has_proprio))
+    for flag, given, recorded in (
+        ("num_images_in_input", flags.num_images_in_input, checkpoint.num_images),
+        ("center_crop", flags.center_crop, checkpoint.center_crop),
+        ("num_diffusion_steps_train", flags.num_diffusion_steps_train, checkpoint.diffusion_steps),
+        ("lora_rank", flags.lora_rank, None if checkpoint.adapter is None else checkpoint.adapter.rank),
+    ):
+        if given is not None and recorded is not None and given != recorded:
+            problems.append(_Problem(f"--{flag} {given}, but it was trained with {recorded}", flag == "lora_rank"))
+    if checkpoint.adapter is not None and (flags.load_in_8bit or flags.load_in_4bit):
+        text = "quantised loading of an unmerged adapter; merge it first (vla-scripts/merge_lora_weights_and_save.py)"
+        problems.append(_Problem(text, fatal=True))
+    return problems
+
+
+def _refuse(problems: list[_Problem], flags: PolicyFlags, checkpoint: Checkpoint) -> None:
+    """Raise for problems that `--force` does not cover; log the others."""
+    fatal = [problem for problem in problems if problem.fatal]
+    listed = "\n".join(f"  {problem.text}" for problem in problems)
+    if fatal or (problems and not flags.force):
+        advice = "Leave these flags out: they are read from the checkpoint."
+        if not fatal:
+            advice += " --force True runs it anyway (such runs usually score 0 %)."
+        raise ValueError(f"flags contradict the checkpoint {checkpoint.source}:\n{listed}\n{advice}")
+    if problems:
+        _LOG.warning("running against the checkpoint %s (--force):\n%s", checkpoint.source, listed)
+
+
+def _usual_images(checkpoint: Checkpoint, attention: AttentionKind, robot: Embodiment) -> int:
+    """Number of views where neither flag nor file says it."""
+    count = 1 if attention == "causal" else _USUAL_IMAGES.get(robot.name, 1)
+    _LOG.info(
+        "%s does not say how many camera images it was trained with; using %d, the usual number "
+        "(--num_images_in_input changes it)",
+        checkpoint.source,
+        count,
+    )
+    return count
+
+
+def _check_robot(settings: PolicySettings, checkpoint: Checkpoint, robot: Embodiment) -> None:
+    """The statistics and the modules must be of the robot that is to be driven."""
+    stats = checkpoint.statistics[settings.unnorm_key]
+    for what, expected, found in (
+        ("actions", robot.action_dim, stats.action.dim),
+        ("actions", robot.action_dim, checkpoint.action_dim),
+        ("a state", robot.proprio_dim, checkpoint.proprio_dim if settings.proprio else None),
+    ):
+        if found is not None and found != expected:
+            raise ValueError(
+                f"{checkpoint.source} has {what} of {found} numbers for {settings.unnorm_key!r}, "
+                f"but {robot.name} takes {expected}: it was trained for another robot"
+            )
+    if settings.proprio and stats.proprio is None:
+        raise ValueError(
+            f"{checkpoint.source} has no proprio statistics for {settings.unnorm_key!r}, which its proprio projector "
+            f"needs; give another --unnorm_key of {', '.join(sorted(checkpoint.statistics))}"
+        )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
