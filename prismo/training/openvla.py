@@ -1,0 +1,138 @@
+"""OpenVLA in the trainer: from a loaded model to an objective, and from pictures and text to its inputs.
+
+`prismo.training.setup` and `scripts/bench_train.py` call it. Another model family brings the same two things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from prismo.align import SpatialForcing
+from prismo.data.images import prepare_images
+from prismo.embodiment import Embodiment
+from prismo.models.film import add_film
+from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.lora import LoraSpec, add_lora, freeze_never_used
+from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
+from prismo.models.openvla.prediction import ActionModules
+from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.training.objective import OpenVLAObjective, TrainingInputs
+
+HeadKind = Literal["l1", "diffusion", "discrete"]
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What is trained on top of the base model.
+
+    Attributes:
+        head: how actions are predicted.
+        use_proprio: feed the robot state as a token.
+        use_film: modulate the vision towers by the instruction.
+        lora: adapters of the base.
+        diffusion_steps: length of the noise schedule, with the diffusion head.
+    """
+
+    head: HeadKind = "l1"
+    use_proprio: bool = False
+    use_film: bool = False
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    diffusion_steps: int = 50
+
+
+def build_modules(llm_dim: int, robot: Embodiment, options: PolicyOptions) -> ActionModules:
+    """New side modules in fp32 on the CPU, with the original's initialisation."""
+    head, noisy = None, None
+    sizes = (llm_dim, None, robot.action_dim, robot.chunk)
+    if options.head == "l1":
+        head = L1RegressionActionHead(*sizes)
+    elif options.head == "diffusion":
+        head = DiffusionActionHead(*sizes, options.diffusion_steps)
+        noisy = NoisyActionProjector(llm_dim)
+    proprio = ProprioProjector(llm_dim, robot.proprio_dim) if options.use_proprio else None
+    return ActionModules(head, proprio, noisy)
+
+
+def build_objective(
+    vla: OpenVLAForActionPrediction,
+    robot: Embodiment,
+    options: PolicyOptions,
+    alignment: SpatialForcing | None = None,
+    *,
+    autocast: bool = False,
+) -> OpenVLAObjective:
+    """Freeze `vla`, add what is trained (all of it in fp32) and put everything on the model's device.
+
+    Args:
+        vla: the base model; it is changed in place.
+        robot: sizes of actions and state.
+        options: what is trained.
+        alignment: None trains without a teacher.
+        autocast: the objective will run under bf16 autocast.
+    """
+    if options.use_film:
+        add_film(vla)
+    add_lora(vla, options.lora)
+    freeze_never_used(vla, lm_head_used=options.head == "discrete")
+    if autocast:
+        for module in vla.modules():
+            if isinstance(module, LoraLayer):
+                # peft would turn every activation into fp32 first, only for autocast to turn it back into bf16.
+                module.cast_input_dtype_enabled = False
+    modules = build_modules(vla.llm_dim, robot, options)
+    return OpenVLAObjective(vla, modules, alignment).to(vla.device)
+
+
+def policy_inputs(
+    images: Tensor,
+    text: TextBatch,
+    actions: Tensor,
+    *,
+    processor: PrismaticImageProcessor,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seeds: Tensor | None = None,
+    action_mask: Tensor | None = None,
+    proprio: Tensor | None = None,
+) -> TrainingInputs:
+    """Inputs of the objective from what the data workers deliver; resize and augmentation run on `device`.
+
+    Args:
+        images: uint8 [B, V, 3, H, W] as stored.
+        text, actions, action_mask, proprio: as in `TrainingInputs`, on the CPU.
+        processor: normalisation of the towers.
+        size: pixels per side that the towers take.
+        dtype: of `pixel_values`.
+        seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
+    """
+
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device, non_blocking=True)
+
+    pictures = prepare_images(move(images), size, seeds)
+    return TrainingInputs(
+        images=pictures.float() / 255,
+        pixel_values=processor.normalize(pictures, dtype),
+        text=text.to(device),
+        actions=move(actions),
+        action_mask=move(action_mask),
+        proprio=move(proprio),
+    )
+
+
+def compile_blocks(vla: OpenVLAForActionPrediction) -> None:
+    """Compile each transformer block; blocks of a kind share one compiled function, so that the start takes a minute.
+
+    Sequence lengths differ between batches, hence `dynamic`: without it every new length would compile again.
+    """
+    for layer in vla.language_model.model.layers:
+        layer.compile(dynamic=True)
+    for tower in vla.vision_backbone.towers:
+        for block in tower.blocks[: tower.config.depth - 1]:
+            block.compile(dynamic=False)

@@ -1,0 +1,272 @@
+"""Step time of the published recipe at full size with random weights, through the trainer's own step.
+
+    python scripts/bench_train.py --results runs/bench.jsonl
+    torchrun --standalone --nproc-per-node 2 scripts/bench_train.py --results runs/bench.jsonl
+
+Recipe: OpenVLA-7B with LoRA 32, L1 head, two images, proprio, VGGT-1B alignment at layer 24, batch 8 per GPU. Pictures
+and instructions are random, decoded beforehand; resize, augmentation and everything behind it is part of the step.
+Nothing is downloaded. `--tiny` runs the same on a CPU in seconds to test this script. Each run prints its table row
+(all rows of the results file, with scaling efficiency); several processes also check that all their weights agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prismo.align import AlignRecipe, SpatialForcing, VGGTConfig
+from prismo.align.random_teacher import random_vggt
+from prismo.data.images import sample_seeds
+from prismo.embodiment import LIBERO
+from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
+from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
+from prismo.models.random_weights import fill_random
+from prismo.models.tiny import tiny_openvla_config
+from prismo.training.distributed import World, start_world, stop_world
+from prismo.training.objective import OpenVLAObjective, TrainingInputs
+from prismo.training.openvla import PolicyOptions, build_objective, compile_blocks, policy_inputs
+from prismo.training.step import TrainStep, trainable_parameters
+
+LEARNING_RATE = 5e-4
+PROMPT_TOKENS = (26, 38)  # LIBERO's prompts differ in length, so batches are padded
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=8, help="samples per GPU and micro-batch")
+    parser.add_argument("--grad_accumulation_steps", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20, help="measured updates")
+    parser.add_argument("--warmup", type=int, default=5, help="updates before the measurement")
+    parser.add_argument("--num_images_in_input", type=int, default=2)
+    parser.add_argument("--no_align", action="store_true", help="leave the teacher out")
+    parser.add_argument("--vggt_dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the policy")
+    parser.add_argument("--compile_vggt", action="store_true", help="torch.compile the blocks of the teacher")
+    parser.add_argument("--same_length", action="store_true", help="prompts of one length: no padding mask")
+    parser.add_argument("--tiny", action="store_true", help="tiny model on the CPU, to test this script")
+    parser.add_argument("--profile", type=Path, help="write a Chrome trace of one step to this file")
+    parser.add_argument("--results", type=Path, help="append to this JSONL file and print all of its rows")
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace, world: World) -> OpenVLAObjective:
+    """The objective of the recipe, frozen and trained parts as the trainer has them."""
+    torch.manual_seed(0)
+    if args.tiny:
+        vla = OpenVLAForActionPrediction(tiny_openvla_config())
+        recipe = AlignRecipe(vla_layers_align=2, use_vggt_pe=True, use_vlm_norm=True)
+        sizes = VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256)
+    else:
+        with world.device:  # 15 GB, made where they are needed
+            vla = OpenVLAForActionPrediction._from_config(OpenVLAConfig(), dtype=torch.bfloat16)
+        recipe, sizes = AlignRecipe.spatial_forcing(), VGGTConfig()
+    fill_random(vla, 0)
+    if args.gradient_checkpointing:
+        vla.gradient_checkpointing_enable({"use_reentrant": False})
+    alignment = None
+    if not args.no_align:
+        dtype = torch.float32 if args.tiny else getattr(torch, args.vggt_dtype)
+        teacher = random_vggt(dtype=dtype, device=world.device, compile=args.compile_vggt, config=sizes)
+        alignment = SpatialForcing(teacher, vla.llm_dim, recipe)
+    options = PolicyOptions(use_proprio=True)
+    objective = build_objective(vla, LIBERO, options, alignment, autocast=not args.tiny)
+    if args.compile:
+        compile_blocks(objective.vla)
+    return objective
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What the loader delivers, on the CPU: decoded pictures, tokens, actions, states."""
+
+    images: Tensor
+    text: TextBatch
+    actions: Tensor
+    proprio: Tensor
+    seeds: Tensor
+
+
+def draw_batch(args: argparse.Namespace, objective: OpenVLAObjective, number: int, pinned: bool) -> RawBatch:
+    """A random batch; the same number gives the same one."""
+    random = np.random.default_rng(number)
+    batch, tokens = args.batch_size, objective.vla.action_tokenizer
+    actions = random.uniform(-1, 1, (batch, LIBERO.chunk, LIBERO.action_dim)).astype(np.float32)
+    shortest, longest = (PROMPT_TOKENS[1],) * 2 if args.same_length else PROMPT_TOKENS
+    rows = []
+    for ids in tokens.encode(actions).reshape(batch, -1).tolist():
+        prompt = random.integers(300, 20000, random.integers(shortest, longest + 1)).tolist()
+        rows.append(([1, *prompt, SPACE_ID], [*ids, STOP_ID]))
+    images = torch.from_numpy(random.integers(0, 256, (batch, args.num_images_in_input, 3, 256, 256), dtype=np.uint8))
+    return RawBatch(
+        images.pin_memory() if pinned else images,
+        pad_rows(rows, tokens.vocab_size),
+        torch.from_numpy(actions),
+        torch.from_numpy(random.uniform(-1, 1, (batch, LIBERO.proprio_dim)).astype(np.float32)),
+        sample_seeds(0, 0, torch.arange(batch) + number * batch),
+    )
+
+
+def prepare(batch: RawBatch, step: TrainStep) -> TrainingInputs:
+    """What the trainer does with a batch in front of the objective: copy, resize, augment, normalise."""
+    return policy_inputs(
+        batch.images,
+        batch.text,
+        batch.actions,
+        processor=PrismaticImageProcessor(),
+        size=step.objective.vla.config.towers[0].image_size,
+        device=step.world.device,
+        dtype=step.precision,
+        seeds=batch.seeds,
+        proprio=batch.proprio,
+    )
+
+
+def synchronize(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(args: argparse.Namespace, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
+    """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
+    world, cuda = step.world, step.world.device.type == "cuda"
+    losses = []
+    for number in range(args.warmup + args.steps):
+        if number == args.warmup:
+            synchronize(world)
+            world.barrier()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+        # The same few batches again and again, so that drawing them takes no time from the step.
+        micro = (batches[(number + i) % len(batches)] for i in range(args.grad_accumulation_steps))
+        losses.append(step((prepare(batch, step) for batch in micro), number, LEARNING_RATE).metrics["loss"])
+    synchronize(world)
+    seconds = (time.perf_counter() - started) / args.steps
+    if step.optimizer.stopped.item():
+        raise RuntimeError("the loss or its gradient became non-finite; these figures would mean nothing")
+    return {
+        "step_s": max(world.gather(seconds)),
+        "peak_gib": max(world.gather(torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)),
+        "first_loss": losses[0].item(),
+        "last_loss": losses[-1].item(),
+    }
+
+
+def seconds_of(world: World, run: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of `run()`, after one call that warms it up."""
+    run()
+    synchronize(world)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize(world)
+    return (time.perf_counter() - started) / repeats
+
+
+def parts(args: argparse.Namespace, step: TrainStep, batch: RawBatch) -> dict[str, float]:
+    """Seconds per update of preparing the inputs and of the teacher, each measured by itself."""
+    repeats, alignment = (2 if args.tiny else 5), step.objective.alignment
+    result = {"inputs_s": seconds_of(step.world, lambda: prepare(batch, step), repeats), "vggt_s": 0.0}
+    if alignment is not None:
+        side = step.objective.vla.config.towers[0].grid
+        images = prepare(batch, step).images
+
+        def teach() -> None:
+            with step.autocast():
+                alignment.targets(images, (side, side))
+
+        result["vggt_s"] = seconds_of(step.world, teach, repeats)
+    return {name: seconds * args.grad_accumulation_steps for name, seconds in result.items()}
+
+
+def profile(path: Path, step: TrainStep, batch: RawBatch) -> None:
+    """Write a Chrome trace of one update and print its most expensive kernels."""
+    with torch.profiler.profile() as trace:
+        step([prepare(batch, step)] * step.accumulation, 0, LEARNING_RATE)
+        synchronize(step.world)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(path))
+    key = "self_cuda_time_total" if step.world.device.type == "cuda" else "self_cpu_time_total"
+    print(trace.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70))
+
+
+def print_table(rows: list[dict[str, float | str]]) -> None:
+    """Markdown; efficiency = samples/s per GPU over that of the one-GPU row with the same settings."""
+    alone = {row["settings"]: row["samples_per_s"] for row in rows if row["gpus"] == 1}
+    print(
+        "| settings | GPUs | step s | samples/s | efficiency | peak GiB | VGGT share | inputs share | weights equal |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        one = alone.get(row["settings"])
+        efficiency = f"{row['samples_per_s'] / row['gpus'] / one:.0%}" if one else "-"
+        print(
+            f"| {row['settings']} | {row['gpus']} | {row['step_s']:.3f} | {row['samples_per_s']:.2f} | {efficiency} "
+            f"| {row['peak_gib']:.1f} | {row['vggt_s'] / row['step_s']:.0%} | {row['inputs_s'] / row['step_s']:.0%} "
+            f"| {row['weights_equal']} |"
+        )
+
+
+def settings(args: argparse.Namespace, world: World) -> str:
+    """Everything but the number of GPUs, as the first column of the table."""
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    words = [name, f"batch {args.batch_size}", f"{args.num_images_in_input} images"]
+    words += [f"accumulation {args.grad_accumulation_steps}"] if args.grad_accumulation_steps > 1 else []
+    words += ["no alignment"] if args.no_align else [f"VGGT {args.vggt_dtype}"]
+    flags = ("tiny", "gradient_checkpointing", "compile", "compile_vggt", "same_length")
+    return ", ".join([*words, *(flag.replace("_", " ") for flag in flags if getattr(args, flag))])
+
+
+def main() -> None:
+    args = parse_arguments()
+    world = start_world("cpu" if args.tiny else None)
+    objective = build(args, world)
+    precision = torch.float32 if args.tiny else torch.bfloat16
+    step = TrainStep(objective, world, precision=precision, accumulation=args.grad_accumulation_steps)
+    pinned = world.device.type == "cuda"
+    batches = [draw_batch(args, objective, number * world.size + world.rank, pinned) for number in range(2)]
+    count = sum(parameter.numel() for parameter in trainable_parameters(objective).values())
+    if world.is_main:
+        print(
+            f"torch {torch.__version__}, {settings(args, world)}, {world.size} processes, {count:,} trained parameters"
+        )
+    row = measure(args, step, batches)
+    different = world.same_on_all(trainable_parameters(objective))
+    row |= parts(args, step, batches[0])
+    samples = args.batch_size * args.grad_accumulation_steps * world.size
+    row |= {
+        "settings": settings(args, world),
+        "gpus": world.size,
+        "samples_per_s": samples / row["step_s"],
+        "weights_equal": "-" if world.size == 1 else ("yes" if not different else f"NO: {len(different)}"),
+    }
+    if world.is_main:
+        print(f"loss {row['first_loss']:.4f} -> {row['last_loss']:.4f} (action L1 on two repeated random batches)")
+        rows = [row]
+        if args.results:
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            with args.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+        print_table(rows)
+    if args.profile and world.is_main and world.size == 1:
+        profile(args.profile, step, batches[0])
+    if dist.is_initialized():
+        world.barrier()
+    stop_world()
+    if different:
+        raise SystemExit(f"weights differ between processes: {', '.join(different[:5])}")
+
+
+if __name__ == "__main__":
+    main()
