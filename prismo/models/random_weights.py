@@ -13,10 +13,13 @@ def fill_random(module: nn.Module, seed: int) -> None:
     """Overwrite every parameter on its own device.
 
     Matrices and convolutions are normal with deviation `0.7 / sqrt(fan_in)`, gains and LayerScale close to 1, biases
-    close to 0. The same seed gives the same weights on the same kind of device. Buffers stay as they are.
+    close to 0. The same seed gives the same weights on the same kind of device. Buffers stay as they are, and so do
+    parameters on the meta device, which have no values.
     """
     generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
         if parameter.device not in generators:
             generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
         generator = generators[parameter.device]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prismo.align.vggt import VGGTAggregator, VGGTConfig
 from prismo.data.normalize import DatasetStats, FieldStats, dump_statistics, statistics_to_json
 from prismo.embodiment import Embodiment, embodiment_for
 from prismo.models.component_files import save_component
@@ -22,7 +23,7 @@ from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, Pri
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny_tokenizer import write_tiny_tokenizer
-from prismo.models.vit import Block, VisionTransformer, ViTConfig
+from prismo.models.vit import ViTConfig
 from prismo.util.files import atomic_write, read_json, write_json
 
 # openvla-7b's statistics: ImageNet's, rounded to bfloat16 (see `PrismaticImageProcessor`), then SigLIP's.
@@ -136,7 +137,7 @@ def make_tiny_policy(
     return folder
 
 
-def make_tiny_vggt(path: str | Path, seed: int = 0, *, width: int = 64, depth: int = 2, image_size: int = 518) -> Path:
+def make_tiny_vggt(path: str | Path, seed: int = 0, *, width: int = 64, depth: int = 2, image_size: int = 252) -> Path:
     """Write a VGGT `model.pt`: the aggregator under its published names, and one tensor per task head.
 
     Args:
@@ -144,19 +145,10 @@ def make_tiny_vggt(path: str | Path, seed: int = 0, *, width: int = 64, depth: i
         seed: of the weights.
         width: channels, a multiple of 64 (heads are 64 wide).
         depth: frame/global block pairs, and blocks of the patch embedder.
-        image_size: pixels per side that the position embedding is made for, a multiple of 14.
+        image_size: pixels per side that images are resized to, a multiple of 14 (VGGT-1B: 518).
     """
-    heads = width // 64
-    config = ViTConfig(
-        width, depth, heads, 4 * width, image_size, layout="dinov2", cls_token=True, registers=4, layer_scale="gamma"
-    )
-    aggregator = nn.Module()
-    aggregator.camera_token = nn.Parameter(torch.empty(1, 2, 1, width))
-    aggregator.register_token = nn.Parameter(torch.empty(1, 2, 4, width))
-    aggregator.patch_embed = VisionTransformer(config)
-    for name in ("frame_blocks", "global_blocks"):
-        blocks = [Block(width, heads, 4 * width, eps=1e-5, layer_scale="gamma", qk_norm=True) for _ in range(depth)]
-        aggregator.add_module(name, nn.ModuleList(blocks))
+    config = VGGTConfig(width=width, depth=depth, patch_depth=depth, mlp_width=4 * width, image_size=image_size)
+    aggregator = VGGTAggregator(config)
     fill_random(aggregator, seed)
     state: dict[str, Tensor] = {f"aggregator.{name}": value for name, value in aggregator.state_dict().items()}
     state |= {f"{head}.placeholder": torch.zeros(1) for head in _VGGT_HEADS}
