@@ -235,13 +235,13 @@ def _attention(
     folder: Path, config: Mapping[str, Any], training: Mapping[str, Any], side_modules: bool
 ) -> tuple[AttentionKind | None, str]:
     """(kind, what says so). Published files do not state it, but what lies beside the weights gives it away."""
-    for name, source in ((TRAINING_CONFIG, training), ("config.json", config)):
-        if source.get("attention") in ("bidirectional", "causal"):
-            return source["attention"], f"its {name} says {source['attention']}"
     if training:
-        return "bidirectional", f"its {TRAINING_CONFIG} is of a trainer of parallel decoding"
+        kind = training.get("attention", "bidirectional")
+        return kind, f"its {TRAINING_CONFIG} says {kind}"
     if side_modules:
         return "bidirectional", "its action head and projectors are those of parallel decoding (bidirectional)"
+    if config.get("attention"):
+        return config["attention"], f"its config.json says {config['attention']}"
     code = folder / "modeling_prismatic.py"
     if code.is_file():
         # OFT's model code is copied into its checkpoints; only that one knows of chunks. Read as text, never run.

@@ -182,6 +182,7 @@ def _load_vla(
     vla = OpenVLAForActionPrediction.from_pretrained(folder, attention=settings.attention, self_test=False, **arguments)
     if checkpoint.adapter is not None:
         _merge_adapter(vla, checkpoint)
+        vla.to(dtype)
     if settings.film:
         _load_film(vla, checkpoint)
     if settings.quantization is None:

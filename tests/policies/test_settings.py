@@ -1,0 +1,99 @@
+"""Flags that are left out come from the checkpoint; flags that contradict it are errors, not 0 %."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prismo.embodiment import ALOHA, LIBERO
+from prismo.policies import PolicyFlags, open_checkpoint, prepare_policy, resolve_settings
+from prismo.policies.checkpoint import TRAINING_CONFIG
+
+
+def resolved(folder: Path, key: str | None = "libero_spatial", **flags: object):
+    return resolve_settings(PolicyFlags(**flags), open_checkpoint(folder), LIBERO, key)
+
+
+def test_nothing_given(checkpoints) -> None:
+    oft = resolved(checkpoints["l1"])
+    assert (oft.head, oft.num_images, oft.proprio, oft.center_crop, oft.chunk) == ("l1", 2, True, True, 8)
+    assert oft.unnorm_key == "libero_spatial_no_noops"
+    vanilla = resolved(checkpoints["vanilla"])
+    assert (vanilla.head, vanilla.num_images, vanilla.proprio, vanilla.chunk) == ("discrete", 1, False, 1)
+    assert vanilla.unnorm_key == "libero_spatial"
+    assert resolved(checkpoints["diffusion"], num_diffusion_steps_train=20).diffusion_steps_inference == 20
+
+
+def test_the_originals_command_line_is_accepted(checkpoints) -> None:
+    flags = {"use_l1_regression": True, "use_diffusion": False, "use_film": False, "num_images_in_input": 2}
+    assert resolved(checkpoints["l1"], **flags, use_proprio=True, center_crop=True) == resolved(checkpoints["l1"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "says"),
+    [
+        ("l1", {"use_l1_regression": False}, "L1 head"),
+        ("l1", {"use_proprio": False}, "proprio_projector for 8 numbers"),
+        ("diffusion", {"use_diffusion": False}, "diffusion head"),
+        ("l1", {"attention": "causal", "use_l1_regression": False}, "bidirectional"),
+    ],
+)
+def test_contradictions_need_force(checkpoints, kind, flags, says) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        resolved(checkpoints[kind], **flags)
+    assert "--force True" in str(error.value)
+    forced = resolved(checkpoints[kind], **flags, force=True)
+    assert forced != resolved(checkpoints[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "says"),
+    [
+        ("l1", {"use_diffusion": True}, "L1 head"),
+        ("l1", {"use_diffusion": True, "use_l1_regression": True}, "exclude each other"),
+        ("diffusion", {"use_l1_regression": True}, "diffusion head"),
+        ("discrete", {"use_l1_regression": True}, "no action_head file"),
+        ("discrete", {"use_proprio": True}, "no proprio_projector"),
+        ("vanilla", {"use_film": True}, "no vision_backbone file"),
+        ("l1", {"attention": "causal"}, "causal attention cannot feed an action head"),
+        ("l1", {"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
+    ],
+)
+def test_the_impossible_is_refused_even_with_force(checkpoints, kind, flags, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        resolved(checkpoints[kind], **flags, force=True)
+
+
+def test_all_contradictions_at_once(checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints["l1"], tmp_path / "copy")
+    (folder / TRAINING_CONFIG).write_text(json.dumps({"num_images_in_input": 2, "image_aug": True}))
+    with pytest.raises(ValueError, match="contradict") as error:
+        resolved(folder, num_images_in_input=1, center_crop=False, use_proprio=False)
+    for flag in ("--num_images_in_input 1", "--center_crop False", "--use_proprio False"):
+        assert flag in str(error.value)
+    forced = resolved(folder, num_images_in_input=1, center_crop=False, use_proprio=False, force=True)
+    assert (forced.num_images, forced.center_crop, forced.proprio) == (1, False, False)
+
+
+def test_unnorm_key(checkpoints) -> None:
+    assert resolved(checkpoints["l1"], unnorm_key="libero_spatial_no_noops").unnorm_key == "libero_spatial_no_noops"
+    for key, flags in (("libero_goal", {}), ("libero_spatial", {"unnorm_key": "libero_gaol"})):
+        with pytest.raises(ValueError, match=r"Available: libero_spatial_no_noops"):
+            resolved(checkpoints["l1"], key, **flags)
+
+
+def test_another_robot(checkpoints) -> None:
+    with pytest.raises(ValueError, match="trained for another robot"):
+        resolve_settings(PolicyFlags(), open_checkpoint(checkpoints["l1"]), ALOHA, "libero_spatial")
+
+
+def test_before_any_file_is_read(checkpoints) -> None:
+    with pytest.raises(ValueError, match="--pretrained_checkpoint is missing"):
+        prepare_policy(PolicyFlags(), LIBERO)
+    with pytest.raises(ValueError, match="Did you mean 'openvla'"):
+        prepare_policy(PolicyFlags(model_family="openvlaa", pretrained_checkpoint="x"), LIBERO)
+    with pytest.raises(ValueError, match="--model_family svla, but"):
+        prepare_policy(PolicyFlags(model_family="svla", pretrained_checkpoint=str(checkpoints["l1"])), LIBERO)
