@@ -301,10 +301,10 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
             Final states after the norm [B, L, D], and the kept ones by the index that was asked.
         """
         gemma = self.language_model.model
-        wanted = {self.layer_index(i): i for i in hidden_layers}
+        wanted = {self.layer_index(i) for i in hidden_layers}
         rotary = gemma.rotary_emb(inputs_embeds, position_ids)
-        kept = {wanted[0]: inputs_embeds} if 0 in wanted else {}
         x = inputs_embeds
+        kept = {0: x}
         for i, layer in enumerate(gemma.layers, start=1):
             x = layer(
                 x,
@@ -313,12 +313,10 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
                 past_key_values=cache,
                 position_embeddings=rotary,
             )
-            if i in wanted and i < self.num_layers:
-                kept[wanted[i]] = x
-        x = gemma.norm(x)
-        if self.num_layers in wanted:
-            kept[wanted[self.num_layers]] = x
-        return x, kept
+            if i in wanted:
+                kept[i] = x
+        kept[self.num_layers] = x = gemma.norm(x)
+        return x, {i: kept[self.layer_index(i)] for i in hidden_layers}
 
     def layer_index(self, layer: int) -> int:
         """Non-negative index of a hidden state (see `run_llm`).

@@ -30,7 +30,7 @@ def interpolate_rows(table: Tensor, old: ActionTokenizer, new: ActionTokenizer) 
         raise ValueError(f"the grids must have equal numbers of bins, found {old.bins} and {new.bins}")
     if len(table) != old.size:
         raise ValueError(f"the table has {len(table)} rows, the grid {old.size} tokens")
-    result = table.double()
+    result = table.to(torch.float64, copy=True)
     groups = (("theta", "phi", "r"), ("roll", "pitch", "yaw"))
     shapes = (old.translation_shape, old.rotation_shape)
     for names, shape, rows in zip(groups, shapes, old.slots[:2], strict=True):
