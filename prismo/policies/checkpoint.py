@@ -29,9 +29,19 @@ Family = Literal["openvla", "svla"]
 ADAPTER_FOLDER = "lora_adapter"
 # What the trainer stores of its configuration beside every checkpoint.
 TRAINING_CONFIG = "training_config.json"
+_HASHED_WHOLE = (
+    "*.pt",
+    f"{ADAPTER_FOLDER}/*.safetensors",
+    f"{ADAPTER_FOLDER}/*.json",
+    "dataset_statistics.json",
+    "processor_config.json",
+)
 _BLOCK = 2**22
 _FAMILIES: dict[str, Family] = {"openvla": "openvla", "spatialvla": "svla"}
-_STATISTICS = ("dataset_statistics.json", "ds_stats.json", "processor_config.json", "config.json")
+_STATISTICS: dict[Family, tuple[str, ...]] = {
+    "openvla": ("dataset_statistics.json", "config.json"),
+    "svla": ("processor_config.json",),
+}
 _HUB_FILES = ["*.json", "*.safetensors", "*.pt", "*.model", "*.txt", "*.py", f"{ADAPTER_FOLDER}/*"]
 
 
@@ -101,6 +111,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     merged = any(folder.glob("model*.safetensors")) and (folder / "config.json").is_file()
     adapter = None if merged else _read_adapter(folder, base)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    family = _family(folder, config)
     training = _read_training_config(folder)
     head_state = _component(folder, "action_head")
     proprio_state = _component(folder, "proprio_projector")
@@ -109,7 +120,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     return Checkpoint(
         source=str(source),
         folder=folder,
-        family=_family(folder, config),
+        family=family,
         head=_head_kind(folder, head_state),
         attention=attention,
         attention_evidence=evidence,
@@ -117,11 +128,11 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         num_images=training.get("num_images_in_input"),
         proprio_dim=proprio_state["fc1.weight"].shape[1] if proprio_state else None,
         action_dim=_action_dim(head_state),
-        chunk=training.get("chunk"),
+        chunk=_chunk(folder, family, training),
         center_crop=_center_crop(folder, source, training),
         diffusion_steps=training.get("num_diffusion_steps_train"),
         adapter=adapter,
-        statistics=_statistics(folder),
+        statistics=_statistics(folder, family),
     )
 
 
@@ -162,7 +173,13 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     weights = checkpoint.folder if checkpoint.adapter is None else local_folder(checkpoint.adapter.base)
     digest.update(fingerprint(stored_tensors(weights)).encode())
-    names = ("*.pt", f"{ADAPTER_FOLDER}/*.safetensors", f"{ADAPTER_FOLDER}/*.json", "dataset_statistics.json")
+    names = (
+        "*.pt",
+        f"{ADAPTER_FOLDER}/*.safetensors",
+        f"{ADAPTER_FOLDER}/*.json",
+        "dataset_statistics.json",
+        "processor_config.json",
+    )
     for path in sorted(path for name in names for path in checkpoint.folder.glob(name)):
         digest.update(path.name.encode())
         with path.open("rb") as file:
@@ -257,13 +274,20 @@ def _center_crop(folder: Path, source: str | Path, training: Mapping[str, Any]) 
     return True if "image_aug" in f"{source} {folder.name}" else None
 
 
-def _statistics(folder: Path) -> dict[str, DatasetStats]:
+def _chunk(folder: Path, family: Family, training: Mapping[str, Any]) -> int | None:
+    if family == "svla":
+        return read_json(folder / "processor_config.json").get("action_chunk_size")
+    return training.get("chunk")
+
+
+def _statistics(folder: Path, family: Family) -> dict[str, DatasetStats]:
     """From the first file that has them. A merged model's config.json may still carry those of its base model."""
-    for name in _STATISTICS:
+    names = _STATISTICS[family]
+    for name in names:
         path = folder / name
         if path.is_file() and (name != "config.json" or read_json(path).get("norm_stats")):
             return load_statistics(path)
     raise FileNotFoundError(
-        f"{folder} has no dataset_statistics.json (nor norm_stats in config.json), so actions cannot be un-normalised; "
-        "copy it from the training run's folder"
+        f"{folder} has no statistics ({' or '.join(names)}), so actions cannot be un-normalised; copy the file from "
+        "the training run's folder"
     )

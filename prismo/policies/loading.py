@@ -12,6 +12,7 @@ from prismo.policies.base import Policy
 from prismo.policies.checkpoint import Checkpoint, open_checkpoint
 from prismo.policies.openvla import load_openvla_policy
 from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings
+from prismo.policies.spatialvla import SpatialVLASettings, load_spatialvla_policy, resolve_spatialvla_settings
 from prismo.util.text import did_you_mean
 
 FAMILIES = ("openvla", "svla")
@@ -29,14 +30,15 @@ class PolicySpec:
     """
 
     checkpoint: Checkpoint
-    settings: PolicySettings
+    settings: PolicySettings | SpatialVLASettings
     robot: Embodiment
     device: torch.device
     dtype: torch.dtype
 
     def load(self) -> Policy:
         """Read the weights (minutes for a 7B model on a slow disk)."""
-        return load_openvla_policy(self.checkpoint, self.settings, self.robot, device=self.device, dtype=self.dtype)
+        load = load_spatialvla_policy if self.checkpoint.family == "svla" else load_openvla_policy
+        return load(self.checkpoint, self.settings, self.robot, device=self.device, dtype=self.dtype)
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -62,7 +64,10 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | Non
     checkpoint = open_checkpoint(flags.pretrained_checkpoint, flags.base_checkpoint)
     if flags.model_family not in (None, checkpoint.family):
         raise ValueError(f"--model_family {flags.model_family}, but {checkpoint.source} is of {checkpoint.family!r}")
-    settings = resolve_settings(flags, checkpoint, robot, default_key)
+    if checkpoint.family == "svla":
+        settings = resolve_spatialvla_settings(flags, checkpoint, default_key)
+    else:
+        settings = resolve_settings(flags, checkpoint, robot, default_key)
     # The published figures are bfloat16 on a GPU; CPUs are slow at it.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return PolicySpec(checkpoint, settings, robot, device, dtype)

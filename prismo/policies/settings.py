@@ -58,6 +58,12 @@ class PolicyFlags:
     unnorm_key: str | None = None
     # "bidirectional" (OFT: a chunk in one pass) or "causal" (vanilla OpenVLA). Default: from the checkpoint
     attention: str | None = None
+    # SpatialVLA: average the actions that the last chunks predict for a step (a query per step). Default: True
+    adaptive_ensemble: bool | None = None
+    # SpatialVLA: sharpness of that average (0 = plain mean)
+    ensemble_alpha: float = 0.1
+    # SpatialVLA: camera for the 3D positions: "checkpoint" (as its authors) or "libero" (the true one)
+    intrinsics: str | None = None
     # bitsandbytes 8-bit weights
     load_in_8bit: bool = False
     # bitsandbytes 4-bit weights

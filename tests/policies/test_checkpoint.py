@@ -80,7 +80,7 @@ def test_errors_name_what_is_missing(checkpoints, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints["vanilla"], tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_stats": None}))
-    with pytest.raises(FileNotFoundError, match=r"no dataset_statistics\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no statistics \(dataset_statistics\.json"):
         open_checkpoint(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ValueError, match="model_type 'llama'"):

@@ -75,11 +75,18 @@ def test_the_policy_sees_what_training_saw(policies, load, checkpoints, tmp_path
         PolicyInput(frame, s.astype(np.float64), "pick up the milk") for frame, s in zip(frames, state, strict=True)
     ]
     plain = load(checkpoints["l1"], center_crop=False)
-    torch.testing.assert_close(plain.pixel_values(inputs), processor.normalize(images), rtol=0, atol=0)
+    assert_same_pixels(plain.pixel_values(inputs), processor.normalize(images))
     cropped = policies["l1"].pixel_values(inputs)
-    torch.testing.assert_close(cropped, processor.normalize(center_crop(images)), rtol=0, atol=0)
+    assert_same_pixels(cropped, processor.normalize(center_crop(images)))
     proprio = torch.stack([dataset[i].proprio for i in range(steps)])
     torch.testing.assert_close(policies["l1"]._proprio(inputs), proprio, rtol=0, atol=1e-6)
+
+
+def assert_same_pixels(seen: torch.Tensor, trained: torch.Tensor) -> None:
+    """Training may use a faster kernel, whose rounding moves a value in a ten thousand by one grey level."""
+    difference = (seen - trained).abs()
+    assert difference.max() <= 1.01 / 255 / 0.2236328125  # the smallest deviation of the two towers
+    assert (difference > 0).float().mean() < 2e-4
 
 
 def test_observations_are_not_changed(policies, observations) -> None:

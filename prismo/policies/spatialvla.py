@@ -1,0 +1,209 @@
+"""SpatialVLA checkpoints as policies: one camera, chunks of four actions, the adaptive ensemble over them.
+
+`resolve_spatialvla_settings` and `load_spatialvla_policy` are to SpatialVLA what their namesakes are to OpenVLA.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from prismo.data.images import observation_image
+from prismo.data.normalize import resolve_unnorm_key
+from prismo.embodiment import Embodiment
+from prismo.models.spatialvla import (
+    LIBERO_AGENTVIEW,
+    AdaptiveEnsemble,
+    CameraIntrinsics,
+    SpatialVLAForConditionalGeneration,
+    SpatialVLAProcessor,
+    predict_actions,
+)
+from prismo.policies.base import PolicyInput
+from prismo.policies.checkpoint import Checkpoint
+from prismo.policies.settings import PolicyFlags
+from prismo.util.text import did_you_mean
+
+_LOG = logging.getLogger(__name__)
+
+Intrinsics = Literal["checkpoint", "libero"]
+_FRANKA_KEY = "droid/1.0.0"  # the published checkpoints' statistics of the arm that LIBERO simulates
+_CROP_AREA = 0.9
+
+
+@dataclass(frozen=True)
+class SpatialVLASettings:
+    """Resolved settings.
+
+    Attributes:
+        unnorm_key: whose statistics scale the actions.
+        chunk: actions per answer: 1 with the ensemble (which asks at every step), else the model's chunk.
+        center_crop: crop as in training, whose random crops keep 90 % of the area.
+        adaptive_ensemble: average the chunks of the last steps (CogACT, arXiv 2411.19650).
+        ensemble_alpha: its sharpness.
+        intrinsics: "checkpoint" (what the authors used, a WidowX camera) or "libero" (the true one).
+        num_images: always 1.
+    """
+
+    unnorm_key: str
+    chunk: int
+    center_crop: bool
+    adaptive_ensemble: bool
+    ensemble_alpha: float
+    intrinsics: Intrinsics
+    num_images: int = 1
+
+
+class SpatialVLAPolicy:
+    """A loaded SpatialVLA; see `prismo.policies.base.Policy`."""
+
+    def __init__(
+        self,
+        model: SpatialVLAForConditionalGeneration,
+        processor: SpatialVLAProcessor,
+        settings: SpatialVLASettings,
+        robot: Embodiment,
+    ) -> None:
+        self._model = model
+        self._processor = processor
+        self._settings = settings
+        self._robot = replace(robot, chunk=settings.chunk)
+        self._camera = _camera(processor, settings)
+        self._ensembles: dict[int, AdaptiveEnsemble] = {}
+
+    @property
+    def robot(self) -> Embodiment:
+        return self._robot
+
+    @property
+    def num_images(self) -> int:
+        return 1
+
+    def start_episode(self, slot: int, seed: int) -> None:
+        # A new object: chunks of the last episode would steer the first steps of this one.
+        self._ensembles[slot] = AdaptiveEnsemble(self._processor.chunk, self._settings.ensemble_alpha)
+
+    def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
+        chunks = predict_actions(
+            self._model,
+            self._processor,
+            self.images(inputs),
+            [item.instruction for item in inputs],
+            self._settings.unnorm_key,
+            camera=self._camera,
+        )
+        if not self._settings.adaptive_ensemble:
+            return chunks
+        return np.stack([self._ensembles[slot](chunk) for slot, chunk in zip(slots, chunks, strict=True)])[:, None]
+
+    def images(self, inputs: Sequence[PolicyInput]) -> list[np.ndarray]:
+        """What the model sees: uint8 [224, 224, 3] after JPEG round trip, lanczos3 and center crop.
+
+        Raises:
+            ValueError: an observation has not exactly one image.
+        """
+        size = self._processor.config.vision_config.image_size
+        for item in inputs:
+            if len(item.images) != 1:
+                raise ValueError(f"this policy takes 1 camera image, found {len(item.images)}")
+        crop = self._settings.center_crop
+        frames = [observation_image(item.images[0], size, crop=crop) for item in inputs]
+        return [frame.permute(1, 2, 0).numpy() for frame in frames]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": "svla",
+            **asdict(self._settings),
+            "robot": self._robot.name,
+            "device": str(self._model.device),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+        }
+
+
+def resolve_spatialvla_settings(
+    flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None = None
+) -> SpatialVLASettings:
+    """Settings of a SpatialVLA checkpoint.
+
+    Raises:
+        ValueError: an unknown unnorm_key, or flags of another model family.
+    """
+    wrong = [
+        f"--{name} {value}"
+        for name, value, allowed in (
+            ("use_l1_regression", flags.use_l1_regression, (None, False)),
+            ("use_diffusion", flags.use_diffusion, (None, False)),
+            ("use_film", flags.use_film, (None, False)),
+            ("use_proprio", flags.use_proprio, (None, False)),
+            ("num_images_in_input", flags.num_images_in_input, (None, 1)),
+            ("attention", flags.attention, (None,)),
+            ("load_in_8bit", flags.load_in_8bit, (False,)),
+            ("load_in_4bit", flags.load_in_4bit, (False,)),
+        )
+        if value not in allowed
+    ]
+    if wrong:
+        raise ValueError(
+            f"SpatialVLA takes one image and an instruction and predicts action tokens; leave out {', '.join(wrong)}"
+        )
+    intrinsics = flags.intrinsics or "checkpoint"
+    if intrinsics not in get_args(Intrinsics):
+        raise ValueError(did_you_mean("intrinsics", intrinsics, get_args(Intrinsics)))
+    ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
+    crop = flags.center_crop if flags.center_crop is not None else checkpoint.center_crop
+    return SpatialVLASettings(
+        unnorm_key=_unnorm_key(flags, checkpoint, default_key),
+        chunk=1 if ensemble else checkpoint.chunk or 4,
+        center_crop=True if crop is None else crop,
+        adaptive_ensemble=ensemble,
+        ensemble_alpha=flags.ensemble_alpha,
+        intrinsics=intrinsics,
+    )
+
+
+def load_spatialvla_policy(
+    checkpoint: Checkpoint,
+    settings: SpatialVLASettings,
+    robot: Embodiment,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> SpatialVLAPolicy:
+    """Load model and processor.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or does not fit.
+    """
+    model = SpatialVLAForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=dtype, device=device)
+    processor = SpatialVLAProcessor.from_pretrained(checkpoint.folder)
+    return SpatialVLAPolicy(model.eval(), processor, settings, robot)
+
+
+def _unnorm_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None) -> str:
+    """The user's key; else the suite's, where the checkpoint was fine-tuned on it; else that of the same arm."""
+    if flags.unnorm_key:
+        return resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key)
+    try:
+        return resolve_unnorm_key(checkpoint.statistics, default_key)
+    except ValueError:
+        if _FRANKA_KEY not in checkpoint.statistics:
+            raise
+    _LOG.warning(
+        "%s has no statistics of %s: it was not fine-tuned on it. Using %s; such zero-shot runs score about 0 %% in "
+        "LIBERO, so a low number here is no fault of the set-up",
+        checkpoint.source,
+        default_key,
+        _FRANKA_KEY,
+    )
+    return _FRANKA_KEY
+
+
+def _camera(processor: SpatialVLAProcessor, settings: SpatialVLASettings) -> CameraIntrinsics:
+    if settings.intrinsics == "checkpoint":
+        return processor.camera(settings.unnorm_key)  # not changed by the crop, as the authors leave it in training
+    return LIBERO_AGENTVIEW.center_cropped(_CROP_AREA) if settings.center_crop else LIBERO_AGENTVIEW
