@@ -15,8 +15,9 @@ import draccus
 from tqdm import tqdm
 
 from prismo.sim import SimWorker
-from prismo.sim.assets import resolve_assets
-from prismo.sim.collect import Attempt, Collection, Outcome, expert_task_ids, run_attempts, table
+from prismo.sim.assets import Assets, resolve_assets
+from prismo.sim.collect import expert_items, run_expert, success_table
+from prismo.sim.collection import Collection, Finished, Item
 
 
 @dataclass
@@ -41,6 +42,8 @@ class CollectConfig:
     libero_assets: str | None = None
     # Fetch LIBERO's assets (200 MB) from the hub where none are found
     download_assets: bool = False
+    # Make the folder anew
+    overwrite: bool = False
     # Print success rates only
     dry_run: bool = False
 
@@ -48,30 +51,41 @@ class CollectConfig:
 @draccus.wrap()
 def main(cfg: CollectConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tasks = expert_task_ids(cfg.task_suite_name, cfg.task_ids)
-    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
-    collection = None if cfg.dry_run else Collection(cfg.output_dir, cfg.noise, assets.source)
-    attempts = [
-        Attempt(cfg.task_suite_name, task, index, cfg.seed + index)
-        for task in tasks
-        for index in range(cfg.num_demos_per_task)
-    ]
+    try:
+        items = expert_items(cfg.task_suite_name, cfg.task_ids, cfg.num_demos_per_task)
+        assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+        collection = None if cfg.dry_run else open_collection(cfg, items, assets)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
 
     def make_worker() -> SimWorker:
         return SimWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
 
-    outcomes: list[Outcome] = []
-    results = run_attempts(attempts, make_worker, num_workers=cfg.num_workers, noise=cfg.noise, collection=collection)
-    with tqdm(total=len(attempts), unit="episode", desc=cfg.task_suite_name) as progress:
-        for outcome in results:
-            outcomes.append(outcome)
-            progress.set_postfix_str(f"{sum(o.success for o in outcomes)} successes")
+    finished: list[Finished] = []
+    with tqdm(total=len(items), unit="episode", desc=cfg.task_suite_name) as progress:
+        for done in run_expert(
+            items,
+            make_worker,
+            num_workers=cfg.num_workers,
+            noise=cfg.noise,
+            seed=cfg.seed,
+            collection=collection,
+        ):
+            finished.append(done)
+            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} successes", refresh=False)
             progress.update()
-    print(f"Scripted expert, assets: {assets.source}, noise {cfg.noise}\n{table(outcomes)}")
+    print(f"Scripted expert, assets: {assets.source}, noise {cfg.noise}\n{success_table(finished)}")
     if collection is not None:
-        with make_worker() as worker:
-            files = collection.finish(outcomes, worker)
-        print(f"{len(files)} files in {cfg.output_dir}")
+        counts = collection.join(finished, make_worker().info)
+        print(f"{sum(counts.values())} demonstrations of {len(counts)} tasks in {cfg.output_dir}")
+        if empty := [task.name for task, count in counts.items() if count == 0]:
+            raise SystemExit(f"no successful demonstration of {', '.join(empty)}")
+        collection.discard_parts()
+
+
+def open_collection(cfg: CollectConfig, items: list[Item], assets: Assets) -> Collection:
+    settings = {"noise": cfg.noise, "seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}
+    return Collection(cfg.output_dir, settings, {item.task for item in items}, overwrite=cfg.overwrite)
 
 
 if __name__ == "__main__":

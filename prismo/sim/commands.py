@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from pathlib import Path
 
 import numpy as np
 
 from prismo.sim.assets import Assets
-from prismo.sim.demos import Demo
+from prismo.sim.demos import read_demo, write_demo
 from prismo.sim.expert import run_episode
 from prismo.sim.gl import GLBackend
-from prismo.sim.interface import AGENT_CAMERA, CAMERAS, Observation, Render, SimInfo, SimulatorError, StepResult
+from prismo.sim.interface import (
+    AGENT_CAMERA,
+    CAMERAS,
+    EpisodeOutcome,
+    Observation,
+    Render,
+    SimulatorError,
+    StepResult,
+)
 from prismo.sim.libero import LiberoEnv
-from prismo.sim.replay import Replay, replay
+from prismo.sim.replay import replay
 from prismo.sim.suites import load_init_states, load_task
-
-PACKAGES = ("mujoco", "robosuite", "bddl", "hf-libero")
 
 
 class Commands:
@@ -27,13 +33,6 @@ class Commands:
         self._image_size = image_size
         self._env: LiberoEnv | None = None
 
-    def info(self) -> SimInfo:
-        return SimInfo(
-            assets=self._assets.source,
-            gl=str(self._backend or "none"),
-            versions={name: _version(name) for name in PACKAGES},
-        )
-
     def reset(
         self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, settle_steps: int
     ) -> Observation:
@@ -42,9 +41,7 @@ class Commands:
         return env.observe()
 
     def step_chunk(self, actions: np.ndarray, render: Render) -> StepResult:
-        env = self._env
-        if env is None:
-            raise SimulatorError("step before reset")
+        env = self._running()
         frames: list[np.ndarray | None] = []
         success, steps = False, 0
         for steps, action in enumerate(actions, start=1):
@@ -60,16 +57,41 @@ class Commands:
         filmed = render == "all" and self._backend is not None
         return StepResult(env.observe(), success, steps, np.stack(frames) if filmed else None)
 
-    def expert_episode(
-        self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, noise: float, record: bool
-    ) -> tuple[Demo, bool]:
-        state = self._init_state(suite, task_id, init_state)
-        return run_episode(
-            self._environment(suite, task_id), state, seed=seed, noise=noise, draw=record and self._backend is not None
-        )
+    def object_poses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return self._running().object_poses()
 
-    def replay_demo(self, suite: str, task_id: int, demo: Demo, seed: int, drop_noops: bool) -> Replay:
-        return replay(self._environment(suite, task_id), demo, seed=seed, drop_noops=drop_noops)
+    def sim_state(self) -> np.ndarray:
+        return self._running().sim_state()
+
+    def expert_episode(
+        self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, noise: float, target: Path | None
+    ) -> EpisodeOutcome:
+        """An episode of the scripted expert; with `target`, a success is drawn and written there."""
+        state = self._init_state(suite, task_id, init_state)
+        env = self._environment(suite, task_id)
+        demo, success = run_episode(env, state, seed=seed, noise=noise, draw=target is not None)
+        if success and target is not None:
+            write_demo(target, demo)
+        return EpisodeOutcome(success, len(demo))
+
+    def replay_demo(
+        self, suite: str, task_id: int, source: Path, index: int, seed: int, drop_noops: bool, target: Path
+    ) -> EpisodeOutcome:
+        """Execute a demonstration of an HDF5 file again; a success is written to `target`.
+
+        `seed` is for files that do not say theirs.
+        """
+        demo = read_demo(source, index, images=False)
+        seed = seed if demo.seed is None else demo.seed
+        result = replay(self._environment(suite, task_id), demo, seed=seed, drop_noops=drop_noops)
+        if result.success and result.demo is not None:
+            write_demo(target, result.demo)
+        return EpisodeOutcome(result.success, len(demo) - result.noops, result.noops)
+
+    def _running(self) -> LiberoEnv:
+        if self._env is None:
+            raise SimulatorError("no episode is running: call reset first")
+        return self._env
 
     def _environment(self, suite: str, task_id: int) -> LiberoEnv:
         task = load_task(suite, task_id)
@@ -95,10 +117,3 @@ class Commands:
         if self._env is not None:
             self._env.close()
             self._env = None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # e.g. a checkout of LIBERO on the path

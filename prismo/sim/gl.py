@@ -111,6 +111,11 @@ def choose_backend(cuda_device: int | None = None) -> GLBackend:
     )
 
 
+def egl_devices() -> list[int | None] | None:
+    """The CUDA ordinal of every EGL device (None for a device that is no GPU); None if there is no EGL."""
+    return _run_probe("list", MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")[0]
+
+
 def _candidates(cuda_device: int | None, failures: list[str]) -> Iterator[tuple[str, int | None, int | None]]:
     """(backend, EGL device, its CUDA ordinal) in the order to try; why EGL has none goes to `failures`."""
     wanted = os.environ.get("MUJOCO_GL", "").lower()
@@ -150,7 +155,7 @@ def _run_probe(what: str, **variables: str) -> tuple[Any, str]:
     return None, lines[-1] if lines else f"the probe ended with code {child.returncode}"
 
 
-def egl_cuda_ordinals() -> list[int | None]:
+def _egl_cuda_ordinals() -> list[int | None]:
     """For each EGL device its CUDA ordinal, None for a device without one (software) or a driver that does not say."""
     from mujoco.egl import egl_ext as egl  # noqa: PLC0415 (in the probe's process only)
 
@@ -198,7 +203,7 @@ def _draw() -> str:
 def _main() -> None:
     """`list` prints the CUDA ordinals of EGL's devices, `draw` the name of the renderer, as JSON; errors to stderr."""
     try:
-        print(json.dumps(egl_cuda_ordinals() if sys.argv[1] == "list" else _draw()))
+        print(json.dumps(_egl_cuda_ordinals() if sys.argv[1] == "list" else _draw()))
     except Exception as error:  # whatever a driver throws: the parent goes on to the next candidate and reports this
         raise SystemExit(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
 

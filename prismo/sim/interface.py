@@ -72,6 +72,21 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class EpisodeOutcome:
+    """Of an episode that ran inside the simulator process (expert, replay).
+
+    Attributes:
+        success: the goal held at its end.
+        steps: actions executed.
+        noops: actions of a replay that were left out.
+    """
+
+    success: bool
+    steps: int
+    noops: int = 0
+
+
+@dataclass(frozen=True)
 class SimInfo:
     """What a result depends on besides policy and seed; goes into every result file.
 

@@ -210,6 +210,12 @@ class LiberoEnv:
         """Arm joints, rad: float64 [7]."""
         return self._observations["robot0_joint_pos"]
 
+    def object_poses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Position (m) and quaternion (w, x, y, z) of every movable object, world frame, by its name in the scene."""
+        data = self.raw.sim.data
+        bodies = {name: self.raw.obj_body_id[name] for name in self.raw.objects_dict}
+        return {name: (data.body_xpos[body].copy(), data.body_xquat[body].copy()) for name, body in bodies.items()}
+
     def sim_state(self) -> np.ndarray:
         """Time, positions, velocities as an initial state holds them: float64 [1 + nq + nv]."""
         return self.raw.sim.get_state().flatten()

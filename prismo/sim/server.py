@@ -19,7 +19,7 @@ import yaml
 
 from prismo.sim.assets import Assets, cache_folder
 from prismo.sim.gl import GLBackend
-from prismo.sim.interface import SimInfo, SimulatorError
+from prismo.sim.interface import SimulatorError
 from prismo.sim.suites import package_folder
 from prismo.util.files import atomic_write
 
@@ -85,12 +85,11 @@ class _Session:
             return self._start(**arguments)
         return getattr(self._commands, command)(**arguments)
 
-    def _start(self, assets: Assets, backend: GLBackend | None, image_size: int) -> SimInfo:
+    def _start(self, assets: Assets, backend: GLBackend | None, image_size: int) -> None:
         prepare_process(assets, backend)
         from prismo.sim.commands import Commands  # noqa: PLC0415 (imports MuJoCo, robosuite and LIBERO)
 
         self._commands = Commands(assets, backend, image_size)
-        return self._commands.info()
 
 
 def main(pipe: Connection) -> None:

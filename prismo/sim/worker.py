@@ -5,6 +5,7 @@ This side never imports MuJoCo, so that the process with the model stays free of
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from prismo.sim.interface import (
 
 log = logging.getLogger(__name__)
 
+PACKAGES = ("mujoco", "robosuite", "bddl", "hf-libero")
 _LOG_TAIL_LINES = 15
 _GRACE_S = 3.0
 
@@ -72,7 +74,6 @@ class SimWorker:
         self._process: subprocess.Popen | None = None
         self._pipe: multiprocessing.connection.Connection | None = None
         self._log: IO[bytes] | None = None
-        self._info: SimInfo | None = None
 
     def __enter__(self) -> SimWorker:
         return self
@@ -91,9 +92,12 @@ class SimWorker:
 
     @property
     def info(self) -> SimInfo:
-        """Assets, renderer and versions, for result files. Starts the process if need be."""
-        self.start()
-        return self._info
+        """Assets, renderer and versions, for result files."""
+        return SimInfo(
+            assets=self.assets.source,
+            gl=str(self.backend or "none"),
+            versions={name: _version(name) for name in PACKAGES},
+        )
 
     @property
     def pid(self) -> int | None:
@@ -146,10 +150,16 @@ class SimWorker:
                 f"expected finite actions of shape [n, 7], found shape {actions.shape}"
                 f"{'' if np.isfinite(actions).all() else ' with NaN or infinity'}"
             )
-        if self._process is None:
-            raise SimulatorError("no episode is running: call reset first")
         timeout = self._step_timeout * (1 + len(actions) / 10)
         return self._call("step_chunk", timeout, actions=actions, render=render)
+
+    def object_poses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Position (m) and quaternion (w, x, y, z) of every movable object of the running episode, by name."""
+        return self._call("object_poses", self._step_timeout)
+
+    def sim_state(self) -> np.ndarray:
+        """Time, positions and velocities of the running episode, as an initial state holds them."""
+        return self._call("sim_state", self._step_timeout)
 
     def request(self, command: str, timeout: float, **arguments: Any) -> Any:
         """Any command of `prismo.sim.commands.Commands`, e.g. a whole episode of the expert."""
@@ -177,9 +187,11 @@ class SimWorker:
             start_new_session=True,  # Ctrl-C is for the parent, which then closes the worker
         )
         child.close()
-        self._info = self._call("start", self._reset_timeout, **self._arguments)
+        self._call("start", self._reset_timeout, **self._arguments)
 
     def _call(self, command: str, timeout: float, **arguments: Any) -> Any:
+        if self._process is None:
+            raise SimulatorError("no episode is running: call reset first")
         try:
             self._pipe.send((command, arguments))
             if not self._pipe.poll(timeout):
@@ -226,6 +238,13 @@ class SimWorker:
         except subprocess.TimeoutExpired:
             log.debug("simulator %d did not leave by itself", self._process.pid)
         self._kill()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # e.g. a checkout of LIBERO on the path
 
 
 def _import_root() -> str:
