@@ -198,7 +198,7 @@ def _rope_table(
 
 
 def load_vggt(
-    path: str | Path,
+    path: str | Path | None,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -223,7 +223,7 @@ def load_vggt(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"VGGT runs in torch.float32 or torch.bfloat16, not {dtype}")
-    path = _weights_file(Path(path))
+    path = _weights_file(path)
     state = _read_aggregator(path)
     with torch.device("meta"):
         model = VGGTAggregator(infer_config(state, path))
@@ -236,7 +236,7 @@ def load_vggt(
 
 def read_config(path: str | Path) -> VGGTConfig:
     """Sizes of the aggregator in a weights file; raises like `load_vggt`."""
-    path = _weights_file(Path(path))
+    path = _weights_file(path)
     return infer_config(_read_aggregator(path), path)
 
 
@@ -279,11 +279,12 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
-def _weights_file(path: Path) -> Path:
-    candidates = [path / "model.safetensors", path / "model.pt"] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+def _weights_file(path: str | Path | None) -> Path:
+    if path is not None:
+        path = Path(path)
+        for candidate in [path / "model.safetensors", path / "model.pt"] if path.is_dir() else [path]:
+            if candidate.is_file():
+                return candidate
     raise FileNotFoundError(
         f"no VGGT weights at {path} (expected model.pt, a .safetensors file, or a folder with one of them). "
         "Fetch them with: hf download facebook/VGGT-1B model.pt --local-dir ckpts/vggt"
@@ -310,7 +311,11 @@ def _read_aggregator(path: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot read VGGT weights from {path} ({reason}); fetch the file again") from error
     unknown = [name for name in names if not str(name).startswith((_PREFIX, *_HEADS))]
-    aggregator = {n.removeprefix(_PREFIX): state[n] for n in names if n not in unknown and n.startswith(_PREFIX)}
+    aggregator = {
+        name.removeprefix(_PREFIX): value
+        for name, value in (state.items() if names else ())
+        if str(name).startswith(_PREFIX) and isinstance(value, Tensor)
+    }
     if unknown or not aggregator:
         raise ValueError(
             f"{path} is not a VGGT checkpoint: expected tensors named {_PREFIX}* (and those of the heads), found "

@@ -1,6 +1,6 @@
 """VGGT and pooling against figures of the original implementation (`tests.golden`).
 
-The functions `aggregator` and `teacher_targets` serve `tests/test_golden.py` too, which adds the VLA's side.
+`tests/test_golden.py` goes on from here with the VLA's side: the whole alignment figure and its gradients.
 """
 
 from __future__ import annotations

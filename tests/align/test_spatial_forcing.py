@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismo.align import AlignProjector, AlignRecipe, SpatialForcing, VGGTAggregator
+from prismo.align.random_teacher import random_vggt
 from prismo.align.spatial_forcing import token_cosine
 from prismo.models.component_files import load_component, save_component
+from tests.align.conftest import TINY
 
 BATCH, VIEWS, SIDE, HIDDEN = 2, 3, 4, 24
 TOKENS = VIEWS * SIDE**2
@@ -152,18 +155,28 @@ def test_moving_takes_the_teacher_along_and_keeps_its_dtype(spatial_forcing: Spa
         spatial_forcing.cpu()
 
 
-def test_ddp_reduces_only_the_projector(
-    spatial_forcing: SpatialForcing, batch: SimpleNamespace, tmp_path: Path
-) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(spatial_forcing)
-        loss, _ = wrapped(batch.images, batch.hidden)
-        loss.backward()
-        assert sum(p.numel() for p in wrapped.parameters()) == sum(p.numel() for p in spatial_forcing.parameters())
-        assert batch.hidden.grad.abs().sum() > 0
-    finally:
-        dist.destroy_process_group()
+def ddp_rank(rank: int, folder: Path) -> None:
+    """One of two processes: other images and another teacher on each, one step under DistributedDataParallel."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    teacher = random_vggt(config=TINY, seed=rank)
+    torch.manual_seed(rank)
+    wrapped = DistributedDataParallel(SpatialForcing(teacher, hidden_size=HIDDEN))
+    loss, _ = wrapped(torch.rand(1, 1, 3, 56, 56), torch.randn(1, SIDE**2, HIDDEN, requires_grad=True))
+    loss.backward()
+    result = {"grad": wrapped.module.projector.fc1.weight.grad, "pos_embed": teacher.patch_embed.pos_embed}
+    torch.save(result, folder / f"rank{rank}.pt")
+    dist.barrier()
+    # No clean-up: a process group freed under the GIL and gloo's thread can wait for each other forever.
+    os._exit(0)
+
+
+def test_ddp_synchronises_the_projector_and_not_the_teacher(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(ddp_rank, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["grad"].abs().sum() > 0
+    assert torch.equal(first["grad"], second["grad"])
+    assert not torch.equal(first["pos_embed"], second["pos_embed"])
 
 
 @pytest.mark.parametrize("norm", [True, False])

@@ -80,7 +80,9 @@ def without(name: str) -> Callable[[State], State]:
         (lambda s: s | {"aggregator.patch_embed.pos_embed": torch.ones(1, 18, 64)}, "17 patch positions"),
         (lambda s: s | {"language_model.norm": torch.ones(2)}, "not a VGGT checkpoint.*language_model.norm"),
         (lambda s: {k.removeprefix("aggregator."): v for k, v in s.items()}, "not a VGGT checkpoint"),
+        (lambda s: s | {"aggregator.camera_token": "text"}, "missing: aggregator.camera_token"),
         (lambda s: {}, "not a VGGT checkpoint"),
+        (lambda s: torch.ones(2), "not a VGGT checkpoint"),
     ],
 )
 def test_files_that_do_not_fit(
@@ -106,7 +108,7 @@ def test_no_code_is_run_from_a_file(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "hacked",))
 
     torch.save({"aggregator.camera_token": Attack()}, tmp_path / "model.pt")
-    (tmp_path / "legacy.pt").write_bytes(pickle.dumps(Attack()))
+    (tmp_path / "legacy.pt").write_bytes(pickle.dumps(Attack(), protocol=2))
     for name in ("model.pt", "legacy.pt"):
         with pytest.raises(ValueError, match="cannot read VGGT weights"):
             load_vggt(tmp_path / name)
@@ -114,8 +116,9 @@ def test_no_code_is_run_from_a_file(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_dtype(tmp_path: Path, vggt_file: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="facebook/VGGT-1B"):
-        load_vggt(tmp_path)
+    for path in (tmp_path, tmp_path / "model.pt", None):
+        with pytest.raises(FileNotFoundError, match="facebook/VGGT-1B"):
+            load_teacher("vggt", path)
     with pytest.raises(ValueError, match=r"torch\.float16"):
         load_vggt(vggt_file, dtype=torch.float16)
     with pytest.raises(ValueError, match="unknown teacher 'vgt'"):
