@@ -85,10 +85,15 @@ class WindowDataset(Dataset[Sample]):
     """Map-style dataset over the windows of all sources, in stored order; build it with `open_dataset`."""
 
     def __init__(
-        self, sources: Sequence[Source], embodiment: Embodiment, num_images: int, resize_to: int | None, use_tail: bool
+        self,
+        sources: Sequence[Source],
+        embodiment: Embodiment,
+        num_images: int,
+        image_size: tuple[int, int],
+        resize: bool,
     ) -> None:
         self.sources, self.embodiment, self.num_images = tuple(sources), embodiment, num_images
-        self.resize_to, self.use_tail = resize_to, use_tail
+        self.image_size, self.resize = image_size, resize
         self._ends = np.cumsum([source.num_windows for source in sources])
 
     def __len__(self) -> int:
@@ -110,13 +115,19 @@ class WindowDataset(Dataset[Sample]):
         return source, int(source.episodes[place]), local - (int(source.ends[place - 1]) if place else 0)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.sample(index, np.empty((self.num_images, *self.image_size, 3), np.uint8))
+
+    def sample(self, index: int, pixels: np.ndarray) -> Sample:
+        """The window `index`, decoded into `pixels` uint8 [V, H, W, 3], of which `Sample.images` becomes a view."""
         source, episode, step = self.locate(index)
         robot, statistics = self.embodiment, source.statistics
         rows = source.index.rows(episode, step, step + robot.chunk)
         present = np.arange(robot.chunk) < len(rows)
         actions = rows["action"][np.minimum(np.arange(robot.chunk), len(rows) - 1)]
+        for view in range(self.num_images):
+            self._decode(source, episode, rows[0], view, pixels[view])
         return Sample(
-            images=self._images(source, episode, rows[0]),
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2),
             actions=torch.from_numpy(normalize(actions, statistics.action, robot.normalization)),
             action_mask=torch.from_numpy(present),
             proprio=torch.from_numpy(normalize(rows["proprio"][0], statistics.proprio, robot.normalization)),
@@ -127,12 +138,12 @@ class WindowDataset(Dataset[Sample]):
             step=step,
         )
 
-    def _images(self, source: Source, episode: int, row: np.void) -> Tensor:
-        images = [source.index.image(episode, row, camera) for camera in range(self.num_images)]
-        if self.resize_to is None:
-            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        views = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-        return torch.stack([resize_lanczos3(view, self.resize_to) for view in views])
+    def _decode(self, source: Source, episode: int, row: np.void, camera: int, out: np.ndarray) -> None:
+        if not self.resize:
+            source.index.image(episode, row, camera, out)
+            return
+        stored = torch.from_numpy(source.index.image(episode, row, camera)).permute(2, 0, 1)
+        out[...] = resize_lanczos3(stored, self.image_size, exact=False).permute(1, 2, 0).numpy()
 
 
 def open_dataset(
@@ -180,7 +191,8 @@ def open_dataset(
     robot = _common_robot(sources, chunk)
     views = _common_views(sources, num_images)
     sizes = {source.index.image_size(camera) for source in sources for camera in range(views)}
-    return WindowDataset(sources, robot, views, size if len(sizes) > 1 or None in sizes else None, use_tail)
+    stored = sizes.pop() if len(sizes) == 1 else None
+    return WindowDataset(sources, robot, views, stored or (size, size), resize=stored is None)
 
 
 def _statistics(index: EpisodeIndex, given: Mapping[str, DatasetStats] | None) -> DatasetStats:

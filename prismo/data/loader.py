@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from prismo.data.dataset import Sample, WindowDataset
 from prismo.data.images import sample_seeds
@@ -57,26 +59,38 @@ class Batch:
         """Called by torch's DataLoader when it pins."""
         return self._map(lambda _, x: x.pin_memory())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Between processes only the images travel as a shared tensor; for the rest that costs more than copying."""
+        state = dict(self.__dict__, text={name: x.numpy() for name, x in self.text.items()})
+        return {k: v.numpy() if isinstance(v, Tensor) and k != "images" else v for k, v in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["text"] = {name: torch.from_numpy(x) for name, x in state["text"].items()}
+        for name, value in state.items():
+            object.__setattr__(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
     def _map(self, function: Callable[[str, Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: function(name, v) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **changed, text={name: function(name, v) for name, v in self.text.items()})
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Stacks samples into a `Batch`, in the worker. `text` sees the samples, too (tokenising)."""
+class _BatchFetcher(Dataset["Batch"]):
+    """Makes a whole batch in the worker, for DataLoader's batched fetching.
 
-    seed: int
-    text: CollateText | None = None
+    Images are decoded straight into the batch, in the layout they are decoded in and in the memory that the training
+    process will see: every copy or transpose of the pixels would cost about as much as decoding them.
+    """
 
-    def __call__(self, pairs: Sequence[tuple[int, Sample]]) -> Batch:
-        epochs, samples = zip(*pairs, strict=True)
-        epoch, index = torch.tensor(epochs), torch.tensor([sample.index for sample in samples])
-        # Stacked in the layout they were decoded in: a transpose here would cost as much as the decoding.
-        images = torch.stack([sample.images.permute(0, 2, 3, 1) for sample in samples]).permute(0, 1, 4, 2, 3)
+    def __init__(self, dataset: WindowDataset, seed: int, collate_text: CollateText | None) -> None:
+        self.dataset, self.seed, self.collate_text = dataset, seed, collate_text
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        pixels = _pixels((len(keys), self.dataset.num_images, *self.dataset.image_size, 3))
+        samples = [self.dataset.sample(index, image) for (_, index), image in zip(keys, pixels.numpy(), strict=True)]
+        epoch, index = torch.tensor(keys).unbind(1)
         return Batch(
-            images=images,
+            images=pixels.permute(0, 1, 4, 2, 3),
             actions=torch.stack([sample.actions for sample in samples]),
             action_mask=torch.stack([sample.action_mask for sample in samples]),
             proprio=torch.stack([sample.proprio for sample in samples]),
@@ -87,19 +101,21 @@ class Collate:
             step=torch.tensor([sample.step for sample in samples]),
             instructions=[sample.instruction for sample in samples],
             dataset_names=[sample.dataset_name for sample in samples],
-            text=self.text(samples) if self.text else {},
+            text=self.collate_text(samples) if self.collate_text else {},
         )
 
 
-class _ByEpoch(Dataset[tuple[int, Sample]]):
-    """Lets a sampler send the epoch along with the window index."""
+def _pixels(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 tensor; in a worker, in memory shared with the training process."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    # As torch's own collate function does it.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.tensor([], dtype=torch.uint8).set_(storage).view(shape)
 
-    def __init__(self, dataset: WindowDataset) -> None:
-        self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Sample]:
-        epoch, index = key
-        return epoch, self.dataset[index]
+def _identity(batch: Batch) -> Batch:
+    return batch
 
 
 class Loader:
@@ -165,10 +181,10 @@ def make_loader(
     def make(start: Position) -> DataLoader[Batch]:
         sampler = RankSampler(order, batch_size, rank=rank, world_size=world_size, start=start, epochs=epochs)
         return DataLoader(
-            _ByEpoch(dataset),
+            _BatchFetcher(dataset, seed, collate_text),
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=Collate(seed, collate_text),
+            collate_fn=_identity,
             pin_memory=pin_memory,
             prefetch_factor=2 if num_workers else None,
         )

@@ -86,6 +86,7 @@ class EpisodeIndex:
         path: folder of the index.
         episodes: structured array `EPISODE`, one entry per stored episode of every split.
         instructions: distinct instruction texts, by number.
+        row_type: dtype of a frame's row.
     """
 
     info: DatasetInfo
@@ -93,7 +94,11 @@ class EpisodeIndex:
     path: Path
     episodes: np.ndarray
     instructions: list[str]
-    _files: PositionedFiles = field(default_factory=PositionedFiles, repr=False)
+    row_type: np.dtype = field(init=False, repr=False)
+    _files: PositionedFiles = field(default_factory=PositionedFiles, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row_type", row_type(self.spec))
 
     @property
     def num_rows(self) -> int:
@@ -113,9 +118,8 @@ class EpisodeIndex:
         return np.concatenate(parts)
 
     def _read_rows(self, first: int, count: int) -> np.ndarray:
-        dtype = row_type(self.spec)
-        data = self._files.read(self.path / "rows.bin", first * dtype.itemsize, count * dtype.itemsize)
-        return np.frombuffer(data, dtype)
+        size = self.row_type.itemsize
+        return np.frombuffer(self._files.read(self.path / "rows.bin", first * size, count * size), self.row_type)
 
     def shard(self, episode: int) -> Path:
         """The file that holds an episode."""
@@ -127,28 +131,34 @@ class EpisodeIndex:
         height, width, *_ = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
         return (height, width) if height > 0 and width > 0 else None
 
-    def image(self, episode: int, row: np.void, camera: int) -> np.ndarray:
+    def image(self, episode: int, row: np.void, camera: int, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 [H, W, 3] of one camera in one of the `rows`; black where the dataset stores an empty image.
 
+        Args:
+            out: where to put it, of the camera's `image_size`.
+
         Raises:
-            ValueError: the bytes are not those that were indexed, or no image; the message names the file.
+            ValueError: the bytes are not those that were indexed, or no image of the right size; the message names the
+                file.
         """
         offset, length = int(row["offset"][camera]), int(row["length"][camera])
         size = self.image_size(camera)
-        if length == 0 and size is not None:
-            return np.zeros((*size, 3), np.uint8)
+        if out is None and size is not None:
+            out = np.empty((*size, 3), np.uint8)
+        if length == 0 and out is not None:
+            out.fill(0)
+            return out
         path = self.shard(episode)
-        place = f"{path}: {self.spec.cameras[camera]} at byte {offset}"
         data = self._files.read(path, offset, length)
         if crc32c(data) != row["crc"][camera]:
-            raise ValueError(f"{place} is not what was indexed; the file changed or is damaged. Fetch it again")
+            name = self.spec.cameras[camera]
+            raise ValueError(
+                f"{path}: {name} at byte {offset} is not what was indexed; the file changed: fetch it again"
+            )
         try:
-            image = decode_image(data)
+            return decode_image(data, out)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        if size is not None and image.shape[:2] != size:
-            raise ValueError(f"{place} is {image.shape[0]}x{image.shape[1]}, features.json says {size[0]}x{size[1]}")
-        return image
+            raise ValueError(f"{path}: {self.spec.cameras[camera]} at byte {offset}: {error}") from error
 
     def read_episode(self, episode: int) -> dict[str, Any]:
         """Everything stored of one episode: numbers [T, ...], images uint8 [T, H, W, 3], texts as lists of str.

@@ -69,7 +69,7 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """A table uint8 [size, size, 3]: soft shading and grain, which compresses about as well as a rendered scene."""
     y, x = np.mgrid[0:size, 0:size] / size
     base = rng.uniform(90, 170, 3) + 30 * np.sin(6 * (x + rng.uniform() * y))[..., None]
-    return (base + rng.normal(0, 5, (size, size, 1))).clip(0, 255).astype(np.uint8)
+    return (base + rng.normal(0, 3, (size, size, 1))).clip(0, 255).astype(np.uint8)
 
 
 def _draw(table: np.ndarray, state: np.ndarray, goal: np.ndarray, thing: int, wrist: bool) -> np.ndarray:

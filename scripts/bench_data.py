@@ -1,0 +1,290 @@
+"""Our data pipeline beside one in tf.data that does the same work with the original's settings, in one run.
+
+    python scripts/bench_data.py                                     # generates 1 GB of LIBERO-like data first
+    python scripts/bench_data.py --data_root_dir data --dataset_name libero_spatial_no_noops
+
+Every measurement is a process of its own, bound to one processor core, workers included. `tf.data` follows OpenVLA's
+loader: TFDS episodes, gripper and normalisation, chunking, flattening to frames, a shuffle buffer of 100,000 encoded
+frames, decoding (16 parallel calls), lanczos3 resize, augmentation, numpy iterator, stacking. It leaves out what ours
+need not do either (goal images, which double the original's image work), so the figures compare equal work:
+
+    stored size    both cameras decoded, normalised actions and proprio, collated
+    resized        and resized to 224 x 224 on the same core (in training that runs on the GPU)
+    augmented      and cropped and colour-jittered there, too
+
+Memory is the proportional set size (PSS) of the process and its workers, less what it was after the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MODES = ("stored size", "resized", "augmented")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.measure:
+        print(json.dumps(MEASURES[args.measure](args)))
+        return
+    root = Path(args.data_root_dir) if args.data_root_dir else generate(args)
+    folder = version_folder(root, args.dataset_name)
+    size = sum(file.stat().st_size for file in folder.glob("*.tfrecord*"))
+    print(
+        f"{folder}: {size / 1e9:.2f} GB of shards, batch {args.batch_size}, one core ({os.cpu_count()} in the machine)"
+    )
+    shutil.rmtree(folder / ".prismo_index", ignore_errors=True)
+    for file in folder.glob("*.tfrecord*"):
+        file.read_bytes()  # both sides find the shards in the page cache
+    built = run(args, root, "index", MODES[0])
+    print(
+        f"index built at {size / 1e6 / built['seconds']:.0f} MB/s, {built['seconds']:.1f} s; every checksum verified\n"
+    )
+    rows = [(mode, run(args, root, "prismo", mode), run(args, root, "tfdata", mode)) for mode in MODES]
+    print_table(rows)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root_dir", help="folder of the dataset folders; left out, data are generated")
+    parser.add_argument("--dataset_name", default="libero_spatial_no_noops", help="a LIBERO dataset")
+    parser.add_argument("--generate_gb", type=float, default=1.0, help="size of generated data")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/bench_data"), help="where data are generated")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=10, help="length of each throughput measurement")
+    parser.add_argument("--shuffle_buffer_size", type=int, default=100_000, help="tf.data only; the original's default")
+    parser.add_argument("--measure", choices=sorted(MEASURES), help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def version_folder(root: Path, name: str) -> Path:
+    from prismo.data.features import find_version_folder  # noqa: PLC0415  (each side imports only its own libraries)
+
+    return find_version_folder(root / name)
+
+
+def generate(args: argparse.Namespace) -> Path:
+    from prismo.data.synthetic import write_synthetic_libero  # noqa: PLC0415
+
+    root = args.work_dir / f"{args.generate_gb:g}gb"
+    if not (root / args.dataset_name).exists():
+        print(f"generating {args.generate_gb:g} GB in {root} ...")
+        episodes = round(args.generate_gb * 1e9 / (120 * 2 * 16_500))
+        write_synthetic_libero(root, args.dataset_name, episodes=episodes, steps=120)
+    return root
+
+
+def run(args: argparse.Namespace, root: Path, measure: str, mode: str) -> dict[str, float]:
+    """One measurement in a fresh process on one core."""
+    command = [sys.executable, __file__, "--measure", measure, "--mode", mode, "--data_root_dir", str(root)]
+    for name in ("dataset_name", "batch_size", "seconds", "shuffle_buffer_size"):
+        command += [f"--{name}", str(getattr(args, name))]
+    core = min(os.sched_getaffinity(0))
+    one_thread = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    print(f"  measuring {measure}, {mode} ...", file=sys.stderr)
+    done = subprocess.run(
+        ["taskset", "-c", str(core), *command], env=os.environ | one_thread, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_table(rows: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
+    print(f"{'two cameras, one core':<24}{'prismo':>12}{'tf.data':>12}{'ratio':>9}")
+    for mode, ours, theirs in rows:
+        line(f"samples/s, {mode}", ours["rate"], theirs["rate"], ours["rate"] / theirs["rate"])
+    _, ours, theirs = rows[-1]
+    for name, key in (("first batch (s)", "first_batch"), ("imports (s)", "imports"), ("memory (MB)", "memory")):
+        line(name, ours[key], theirs[key], theirs[key] / ours[key])
+
+
+def line(name: str, ours: float, theirs: float, ratio: float) -> None:
+    print(f"{name:<24}{ours:>12.2f}{theirs:>12.2f}{ratio:>8.1f}x")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def throughput(args: argparse.Namespace, started: float, open_batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
+    """Imports, time to the first batch, samples/s and memory of an endless iterator over batches."""
+    imported = time.perf_counter()
+    before = memory()
+    batches = open_batches()
+    next(batches)
+    first = time.perf_counter()
+    for _ in range(4):  # what was prefetched in the meantime is not work of the measured time
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < args.seconds:
+        next(batches)
+        count += 1
+    return {
+        "imports": imported - started,
+        "first_batch": first - imported,
+        "rate": count * args.batch_size / (time.perf_counter() - start),
+        "memory": memory() - before,
+    }
+
+
+def memory() -> float:
+    """PSS of this process and its children in MB."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for pid in ("self", *children):
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += int(next(entry for entry in text.splitlines() if entry.startswith("Pss:")).split()[1])
+    return total / 1024
+
+
+def measure_index(args: argparse.Namespace) -> dict[str, float]:
+    from prismo.data.index import open_index  # noqa: PLC0415
+    from prismo.data.specs import resolve  # noqa: PLC0415
+    from prismo.data.statistics import dataset_statistics  # noqa: PLC0415
+
+    entry = resolve(args.data_root_dir, args.dataset_name)[0]
+    start = time.perf_counter()
+    index = open_index(entry.info, entry.spec)
+    seconds = time.perf_counter() - start
+    dataset_statistics(index)
+    return {"seconds": seconds}
+
+
+def measure_prismo(args: argparse.Namespace) -> dict[str, float]:
+    started = time.perf_counter()
+    from prismo.data.dataset import open_dataset  # noqa: PLC0415
+    from prismo.data.images import prepare_images  # noqa: PLC0415
+    from prismo.data.loader import make_loader  # noqa: PLC0415
+
+    def batches() -> Iterator[Any]:
+        dataset = open_dataset(args.data_root_dir, args.dataset_name)
+        for batch in make_loader(dataset, args.batch_size, num_workers=1):
+            if args.mode != "stored size":
+                prepare_images(batch.images, 224, batch.seeds if args.mode == "augmented" else None)
+            yield batch
+
+    return throughput(args, started, batches)
+
+
+def measure_tfdata(args: argparse.Namespace) -> dict[str, float]:
+    started = time.perf_counter()
+    import numpy as np  # noqa: PLC0415
+    import tensorflow as tf  # noqa: PLC0415
+    import tensorflow_datasets as tfds  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    folder = version_folder(Path(args.data_root_dir), args.dataset_name)
+    (index,) = folder.glob(".prismo_index/*/statistics.json")
+    stats = next(iter(json.loads(index.read_text()).values()))
+
+    def batches() -> Iterator[Any]:
+        frames = tf_frames(tf, tfds, folder, stats, args).as_numpy_iterator()
+        while True:
+            taken = [next(frames) for _ in range(args.batch_size)]
+            yield {
+                "images": torch.from_numpy(np.stack([np.stack([f["primary"], f["wrist"]]) for f in taken])),
+                "actions": torch.from_numpy(np.stack([f["action"] for f in taken])),
+                "proprio": torch.from_numpy(np.stack([f["proprio"] for f in taken])),
+                "instructions": [f["instruction"].decode() for f in taken],
+            }
+
+    return throughput(args, started, batches)
+
+
+def tf_frames(tf: Any, tfds: Any, folder: Path, stats: dict[str, Any], args: argparse.Namespace) -> Any:
+    """The original's tf.data pipeline up to single frames."""
+    chunk, size = 8, 224
+    bounds = {k: [tf.constant(stats[k][q], tf.float32) for q in ("q01", "q99")] for k in ("action", "proprio")}
+    mask = tf.constant(stats["action"]["mask"])
+
+    def scale(x: Any, key: str) -> Any:
+        low, high = bounds[key]
+        return tf.clip_by_value(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)
+
+    def trajectory(episode: dict[str, Any]) -> dict[str, Any]:
+        steps = episode["steps"]
+        gripper = 1 - tf.clip_by_value(steps["action"][:, -1:], 0, 1)
+        action = tf.concat([steps["action"][:, :6], gripper], axis=1)
+        action = tf.where(mask, scale(action, "action"), action)
+        windows = tf.shape(action)[0] - (chunk - 1)
+        ahead = tf.range(windows)[:, None] + tf.range(chunk)[None]
+        return {
+            "primary": steps["observation"]["image"][:windows],
+            "wrist": steps["observation"]["wrist_image"][:windows],
+            "action": tf.gather(action, ahead),
+            "proprio": scale(steps["observation"]["state"][:windows], "proprio"),
+            "instruction": steps["language_instruction"][:windows],
+        }
+
+    def decode(frame: dict[str, Any]) -> dict[str, Any]:
+        for key in ("primary", "wrist"):
+            image = tf.io.decode_image(frame[key], expand_animations=False, dtype=tf.uint8)
+            if args.mode != "stored size":
+                image = tf.image.resize(image, (size, size), method="lanczos3", antialias=True)
+                image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+            frame[key] = image
+        return frame
+
+    def augment(frame: dict[str, Any]) -> dict[str, Any]:
+        seed = tf.random.uniform([2], maxval=tf.dtypes.int32.max, dtype=tf.int32)
+        for number, key in enumerate(("primary", "wrist")):
+            frame[key] = tf_augment(tf, frame[key], seed + number, size)
+        return frame
+
+    builder = tfds.builder_from_directory(str(folder))
+    reading = tfds.ReadConfig(
+        skip_prefetch=True, num_parallel_calls_for_interleave_files=1, interleave_cycle_length=1, try_autocache=False
+    )
+    frames = builder.as_dataset(
+        split="train", shuffle_files=True, decoders={"steps": tfds.decode.SkipDecoding()}, read_config=reading
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    options.experimental_optimization.apply_default_optimizations = True
+    frames = frames.with_options(options).map(trajectory, num_parallel_calls=1).repeat()
+    frames = frames.flat_map(tf.data.Dataset.from_tensor_slices).shuffle(args.shuffle_buffer_size)
+    frames = frames.map(decode, num_parallel_calls=16)
+    return frames.map(augment, num_parallel_calls=16) if args.mode == "augmented" else frames
+
+
+def tf_augment(tf: Any, image: Any, seed: Any, size: int) -> Any:
+    """The original's augmentation chain."""
+
+    def next_seed(seed: Any) -> Any:
+        return tf.random.stateless_uniform([2], seed, maxval=tf.dtypes.int32.max, dtype=tf.int32)
+
+    image = tf.image.convert_image_dtype(image, tf.float32)
+    side = tf.sqrt(0.9)
+    offset = tf.random.stateless_uniform((1,), seed, 0, 1 - side)
+    box = tf.stack([offset, offset, offset + side, offset + side], axis=1)
+    image = tf.clip_by_value(tf.image.crop_and_resize(image[None], box, [0], (size, size))[0], 0, 1)
+    for change in (
+        lambda x, s: tf.image.stateless_random_brightness(x, 0.2, s),
+        lambda x, s: tf.image.stateless_random_contrast(x, 0.8, 1.2, s),
+        lambda x, s: tf.image.stateless_random_saturation(x, 0.8, 1.2, s),
+        lambda x, s: tf.image.stateless_random_hue(x, 0.05, s),
+    ):
+        seed = next_seed(seed)
+        image = tf.clip_by_value(change(image, seed), 0, 1)
+    return tf.image.convert_image_dtype(image, tf.uint8, saturate=True)
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "index": measure_index,
+    "prismo": measure_prismo,
+    "tfdata": measure_tfdata,
+}
+
+
+if __name__ == "__main__":
+    main()
