@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prismo.align import AlignRecipe, SpatialForcing, VGGTConfig
+from prismo.align import AlignRecipe, SpatialForcing, VGGTAggregator, VGGTConfig
 from prismo.align.random_teacher import random_vggt
 from prismo.data.images import sample_seeds
 from prismo.embodiment import LIBERO
-from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
+from prismo.models.full_size import build_openvla_7b, build_vggt_1b
+from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny import tiny_openvla_config
@@ -59,25 +60,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def build_teacher(args: argparse.Namespace, world: World) -> VGGTAggregator:
+    """A frozen VGGT: 909 million parameters, or a tiny one."""
+    if args.tiny:
+        return random_vggt(config=VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256))
+    teacher = build_vggt_1b(world.device, getattr(torch, args.vggt_dtype))
+    if args.compile_vggt:
+        teacher.compile_blocks()
+    return teacher
+
+
 def build(args: argparse.Namespace, world: World) -> OpenVLAObjective:
     """The objective of the recipe, frozen and trained parts as the trainer has them."""
     torch.manual_seed(0)
     if args.tiny:
         vla = OpenVLAForActionPrediction(tiny_openvla_config())
+        fill_random(vla, 0)
         recipe = AlignRecipe(vla_layers_align=2, use_vggt_pe=True, use_vlm_norm=True)
-        sizes = VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256)
     else:
-        with world.device:  # 15 GB, made where they are needed
-            vla = OpenVLAForActionPrediction._from_config(OpenVLAConfig(), dtype=torch.bfloat16)
-        recipe, sizes = AlignRecipe.spatial_forcing(), VGGTConfig()
-    fill_random(vla, 0)
+        vla = build_openvla_7b(world.device)
+        recipe = AlignRecipe.spatial_forcing()
     if args.gradient_checkpointing:
         vla.gradient_checkpointing_enable({"use_reentrant": False})
     alignment = None
     if not args.no_align:
-        dtype = torch.float32 if args.tiny else getattr(torch, args.vggt_dtype)
-        teacher = random_vggt(dtype=dtype, device=world.device, compile=args.compile_vggt, config=sizes)
-        alignment = SpatialForcing(teacher, vla.llm_dim, recipe)
+        alignment = SpatialForcing(build_teacher(args, world), vla.llm_dim, recipe)
     options = PolicyOptions(use_proprio=True)
     objective = build_objective(vla, LIBERO, options, alignment, autocast=not args.tiny)
     if args.compile:

@@ -36,6 +36,7 @@ class PolicyOptions:
         use_film: modulate the vision towers by the instruction.
         lora: adapters of the base.
         diffusion_steps: length of the noise schedule, with the diffusion head.
+        film_identity_init, film_exclude_padding: see `prismo.models.film.FiLMVisionBackbone`.
     """
 
     head: HeadKind = "l1"
@@ -43,6 +44,8 @@ class PolicyOptions:
     use_film: bool = False
     lora: LoraSpec = field(default_factory=LoraSpec)
     diffusion_steps: int = 50
+    film_identity_init: bool = True
+    film_exclude_padding: bool = True
 
 
 def build_modules(llm_dim: int, robot: Embodiment, options: PolicyOptions) -> ActionModules:
@@ -76,7 +79,7 @@ def build_objective(
         autocast: the objective will run under bf16 autocast.
     """
     if options.use_film:
-        add_film(vla)
+        add_film(vla, identity_init=options.film_identity_init, exclude_padding=options.film_exclude_padding)
     add_lora(vla, options.lora)
     freeze_never_used(vla, lm_head_used=options.head == "discrete")
     if autocast:

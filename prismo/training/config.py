@@ -1,0 +1,331 @@
+"""Flags of `vla-scripts/finetune.py` and `finetune_align.py`: the original's names, defaults and meanings, and our own.
+
+`parse_config` reads the command line (draccus); `validate` finds everything that can be wrong without opening a file,
+`prismo.training.preflight` what needs a look at files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import draccus
+import torch
+import yaml
+
+from prismo.align import TEACHERS, AlignRecipe
+from prismo.models.lora import LoraSpec
+from prismo.training.openvla import HeadKind, PolicyOptions
+from prismo.training.optim import Schedule
+from prismo.util.text import did_you_mean
+
+Precision = Literal["auto", "bfloat16", "float32"]
+PLACEHOLDER = "your-wandb-"  # the original's defaults of the two Weights & Biases names
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One training run. Steps always count optimizer updates: checkpoint N holds the weights after exactly N."""
+
+    # Base model: checkpoint folder or hub id. With --resume True --resume_step N also a published or merged checkpoint
+    vla_path: str = "openvla/openvla-7b"
+    # Folder that holds one folder per RLDS dataset
+    data_root_dir: Path = Path("datasets/rlds")
+    # Dataset, mixture (libero_4_task_suites_no_noops) or the path of a YAML description of your own data
+    dataset_name: str = "aloha_scoop_x_into_bowl"
+    # Folder of the run folders
+    run_root_dir: Path = Path("runs")
+    # Accepted for old commands; nothing is buffered here, any window is read directly and the order is fully shuffled
+    shuffle_buffer_size: int = 100_000
+
+    # Regress action chunks with the L1 head; False with use_diffusion False trains discrete action tokens
+    use_l1_regression: bool = True
+    # Denoise action chunks (DDIM); excludes use_l1_regression
+    use_diffusion: bool = False
+    # Timesteps of the diffusion schedule
+    num_diffusion_steps_train: int = 50
+    # Let the instruction modulate the vision towers
+    use_film: bool = False
+    # Cameras per sample: 1 = third person, 2 = and wrist
+    num_images_in_input: int = 1
+    # Feed the robot state as a token
+    use_proprio: bool = False
+
+    # Samples per process and micro-batch
+    batch_size: int = 8
+    # AdamW's rate after warm-up, for everything that is trained
+    learning_rate: float = 5e-4
+    # Updates over which the rate rises linearly from a tenth to the whole; the decay then acts as usual
+    lr_warmup_steps: int = 0
+    # MultiStepLR: updates after which the rate is a tenth
+    num_steps_before_decay: int = 100_000
+    # Micro-batches per update
+    grad_accumulation_steps: int = 1
+    # Updates of the whole run (resumed runs count on)
+    max_steps: int = 200_000
+    # Validate on held-out episodes
+    use_val_set: bool = False
+    # Updates between validations
+    val_freq: int = 10_000
+    # Seconds after which a validation stops early
+    val_time_limit: int = 180
+    # Updates between checkpoints; the last update always gives one
+    save_freq: int = 10_000
+    # Keep one checkpoint, in the run folder itself and named "latest", instead of a folder per step beside it
+    save_latest_checkpoint_only: bool = False
+    # MultiStepLR or CosineAnnealingLR (down to a thousandth at max_steps)
+    scheduler: str = "MultiStepLR"
+    # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
+    # or with resume_step from the checkpoint in vla_path
+    resume: bool = False
+    # Step of the checkpoint in vla_path to continue from. Folders without trainer state (published ones) restore the
+    # side modules and the step only
+    resume_step: int | None = None
+    # Random crop and colour jitter
+    image_aug: bool = True
+    # Updates between the full denoisings that measure the L1 error of a diffusion head
+    diffusion_sample_freq: int = 50
+
+    # Adapters on a frozen base; the only way to train OpenVLA here
+    use_lora: bool = True
+    # Rank of the adapters; their alpha is min(rank, 16)
+    lora_rank: int = 32
+    # Dropout in front of the adapters
+    lora_dropout: float = 0.0
+    # Also write each checkpoint as a complete, merged model (15 GB; can be done later by the merge script)
+    merge_lora_during_training: bool = True
+    # Weights & Biases account; giving it or the project switches logging there on
+    wandb_entity: str = "your-wandb-entity"
+    # Weights & Biases project
+    wandb_project: str = "your-wandb-project"
+    # Suffix of the run's name
+    run_id_note: str | None = None
+    # The run's name instead of the generated one
+    run_id_override: str | None = None
+    # Updates between two entries of all logs
+    wandb_log_freq: int = 10
+
+    # Seed of initial weights, sample order, augmentation, dropout and diffusion noise
+    seed: int = 7
+    # Gradients are scaled down to this norm; 0 switches clipping off, as in the original
+    max_grad_norm: float = 1.0
+    # Recompute activations in the backward pass: about a third slower, a fraction of the memory
+    gradient_checkpointing: bool = False
+    # "cuda" or "cpu". Default: the GPU where there is one
+    device: str | None = None
+    # Of the frozen base and of the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
+    dtype: str = "auto"
+    # Compile the transformer blocks (faster steps after a start of a few minutes)
+    compile: bool = False
+    # Decoding processes per training process. Default: this process's share of the cores, 8 at most
+    num_workers: int | None = None
+    # Train on the last frames of episodes, too, whose missing actions are masked (the original leaves them out)
+    use_tail: bool = False
+    # Share of episodes held out by use_val_set, chosen by their content; 0 uses the dataset's own "val" split
+    val_fraction: float = 0.05
+    # Start FiLM as the identity; False starts at random, as the original
+    film_identity_init: bool = True
+    # Leave padding out of FiLM's mean over the instruction, as in prediction; False takes it in, as the original
+    film_exclude_padding: bool = True
+    # Step folders to keep, newest first. Default: all
+    keep_last: int | None = None
+    # Log to Weights & Biases (WANDB_MODE is respected). Default: when wandb_entity or wandb_project is given
+    use_wandb: bool | None = None
+    # Also write TensorBoard files into the run folder
+    use_tensorboard: bool = False
+    # Check everything, print the resolved configuration, sizes and expected memory, write a picture of the first
+    # batch as the model sees it, and stop
+    dry_run: bool = False
+
+    @property
+    def align_recipe(self) -> AlignRecipe | None:
+        """Settings of the alignment; None = train without a teacher."""
+        return None
+
+    @property
+    def head(self) -> HeadKind:
+        """How actions are predicted."""
+        return "diffusion" if self.use_diffusion else "l1" if self.use_l1_regression else "discrete"
+
+    @property
+    def policy_options(self) -> PolicyOptions:
+        return PolicyOptions(
+            head=self.head,
+            use_proprio=self.use_proprio,
+            use_film=self.use_film,
+            lora=LoraSpec(self.lora_rank, dropout=self.lora_dropout),
+            diffusion_steps=self.num_diffusion_steps_train,
+            film_identity_init=self.film_identity_init,
+            film_exclude_padding=self.film_exclude_padding,
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(
+            peak=self.learning_rate,
+            kind=self.scheduler,
+            warmup_steps=self.lr_warmup_steps,
+            decay_step=self.num_steps_before_decay,
+            max_steps=self.max_steps,
+        )
+
+    @property
+    def wandb_wanted(self) -> bool:
+        given = not (self.wandb_entity.startswith(PLACEHOLDER) and self.wandb_project.startswith(PLACEHOLDER))
+        return given if self.use_wandb is None else self.use_wandb
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """Of base weights and computation on `device`."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
+
+    def validate(self) -> None:
+        """Everything that can be seen without a file.
+
+        Raises:
+            ValueError: naming the flag, what it was and what it may be.
+        """
+        if self.use_l1_regression and self.use_diffusion:
+            raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; set one to False")
+        if not self.use_lora:
+            raise ValueError("--use_lora False: OpenVLA is trained through adapters here; leave the flag out")
+        _check_choice("dtype", self.dtype, get_args(Precision))
+        _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
+        for flag, low in _AT_LEAST.items():
+            value = getattr(self, flag)
+            if value is not None and not value >= low:
+                raise ValueError(f"--{flag} is {value}; expected at least {low}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"--learning_rate is {self.learning_rate}; expected a number between 0 and 1 such as 5e-4")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val_fraction is {self.val_fraction}; expected a share such as 0.05")
+        if self.resume_step is not None and not self.resume:
+            raise ValueError("--resume_step is given without --resume True")
+        if self.resume_step is not None and self.resume_step >= self.max_steps:
+            raise ValueError(f"--resume_step {self.resume_step} is not below --max_steps {self.max_steps}: nothing to do")
+        if self.save_latest_checkpoint_only and self.keep_last is not None:
+            raise ValueError("--keep_last counts step folders, --save_latest_checkpoint_only True writes none; drop one")
+        _ = self.policy_options, self.schedule, self.align_recipe  # their own checks
+
+
+@dataclass(frozen=True)
+class FinetuneAlignConfig(FinetuneConfig):
+    """A training run with Spatial Forcing: vision tokens are aligned with features of a frozen teacher."""
+
+    # Weights of VGGT-1B (model.pt or a folder with it)
+    vggt_path: str = "official_ckpts/vggt_model.pt"
+    # Alignment objective; only "cosine"
+    align_loss_type: str = "cosine"
+    # Weight of the alignment loss; 0 switches the teacher off, it is not even loaded
+    align_loss_coeff: float = 0.5
+    # How the teacher's feature grid becomes the policy's; only "bilinear"
+    pooling_func: str = "bilinear"
+    # Hidden state to align: 0 = input embeddings, k = output of decoder layer k, -1 = last (paper: 24)
+    vla_layers_align: int = -1
+    # Teacher layer to align with (paper: -1)
+    vggt_layers_align: int = -1
+    # LayerNorm on the hidden states in front of the projector (paper: True)
+    use_vlm_norm: bool = False
+    # Position embedding on the teacher's features (paper: True)
+    use_vggt_pe: bool = False
+    # Compare teacher patch j with the token of patch j + 1, as all published runs do
+    gain_feat_1move: bool = True
+
+    # Teacher: "vggt", or "random" for the untrained control
+    teacher: str = "vggt"
+    # Of the teacher's weights; "auto" = as dtype
+    vggt_dtype: str = "auto"
+    # Compile the teacher's blocks
+    compile_vggt: bool = False
+    # Updates between pictures of the cosine map; 0 = none
+    align_map_freq: int = 1000
+
+    @property
+    def align_recipe(self) -> AlignRecipe | None:
+        if self.align_loss_coeff == 0:
+            return None
+        return AlignRecipe(
+            vla_layers_align=self.vla_layers_align,
+            vggt_layers_align=self.vggt_layers_align,
+            pooling_func=self.pooling_func,
+            use_vggt_pe=self.use_vggt_pe,
+            use_vlm_norm=self.use_vlm_norm,
+            align_loss_type=self.align_loss_type,
+            align_loss_coeff=self.align_loss_coeff,
+            gain_feat_1move=self.gain_feat_1move,
+        )
+
+    def teacher_precision(self, device: torch.device) -> torch.dtype:
+        """Of the teacher's weights on `device`."""
+        return self.precision(device) if self.vggt_dtype == "auto" else getattr(torch, self.vggt_dtype)
+
+    def validate(self) -> None:
+        super().validate()
+        _check_choice("teacher", self.teacher, TEACHERS)
+        _check_choice("vggt_dtype", self.vggt_dtype, get_args(Precision))
+
+
+_AT_LEAST = {
+    "num_diffusion_steps_train": 1,
+    "num_images_in_input": 1,
+    "batch_size": 1,
+    "lr_warmup_steps": 0,
+    "num_steps_before_decay": 0,
+    "grad_accumulation_steps": 1,
+    "max_steps": 1,
+    "val_freq": 1,
+    "val_time_limit": 1,
+    "save_freq": 1,
+    "resume_step": 0,
+    "diffusion_sample_freq": 1,
+    "wandb_log_freq": 1,
+    "max_grad_norm": 0,
+    "num_workers": 0,
+    "keep_last": 1,
+    "seed": 0,
+}
+
+C = TypeVar("C", bound=FinetuneConfig)
+
+
+def parse_config(kind: type[C], arguments: Sequence[str] | None = None) -> C:
+    """Read `--flag value` arguments, over those of `--config_path file.yaml` if given, and validate them.
+
+    Raises:
+        ValueError: an unknown flag or key (with the nearest one), or a value that cannot be.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    known = [field.name for field in fields(kind)]
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=", 1)[0]
+        if argument.startswith("--") and name not in (*known, "config_path", "help"):
+            raise ValueError(did_you_mean("flag", f"--{name}", [f"--{flag}" for flag in known]))
+    _check_yaml(arguments, known)
+    try:
+        config = draccus.parse(kind, args=arguments, preferred_help="above")
+    except draccus.utils.DecodingError as error:
+        raise ValueError(f"a flag has a value of another type: {error}") from error
+    config.validate()
+    return config
+
+
+def _check_yaml(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """The file of --config_path exists and has known keys only."""
+    joined = [part for argument in arguments for part in argument.split("=", 1)]
+    if "--config_path" not in joined[:-1]:
+        return
+    path = Path(joined[joined.index("--config_path") + 1])
+    if not path.is_file():
+        raise ValueError(f"--config_path: there is no file {path}")
+    for key in yaml.safe_load(path.read_text(encoding="utf-8")) or {}:
+        if key not in known:
+            raise ValueError(f"{path}: {did_you_mean('key', str(key), known)}")
+
+
+def _check_choice(flag: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(did_you_mean(f"value of --{flag}", value, options))
