@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vg
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    """Tiny tensors are slower on many threads, and several test processes may share the machine."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(2)
+def _one_thread() -> None:
+    """Tiny tensors are slower on many threads, ten times so where other processes want the same cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,16 @@ The model is built once per session. Single parts have their own golden tests be
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -20,6 +24,8 @@ from prismo.data.normalize import parse_statistics, resolve_unnorm_key, unnormal
 from prismo.embodiment import LIBERO
 from prismo.models.film import FiLMVisionBackbone
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.lora import load_adapter
+from prismo.models.merge import merge
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
 from prismo.models.openvla.modeling import PrismaticVisionBackbone
 from prismo.models.openvla.prediction import ActionModules, predict_actions
@@ -30,6 +36,15 @@ from tests import golden
 from tests.golden import close
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads() -> Iterator[None]:
+    """These matrices are large enough for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
@@ -284,3 +299,53 @@ def test_aligned_states_and_other_teacher_layer(
         close(hidden[:, ::37], expected["vision_hidden"])
         _, metrics = alignment(vla, teacher, 1)(golden.images(), hidden)
     close(metrics["align_loss"], expected["align_1"])
+
+
+def test_adapter_and_merge(
+    vla: OpenVLAForActionPrediction,
+    modules: ActionModules,
+    inputs: Inputs,
+    config: OpenVLAConfig,
+    tmp_path: Path,
+) -> None:
+    """An adapter as peft 0.11 wrote it (with its lm_head copy): loaded, and merged from file to file."""
+    expected = golden.figures("lora.npz")
+    base, checkpoint, merged = tmp_path / "base", tmp_path / "checkpoint", tmp_path / "merged"
+    vla.save_pretrained(base)
+    write_adapter(vla, config, checkpoint)
+
+    def predict(model: OpenVLAForActionPrediction) -> Tensor:
+        text = sample_query(model, "infer_l1.npz")
+        actions = predict_actions(model, modules, text, inputs.pixels[1:], LIBERO, proprio=inputs.proprio[1:])
+        return to_environment(config, actions)
+
+    adapted = OpenVLAForActionPrediction.from_pretrained(base, dtype=torch.float32).eval()
+    load_adapter(adapted, checkpoint)
+    close(predict(adapted), expected["actions"])
+    del adapted  # 3 GB
+
+    merge(base, checkpoint, merged, progress=False)
+    shutil.rmtree(base)
+    result = OpenVLAForActionPrediction.from_pretrained(merged, dtype=torch.float32).eval()
+    towers, llama = result.vision_backbone, result.language_model.model
+    close(towers.featurizer.patch_embed.proj.weight[::97, 0, ::5, ::5], expected["conv"])
+    close(llama.layers[0].self_attn.q_proj.weight[::9, ::9], expected["q0"])
+    close(towers.fused_featurizer.blocks[3].attn.qkv.weight[::301, ::97], expected["qkv"])
+    close(predict(result), expected["actions_merged"])
+    shutil.rmtree(merged)
+
+
+def write_adapter(vla: OpenVLAForActionPrediction, config: OpenVLAConfig, checkpoint: Path) -> None:
+    """`lora_adapter/` and `dataset_statistics.json` as the original writes them."""
+    folder = checkpoint / "lora_adapter"
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, shape in golden.sizes("lora_shapes.json").items():
+        if ".lora_" in name:
+            tensors[name] = golden.weight(golden.salt("lora"), name, shape)
+        else:
+            own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            tensors[name] = vla.get_parameter(own).detach().clone()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(golden.golden_folder() / "adapter_config.json", folder / "adapter_config.json")
+    (checkpoint / "dataset_statistics.json").write_text(json.dumps(config.norm_stats))
