@@ -104,6 +104,11 @@ class WindowDataset(Dataset[Sample]):
         """Statistics by dataset name: the content of dataset_statistics.json."""
         return {source.name: source.statistics for source in self.sources}
 
+    @property
+    def pixel_shape(self) -> tuple[int, int, int, int]:
+        """(V, H, W, 3): the pixels of one sample as they are decoded."""
+        return (self.num_images, *self.image_size, 3)
+
     def locate(self, index: int) -> tuple[Source, int, int]:
         """(source, episode, step) of a global window index."""
         if not 0 <= index < len(self):
@@ -115,7 +120,7 @@ class WindowDataset(Dataset[Sample]):
         return source, int(source.episodes[place]), local - (int(source.ends[place - 1]) if place else 0)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.sample(index, np.empty((self.num_images, *self.image_size, 3), np.uint8))
+        return self.sample(index, np.empty(self.pixel_shape, np.uint8))
 
     def sample(self, index: int, pixels: np.ndarray) -> Sample:
         """The window `index`, decoded into `pixels` uint8 [V, H, W, 3], of which `Sample.images` becomes a view."""

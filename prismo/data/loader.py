@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from prismo.data.dataset import Sample, WindowDataset
 from prismo.data.images import sample_seeds
 from prismo.data.order import EpochOrder, Position, RankSampler
 
+_PREFETCH = 2  # batches that a worker is ahead
 CollateText = Callable[[Sequence[Sample]], dict[str, Tensor]]
 
 
@@ -56,13 +57,13 @@ class Batch:
         return self._map(lambda name, x: x if name == "seeds" else x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader when it pins."""
+        """The batch in page-locked memory, from which a copy to a GPU can overlap with computing."""
         return self._map(lambda _, x: x.pin_memory())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Between processes only the images travel as a shared tensor; for the rest that costs more than copying."""
+        """Between processes tensors travel as arrays: a shared tensor each would cost more than copying them."""
         state = dict(self.__dict__, text={name: x.numpy() for name, x in self.text.items()})
-        return {k: v.numpy() if isinstance(v, Tensor) and k != "images" else v for k, v in state.items()}
+        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state["text"] = {name: torch.from_numpy(x) for name, x in state["text"].items()}
@@ -75,22 +76,52 @@ class Batch:
         return replace(self, **changed, text={name: function(name, v) for name, v in self.text.items()})
 
 
-class _BatchFetcher(Dataset["Batch"]):
-    """Makes a whole batch in the worker, for DataLoader's batched fetching.
+class _Slots:
+    """Image memory that the workers write and the training process reads, reused from batch to batch.
 
-    Images are decoded straight into the batch, in the layout they are decoded in and in the memory that the training
-    process will see: every copy or transpose of the pixels would cost about as much as decoding them.
+    Fresh shared memory for every batch, which is what torch's DataLoader would take, costs more than decoding a JPEG:
+    the kernel clears and maps each page anew. A fixed number of slots also bounds the use of /dev/shm.
     """
 
-    def __init__(self, dataset: WindowDataset, seed: int, collate_text: CollateText | None) -> None:
-        self.dataset, self.seed, self.collate_text = dataset, seed, collate_text
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self.pixels = torch.empty((count, *shape), dtype=torch.uint8).share_memory_()
+        self._free = torch.multiprocessing.get_context().SimpleQueue()
+        for slot in range(count):
+            self._free.put(slot)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        pixels = _pixels((len(keys), self.dataset.num_images, *self.dataset.image_size, 3))
-        samples = [self.dataset.sample(index, image) for (_, index), image in zip(keys, pixels.numpy(), strict=True)]
+    def acquire(self) -> int:
+        """A free slot; called in a worker."""
+        return self._free.get()
+
+    def take(self, slot: int, size: int) -> Tensor:
+        """The first `size` samples of a slot as a tensor of its own; the slot is free again."""
+        pixels = self.pixels[slot, :size].clone()
+        self._free.put(slot)
+        return pixels
+
+
+class _Fetcher(Dataset["tuple[int, Batch]"]):
+    """Makes whole batches in a worker, for DataLoader's batched fetching.
+
+    Images are decoded straight into a slot; the batch that travels has none, and `Loader` puts them in. Without slots
+    (no workers) they are in the batch at once.
+    """
+
+    def __init__(
+        self, dataset: WindowDataset, seed: int, collate_text: CollateText | None, slots: _Slots | None
+    ) -> None:
+        self.dataset, self.seed, self.collate_text, self.slots = dataset, seed, collate_text, slots
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[int, Batch]:
+        slot = self.slots.acquire() if self.slots else 0
+        if self.slots:
+            pixels = self.slots.pixels[slot, : len(keys)]
+        else:
+            pixels = torch.empty((len(keys), *self.dataset.pixel_shape), dtype=torch.uint8)
+        samples = [self.dataset.sample(key[1], image) for key, image in zip(keys, pixels.numpy(), strict=True)]
         epoch, index = torch.tensor(keys).unbind(1)
-        return Batch(
-            images=pixels.permute(0, 1, 4, 2, 3),
+        batch = Batch(
+            images=_NO_IMAGES if self.slots else _channels_first(pixels),
             actions=torch.stack([sample.actions for sample in samples]),
             action_mask=torch.stack([sample.action_mask for sample in samples]),
             proprio=torch.stack([sample.proprio for sample in samples]),
@@ -103,31 +134,45 @@ class _BatchFetcher(Dataset["Batch"]):
             dataset_names=[sample.dataset_name for sample in samples],
             text=self.collate_text(samples) if self.collate_text else {},
         )
+        return slot, batch
 
 
-def _pixels(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised uint8 tensor; in a worker, in memory shared with the training process."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    # As torch's own collate function does it.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.tensor([], dtype=torch.uint8).set_(storage).view(shape)
+_NO_IMAGES = torch.empty(0, dtype=torch.uint8)
 
 
-def _identity(batch: Batch) -> Batch:
-    return batch
+def _channels_first(pixels: Tensor) -> Tensor:
+    """[B, V, H, W, 3] as [B, V, 3, H, W], without moving a byte: a transpose would cost as much as decoding."""
+    return pixels.permute(0, 1, 4, 2, 3)
+
+
+def _as_fetched(fetched: tuple[int, Batch]) -> tuple[int, Batch]:
+    return fetched
 
 
 class Loader:
-    """Iterates over this rank's batches from the current position on.
+    """Iterates over this rank's batches from the current position on; see `make_loader`.
 
     After every batch `state_dict()` holds two integers, the epoch and the samples of all ranks taken in it. A loader
     that is given them continues with exactly the batches that were left, also with another number of ranks as long as
     ranks x batch size stay the same (with another product the samples are the same, cut into other batches).
     """
 
-    def __init__(self, make: Callable[[Position], DataLoader[Batch]], order: EpochOrder, samples_per_step: int) -> None:
-        self._make, self.order, self._samples_per_step = make, order, samples_per_step
+    def __init__(
+        self,
+        dataset: WindowDataset,
+        order: EpochOrder,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        collate_text: CollateText | None,
+        epochs: int | None,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset, self.order, self.batch_size = dataset, order, batch_size
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.collate_text, self.epochs, self.pin_memory = collate_text, epochs, pin_memory
         self._position = Position()
 
     @property
@@ -135,9 +180,32 @@ class Loader:
         return self.order.size
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._make(self._position):
-            self._position = self.order.after(self._position, self._samples_per_step)
-            yield batch
+        slots = None
+        if self.num_workers:
+            in_flight = self.num_workers * _PREFETCH + 1
+            slots = _Slots(in_flight, (self.batch_size, *self.dataset.pixel_shape))
+        for slot, batch in self._fetch(slots):
+            images = batch.images if slots is None else _channels_first(slots.take(slot, len(batch)))
+            complete = replace(batch, images=images)
+            self._position = self.order.after(self._position, self.batch_size * self.world_size)
+            yield complete.pin_memory() if self.pin_memory else complete
+
+    def _fetch(self, slots: _Slots | None) -> DataLoader[tuple[int, Batch]]:
+        sampler = RankSampler(
+            self.order,
+            self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            start=self._position,
+            epochs=self.epochs,
+        )
+        return DataLoader(
+            _Fetcher(self.dataset, self.order.seed, self.collate_text, slots),
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_as_fetched,
+            prefetch_factor=_PREFETCH if self.num_workers else None,
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._position.epoch, "sample": self._position.sample}
@@ -177,16 +245,14 @@ def make_loader(
         seed,
         shuffle,
     )
-
-    def make(start: Position) -> DataLoader[Batch]:
-        sampler = RankSampler(order, batch_size, rank=rank, world_size=world_size, start=start, epochs=epochs)
-        return DataLoader(
-            _BatchFetcher(dataset, seed, collate_text),
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=_identity,
-            pin_memory=pin_memory,
-            prefetch_factor=2 if num_workers else None,
-        )
-
-    return Loader(make, order, batch_size * world_size)
+    return Loader(
+        dataset,
+        order,
+        batch_size,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        collate_text=collate_text,
+        epochs=epochs,
+        pin_memory=pin_memory,
+    )
