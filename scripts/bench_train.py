@@ -32,9 +32,10 @@ from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProc
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny import tiny_openvla_config
+from prismo.training.build import build_objective, compile_blocks, policy_inputs
 from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
-from prismo.training.openvla import PolicyOptions, build_objective, compile_blocks, policy_inputs
+from prismo.training.options import PolicyOptions
 from prismo.training.step import TrainStep, trainable_parameters
 
 LEARNING_RATE = 5e-4

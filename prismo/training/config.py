@@ -18,8 +18,8 @@ import yaml
 
 from prismo.align import TEACHERS, AlignRecipe
 from prismo.models.lora import LoraSpec
-from prismo.training.openvla import HeadKind, PolicyOptions
 from prismo.training.optim import Schedule
+from prismo.training.options import HeadKind, PolicyOptions
 from prismo.util.text import did_you_mean
 
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -116,7 +116,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     # "cuda" or "cpu". Default: the GPU where there is one
     device: str | None = None
-    # Of the frozen base and of the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
+    # Of the frozen base and the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
     dtype: str = "auto"
     # Compile the transformer blocks (faster steps after a start of a few minutes)
     compile: bool = False
@@ -206,9 +206,9 @@ class FinetuneConfig:
         if self.resume_step is not None and not self.resume:
             raise ValueError("--resume_step is given without --resume True")
         if self.resume_step is not None and self.resume_step >= self.max_steps:
-            raise ValueError(f"--resume_step {self.resume_step} is not below --max_steps {self.max_steps}: nothing to do")
+            raise ValueError(f"--resume_step {self.resume_step} is not below --max_steps {self.max_steps}")
         if self.save_latest_checkpoint_only and self.keep_last is not None:
-            raise ValueError("--keep_last counts step folders, --save_latest_checkpoint_only True writes none; drop one")
+            raise ValueError("--keep_last counts step folders, --save_latest_checkpoint_only True writes none")
         _ = self.policy_options, self.schedule, self.align_recipe  # their own checks
 
 

@@ -51,11 +51,13 @@ class Losses:
         total: `action + align_loss_coeff * align`; the one to differentiate.
         metrics: detached scalars under the original's names (`loss` is the action loss without alignment).
         actions: predicted normalised actions [B, K, A] of an L1 head; None for heads that need more than this pass.
+        align_map: cosine of every vision token [B, V, rows, columns], where it was asked for.
     """
 
     total: Tensor
     metrics: dict[str, Tensor]
     actions: Tensor | None = None
+    align_map: Tensor | None = None
 
 
 class OpenVLAObjective(nn.Module):
@@ -82,8 +84,8 @@ class OpenVLAObjective(nn.Module):
         """The side modules, for prediction."""
         return ActionModules(self.action_head, self.proprio_projector, self.noisy_action_projector)
 
-    def forward(self, batch: TrainingInputs) -> Losses:
-        """Loss of a micro-batch; see `Losses`."""
+    def forward(self, batch: TrainingInputs, *, with_map: bool = False) -> Losses:
+        """Loss of a micro-batch; see `Losses`. `with_map` adds the alignment's cosine map."""
         mask = self.vla.action_tokenizer.mask(batch.text.labels)
         proprio = proprio_token(self.modules_of_policy, batch.proprio)
         noisy = None
@@ -111,18 +113,19 @@ class OpenVLAObjective(nn.Module):
             actions = self.action_head(out.action_states(mask)).float()
             action, metrics = _l1(actions, batch)
         metrics["loss"] = action.detach()
-        total = action
+        total, align_map = action, None
         if self.alignment is not None:
-            align, align_metrics = self._align(out, batch)
+            align, align_metrics = self._align(out, batch, with_map)
+            align_map = align_metrics.pop("align_cosine_map", None)
             total = action + align  # already times align_loss_coeff
             metrics |= align_metrics
-        return Losses(total, metrics, actions)
+        return Losses(total, metrics, actions, align_map)
 
-    def _align(self, out: OpenVLAOutput, batch: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def _align(self, out: OpenVLAOutput, batch: TrainingInputs, with_map: bool) -> tuple[Tensor, dict[str, Tensor]]:
         recipe = self.alignment.recipe
         hidden = out.hidden_states[recipe.vla_layers_align]
         tokens = vision_tokens(hidden, count=out.vision_tokens, shift=recipe.gain_feat_1move)
-        return self.alignment(batch.images, tokens, view_mask=batch.view_mask)
+        return self.alignment(batch.images, tokens, view_mask=batch.view_mask, return_map=with_map)
 
     def _token_loss(self, out: OpenVLAOutput, batch: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy over action tokens and stop token; the LM head sees these positions only."""

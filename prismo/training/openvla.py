@@ -1,141 +1,225 @@
-"""OpenVLA in the trainer: from a loaded model to an objective, and from pictures and text to its inputs.
-
-`prismo.training.setup` and `scripts/bench_train.py` call it. Another model family brings the same two things.
-"""
+"""OpenVLA as a `TrainingTask`: what `prismo.training.run` needs to train it. Another model family has such a file, too."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
-from prismo.align import SpatialForcing
-from prismo.data.images import prepare_images
+from prismo.align import SpatialForcing, load_teacher
+from prismo.data.dataset import Sample
+from prismo.data.loader import Batch
+from prismo.data.normalize import DatasetStats, dump_statistics
 from prismo.embodiment import Embodiment
-from prismo.models.film import add_film
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
-from prismo.models.lora import LoraSpec, add_lora, freeze_never_used
-from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
-from prismo.models.openvla.prediction import ActionModules
-from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.component_files import Stem, Step, load_component, save_component
+from prismo.models.lora import save_adapter
+from prismo.models.merge import MergeReport, merge
+from prismo.models.openvla import (
+    ActionTokenizer,
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    PrismaticProcessor,
+    TextBatch,
+)
+from prismo.models.openvla.prediction import predict_actions
+from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.training.build import build_objective, compile_blocks, policy_inputs
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
+from prismo.training.distributed import World
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
+from prismo.training.task import TrainingTask
 
-HeadKind = Literal["l1", "diffusion", "discrete"]
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True)
-class PolicyOptions:
-    """What is trained on top of the base model.
+class CollateText:
+    """Runs in the data workers: token ids of a batch, and which camera views are missing.
 
-    Attributes:
-        head: how actions are predicted.
-        use_proprio: feed the robot state as a token.
-        use_film: modulate the vision towers by the instruction.
-        lora: adapters of the base.
-        diffusion_steps: length of the noise schedule, with the diffusion head.
-        film_identity_init, film_exclude_padding: see `prismo.models.film.FiLMVisionBackbone`.
+    Datasets store a missing view as a black picture; such views take no part in the alignment.
     """
 
-    head: HeadKind = "l1"
-    use_proprio: bool = False
-    use_film: bool = False
-    lora: LoraSpec = field(default_factory=LoraSpec)
-    diffusion_steps: int = 50
-    film_identity_init: bool = True
-    film_exclude_padding: bool = True
+    processor: PrismaticProcessor
+    tokens: ActionTokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        actions = torch.stack([sample.actions for sample in samples]).numpy()
+        text = self.processor.training_text([sample.instruction for sample in samples], actions, self.tokens)
+        result = {"input_ids": text.input_ids, "labels": text.labels}
+        if text.attention_mask is not None:
+            result["attention_mask"] = text.attention_mask
+        there = torch.tensor([[_has_content(view) for view in sample.images] for sample in samples])
+        return result if there.all() else result | {"view_mask": there}
 
 
-def build_modules(llm_dim: int, robot: Embodiment, options: PolicyOptions) -> ActionModules:
-    """New side modules in fp32 on the CPU, with the original's initialisation."""
-    head, noisy = None, None
-    sizes = (llm_dim, None, robot.action_dim, robot.chunk)
-    if options.head == "l1":
-        head = L1RegressionActionHead(*sizes)
-    elif options.head == "diffusion":
-        head = DiffusionActionHead(*sizes, options.diffusion_steps)
-        noisy = NoisyActionProjector(llm_dim)
-    proprio = ProprioProjector(llm_dim, robot.proprio_dim) if options.use_proprio else None
-    return ActionModules(head, proprio, noisy)
+def _has_content(view: Tensor) -> bool:
+    return bool(view[:, ::16, ::16].any()) or bool(view.any())  # almost always the first, which is quick
 
 
-def build_objective(
-    vla: OpenVLAForActionPrediction,
-    robot: Embodiment,
-    options: PolicyOptions,
-    alignment: SpatialForcing | None = None,
-    *,
-    autocast: bool = False,
-) -> OpenVLAObjective:
-    """Freeze `vla`, add what is trained (all of it in fp32) and put everything on the model's device.
-
-    Args:
-        vla: the base model; it is changed in place.
-        robot: sizes of actions and state.
-        options: what is trained.
-        alignment: None trains without a teacher.
-        autocast: the objective will run under bf16 autocast.
-    """
-    if options.use_film:
-        add_film(vla, identity_init=options.film_identity_init, exclude_padding=options.film_exclude_padding)
-    add_lora(vla, options.lora)
-    freeze_never_used(vla, lm_head_used=options.head == "discrete")
-    if autocast:
-        for module in vla.modules():
-            if isinstance(module, LoraLayer):
-                # peft would turn every activation into fp32 first, only for autocast to turn it back into bf16.
-                module.cast_input_dtype_enabled = False
-    modules = build_modules(vla.llm_dim, robot, options)
-    return OpenVLAObjective(vla, modules, alignment).to(vla.device)
-
-
-def policy_inputs(
-    images: Tensor,
-    text: TextBatch,
-    actions: Tensor,
-    *,
-    processor: PrismaticImageProcessor,
-    size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    seeds: Tensor | None = None,
-    action_mask: Tensor | None = None,
-    proprio: Tensor | None = None,
-) -> TrainingInputs:
-    """Inputs of the objective from what the data workers deliver; resize and augmentation run on `device`.
-
-    Args:
-        images: uint8 [B, V, 3, H, W] as stored.
-        text, actions, action_mask, proprio: as in `TrainingInputs`, on the CPU.
-        processor: normalisation of the towers.
-        size: pixels per side that the towers take.
-        dtype: of `pixel_values`.
-        seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
-    """
-
-    def move(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(device, non_blocking=True)
-
-    pictures = prepare_images(move(images), size, seeds)
-    return TrainingInputs(
-        images=pictures.float() / 255,
-        pixel_values=processor.normalize(pictures, dtype),
-        text=text.to(device),
-        actions=move(actions),
-        action_mask=move(action_mask),
-        proprio=move(proprio),
+def load_collate(base: Path) -> CollateText:
+    """Tokeniser and action tokens of a base model, without its weights."""
+    config = OpenVLAConfig.from_pretrained(base)
+    return CollateText(
+        PrismaticProcessor.from_pretrained(base), ActionTokenizer(config.token_vocab_size, config.n_action_bins)
     )
 
 
-def compile_blocks(vla: OpenVLAForActionPrediction) -> None:
-    """Compile each transformer block; blocks of a kind share one compiled function, so that the start takes a minute.
+def load_base(base: Path, world: World, precision: torch.dtype) -> OpenVLAForActionPrediction:
+    """The frozen model on this process's device, straight from the files."""
+    placement = {} if world.device.type == "cpu" else {"device_map": {"": world.device}}
+    return OpenVLAForActionPrediction.from_pretrained(base, dtype=precision, attention="bidirectional", **placement)
 
-    Sequence lengths differ between batches, hence `dynamic`: without it every new length would compile again.
+
+def load_alignment(config: FinetuneConfig, vla: OpenVLAForActionPrediction, world: World) -> SpatialForcing | None:
+    """Teacher and projector, if the run has them."""
+    recipe = config.align_recipe
+    if recipe is None or not isinstance(config, FinetuneAlignConfig):
+        return None
+    teacher = load_teacher(
+        config.teacher,
+        config.vggt_path,
+        dtype=config.teacher_precision(world.device),
+        device=world.device,
+        compile=config.compile_vggt,
+    )
+    return SpatialForcing(teacher, vla.llm_dim, recipe)
+
+
+class OpenVLATask:
+    """What the trainer does with an OpenVLA objective; `build_task` binds its methods into a `TrainingTask`.
+
+    Args:
+        objective: of `build_objective`.
+        config: the run's flags.
+        robot: sizes of actions and state.
+        statistics: of the datasets, for the checkpoints.
+        base: folder of the base model.
+        world: the processes of the run.
     """
-    for layer in vla.language_model.model.layers:
-        layer.compile(dynamic=True)
-    for tower in vla.vision_backbone.towers:
-        for block in tower.blocks[: tower.config.depth - 1]:
-            block.compile(dynamic=False)
+
+    def __init__(
+        self,
+        objective: OpenVLAObjective,
+        config: FinetuneConfig,
+        robot: Embodiment,
+        statistics: Mapping[str, DatasetStats],
+        base: Path,
+        world: World,
+    ) -> None:
+        self.objective, self.config, self.robot, self.statistics = objective, config, robot, statistics
+        self.base, self.device = base, world.device
+        self.precision = config.precision(world.device)
+        self.images = PrismaticProcessor.from_pretrained(base).image_processor
+        self.base_fingerprint = fingerprint(stored_tensors(base))
+
+    def inputs(self, batch: Batch, train: bool) -> TrainingInputs:
+        text = TextBatch(batch.text["input_ids"], batch.text.get("attention_mask"), batch.text["labels"])
+        augmented = train and self.config.image_aug
+        return policy_inputs(
+            batch.images,
+            text,
+            batch.actions,
+            processor=self.images,
+            size=self.objective.vla.config.towers[0].image_size,
+            device=self.device,
+            dtype=self.precision,
+            seeds=batch.seeds if augmented else None,
+            crop=self.config.image_aug and not train,
+            action_mask=batch.action_mask if self.config.use_tail else None,
+            proprio=batch.proprio if self.config.use_proprio else None,
+            view_mask=batch.text.get("view_mask"),
+        )
+
+    def predict(self, inputs: TrainingInputs) -> Tensor:
+        return predict_actions(
+            self.objective.vla,
+            self.objective.modules_of_policy,
+            inputs.text,
+            inputs.pixel_values,
+            self.robot,
+            proprio=inputs.proprio,
+            diffusion_steps=self.config.num_diffusion_steps_train,
+        )
+
+    def cosine_map(self, inputs: TrainingInputs) -> Tensor:
+        return self.objective(inputs, with_map=True).align_map
+
+    def pictures(self, inputs: TrainingInputs) -> Tensor:
+        return self.images.denormalize(inputs.pixel_values).clamp(0, 1)
+
+    def write(self, folder: Path, step: Step) -> None:
+        vla = self.objective.vla
+        base = str(self.base.resolve()) if Path(self.config.vla_path).is_dir() else self.config.vla_path
+        spec = self.config.policy_options.lora
+        save_adapter(vla, folder, spec, base=base, base_fingerprint=self.base_fingerprint)
+        # Published action heads are bf16, the projectors fp32.
+        head_dtype = torch.bfloat16 if self.precision == torch.bfloat16 else None
+        for stem, module in self.components().items():
+            save_component(module, folder, stem, step, dtype=head_dtype if stem == "action_head" else None)
+        if vla.vision_backbone.film:
+            save_component(vla.vision_backbone, folder, "vision_backbone", step)
+        for name in _PROCESSOR_FILES:
+            if (self.base / name).is_file():
+                shutil.copyfile(self.base / name, folder / name)
+        dump_statistics(self.statistics, folder / "dataset_statistics.json")
+
+    def merge(self, folder: Path) -> MergeReport:
+        return merge(self.base, folder, overwrite=True)
+
+    def load_modules(self, folder: Path, step: int) -> list[str]:
+        """Side modules of a published checkpoint; its adapters are already in the merged weights."""
+        named = any(folder.glob(f"*--{step}_checkpoint.pt"))
+        files = [
+            load_component(module, folder, stem, step if named else None) for stem, module in self.components().items()
+        ]
+        return [path.name for path in files]
+
+    def components(self) -> dict[Stem, nn.Module]:
+        """Side modules by the stem of their files."""
+        modules: dict[Stem, nn.Module | None] = {
+            "action_head": self.objective.action_head,
+            "proprio_projector": self.objective.proprio_projector,
+            "noisy_action_projector": self.objective.noisy_action_projector,
+            "align_projector": None if self.objective.alignment is None else self.objective.alignment.projector,
+        }
+        return {stem: module for stem, module in modules.items() if module is not None}
+
+
+def build_task(
+    config: FinetuneConfig, base: Path, robot: Embodiment, statistics: Mapping[str, DatasetStats], world: World
+) -> TrainingTask:
+    """Load the model and the teacher and put together what is trained."""
+    precision = config.precision(world.device)
+    vla = load_base(base, world, precision)
+    if config.gradient_checkpointing:
+        vla.gradient_checkpointing_enable({"use_reentrant": False})
+    alignment = load_alignment(config, vla, world)
+    torch.manual_seed(config.seed)  # initial weights; the same on every process
+    autocast = precision != torch.float32
+    objective = build_objective(vla, robot, config.policy_options, alignment, autocast=autocast)
+    if config.compile:
+        compile_blocks(vla)
+    task = OpenVLATask(objective, config, robot, statistics, base, world)
+    return TrainingTask(
+        objective=objective,
+        robot=robot,
+        inputs=task.inputs,
+        predict=task.predict,
+        write=task.write,
+        merge=task.merge if config.merge_lora_during_training else None,
+        load_modules=task.load_modules,
+        cosine_map=None if alignment is None else task.cosine_map,
+        pictures=task.pictures,
+        base_fingerprint=task.base_fingerprint,
+    )

@@ -1,0 +1,178 @@
+"""The trainer state of a checkpoint: everything that makes a resumed run go on bit for bit.
+
+    trainer_state/weights.safetensors      what is trained, fp32
+    trainer_state/optimizer.safetensors    AdamW's moments and update counts
+    trainer_state/state.json               update number, position in the data, number of processes, base model
+
+Learning rate, dropout and diffusion noise are pure functions of seed, update and process (`Schedule`, `seed_noise`), so
+no scheduler or generator has to be stored for any rank. With another number of processes the position in the data stays
+exact; dropout and diffusion noise are then other draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import prismo
+from prismo.embodiment import Embodiment
+from prismo.eval.versions import git_commit
+from prismo.training.config import FinetuneConfig
+from prismo.training.run_folder import STATE_FILE, STATE_FOLDER, TRAINING_CONFIG
+from prismo.training.step import TrainStep
+from prismo.util.files import read_json, write_json
+
+_FORMAT = 1
+_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
+# Flags that decide what the stored tensors mean or which sample comes next; a resumed run must agree on them.
+_FIXED = (
+    "use_l1_regression", "use_diffusion", "num_diffusion_steps_train", "use_film", "film_exclude_padding",
+    "num_images_in_input", "use_proprio", "lora_rank", "dataset_name", "seed", "use_tail", "use_val_set",
+    "val_fraction",
+)  # fmt: skip
+_NO_EFFECT = ("resume", "resume_step", "vla_path", "device", "num_workers", "dry_run", "use_wandb", "use_tensorboard")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Content of state.json.
+
+    Attributes:
+        step: updates done.
+        data: `prismo.data.loader.Loader.state_dict`.
+        world_size: processes of the run.
+        base_fingerprint: of the base weights (`prismo.models.weight_files.fingerprint`).
+    """
+
+    step: int
+    data: dict[str, int]
+    world_size: int
+    base_fingerprint: str
+
+
+def save_state(checkpoint: Path, step: TrainStep, state: TrainerState) -> None:
+    """Write `trainer_state/` into a checkpoint folder that is being prepared."""
+    folder = checkpoint / STATE_FOLDER
+    folder.mkdir()
+    weights = dict(zip(step.optimizer.names, step.optimizer.parameters, strict=True))
+    save_file(_on_cpu(weights), folder / _WEIGHTS)
+    save_file(_on_cpu(step.optimizer.state()), folder / _OPTIMIZER)
+    write_json(folder / STATE_FILE, {"format": _FORMAT, **dataclasses.asdict(state)})
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The small part of a trainer state."""
+    path = checkpoint / STATE_FOLDER / STATE_FILE
+    content = read_json(path)
+    if content.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} is of another version of this project; resume with that version")
+    return TrainerState(**content)
+
+
+def load_state(checkpoint: Path, step: TrainStep) -> None:
+    """Restore weights and optimizer of `step` in place.
+
+    Raises:
+        ValueError: the files are damaged, or belong to a run with other trained parts.
+    """
+    folder = checkpoint / STATE_FOLDER
+    weights = dict(zip(step.optimizer.names, step.optimizer.parameters, strict=True))
+    stored = _read(folder / _WEIGHTS)
+    if different := sorted(stored.keys() ^ weights.keys()):
+        raise ValueError(
+            f"{folder} does not fit this run: {different[0]} and {len(different) - 1} more weights are trained only in "
+            "one of the two; resume with the flags of the first start"
+        )
+    for name, parameter in weights.items():
+        if stored[name].shape != parameter.shape:
+            raise ValueError(f"{folder}: {name} is {list(stored[name].shape)}, this run has {list(parameter.shape)}")
+        parameter.data.copy_(stored[name])
+    step.optimizer.load_state(_read(folder / _OPTIMIZER))
+
+
+def write_training_config(
+    checkpoint: Path, config: FinetuneConfig, robot: Embodiment, world_size: int, precision: torch.dtype
+) -> None:
+    """Write `training_config.json`: every flag, what followed from them, and the versions that ran."""
+    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    content = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    recipe = config.align_recipe
+    content |= {
+        "robot": robot.name,
+        "action_dim": robot.action_dim,
+        "proprio_dim": robot.proprio_dim,
+        "chunk": robot.chunk,
+        "attention": "bidirectional",
+        "align_recipe": None if recipe is None else dataclasses.asdict(recipe),
+        "world_size": world_size,
+        "precision": str(precision).removeprefix("torch."),
+        "versions": _versions(),
+    }
+    write_json(checkpoint / TRAINING_CONFIG, content)
+
+
+def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
+    """Compare the flags of a run that is resumed with those that its checkpoint was made with.
+
+    Returns:
+        Harmless changes ("batch_size 8 -> 4"); after them the run is valid but not the uninterrupted one.
+
+    Raises:
+        ValueError: a flag differs that the stored state depends on.
+    """
+    path = checkpoint / TRAINING_CONFIG
+    before = read_json(path)
+    recipe = config.align_recipe
+    now = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    now |= {"align_recipe": None if recipe is None else dataclasses.asdict(recipe)}
+    changed = {
+        name: (before[name], str(value) if isinstance(value, Path) else value)
+        for name, value in now.items()
+        if name in before and before[name] != (str(value) if isinstance(value, Path) else value)
+    }
+    fatal = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items() if name in (*_FIXED, "align_recipe")]
+    if fatal:
+        raise ValueError(f"--resume True with other flags than {path}: {'; '.join(fatal)}. Resume with the old values")
+    return [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in _NO_EFFECT]
+
+
+def flush(folder: Path) -> None:
+    """Bring every file below `folder` to the disk, so that a power cut after the rename cannot empty it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _on_cpu(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt"):
+            return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is missing or broken ({error}); resume from another checkpoint") from error
+
+
+def _versions() -> dict[str, str | None]:
+    """What trained: packages, commit, Python, GPU."""
+    versions: dict[str, str | None] = {"prismo": prismo.__version__, "git": git_commit()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return versions | {"python": platform.python_version(), "cuda": torch.version.cuda, "gpu": gpu}
