@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prismo.sim.assets import Assets
+from prismo.sim import standins
+from prismo.sim.assets import ASSETS_VARIABLE, Assets
 from prismo.sim.demos import read_demo, write_demo
 from prismo.sim.expert import run_episode
 from prismo.sim.gl import GLBackend
@@ -95,6 +96,11 @@ class Commands:
 
     def _environment(self, suite: str, task_id: int) -> LiberoEnv:
         task = load_task(suite, task_id)
+        if self._assets.are_stand_ins and suite not in standins.SUITES:
+            raise SimulatorError(
+                f"the built-in stand-ins cover {', '.join(standins.SUITES)} only; {suite} needs LIBERO's own assets: "
+                f"set {ASSETS_VARIABLE} to their folder"
+            )
         if self._env is not None and self._env.task != task:
             self.close()
         if self._env is None:

@@ -122,8 +122,8 @@ def _candidates(cuda_device: int | None, failures: list[str]) -> Iterator[tuple[
     if wanted != "osmesa":
         ordinals, reason = _run_probe("list", MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")
         chosen = os.environ.get("MUJOCO_EGL_DEVICE_ID", "")
-        if ordinals is None:
-            failures.append(f"egl: {reason}")
+        if not ordinals:
+            failures.append(f"egl: {reason or 'no device'}")
         elif chosen:
             if not chosen.isdigit() or int(chosen) >= len(ordinals):
                 raise GLUnavailableError(f"MUJOCO_EGL_DEVICE_ID={chosen}: EGL has devices 0 to {len(ordinals) - 1}")

@@ -1,9 +1,9 @@
 """One LIBERO task as an environment in this process: reset to an initial state, step, observe.
 
-Import it only after `prismo.sim.server.prepare_process`: LIBERO asks questions when it is imported, and MuJoCo decides
-then how to draw. Runs inside simulator processes; policies go through `prismo.sim.worker.SimWorker`. Only one
-environment may be alive per process: robosuite never makes its GL context current again, so two of them silently draw
-each other's pictures.
+Runs inside simulator processes, after `prismo.sim.server.prepare_process`: LIBERO asks questions when it is imported,
+and MuJoCo decides then how to draw. Policies go through `prismo.sim.worker.SimWorker`. Only one environment may be
+alive per process: robosuite never makes its GL context current again, so two of them silently draw each other's
+pictures.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import libero.libero
 import numpy as np
-import robosuite
-from libero.libero.envs import TASK_MAPPING
-from libero.libero.envs.bddl_utils import get_problem_info
-from robosuite.utils.errors import RandomizationError
 
 from prismo.sim.assets import Assets
 from prismo.sim.interface import (
@@ -53,6 +48,8 @@ class LiberoEnv:
     """
 
     def __init__(self, task: Task, assets: Assets, *, image_size: int = 256, cameras: bool = True) -> None:
+        import libero.libero  # noqa: PLC0415 (imports MuJoCo, like everything of LIBERO and robosuite)
+
         self.task = task
         self.cameras = cameras
         self._wanted: frozenset[str] = frozenset()
@@ -72,6 +69,10 @@ class LiberoEnv:
 
     def _build(self, image_size: int) -> Any:
         """The robosuite environment with LIBERO's settings."""
+        import robosuite  # noqa: PLC0415
+        from libero.libero.envs import TASK_MAPPING  # noqa: PLC0415
+        from libero.libero.envs.bddl_utils import get_problem_info  # noqa: PLC0415
+
         problem = TASK_MAPPING[get_problem_info(str(self.task.bddl_file))["problem_name"]]
         create = functools.partial(
             self._with_gated_cameras(problem, image_size),
@@ -95,6 +96,8 @@ class LiberoEnv:
 
     def _placed(self, attempt: Callable[[], Any]) -> Any:
         """Run `attempt`, again if no free place was found for the objects (LIBERO itself would retry for ever)."""
+        from robosuite.utils.errors import RandomizationError  # noqa: PLC0415
+
         for _ in range(_RESET_ATTEMPTS):
             try:
                 return attempt()

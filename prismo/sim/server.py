@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from prismo.sim.assets import Assets, cache_folder
+from prismo.sim.commands import Commands
 from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimulatorError
 from prismo.sim.suites import package_folder
@@ -78,7 +79,7 @@ class _Session:
     """One simulator: `start` prepares the process, everything else goes to `prismo.sim.commands.Commands`."""
 
     def __init__(self) -> None:
-        self._commands: Any = None
+        self._commands: Commands | None = None
 
     def answer(self, command: str, arguments: dict[str, Any]) -> Any:
         if command == "start":
@@ -87,8 +88,6 @@ class _Session:
 
     def _start(self, assets: Assets, backend: GLBackend | None, image_size: int) -> None:
         prepare_process(assets, backend)
-        from prismo.sim.commands import Commands  # noqa: PLC0415 (imports MuJoCo, robosuite and LIBERO)
-
         self._commands = Commands(assets, backend, image_size)
 
 

@@ -149,10 +149,9 @@ def read_init_states(path: str | Path) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
-            states = _NumpyUnpickler(io.BytesIO(archive.read(name))).load()
-    except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            states = np.asarray(_NumpyUnpickler(io.BytesIO(archive.read(name))).load(), dtype=np.float64)
+    except (OSError, StopIteration, TypeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no LIBERO initial-state file ({error}); reinstall hf-libero") from error
-    states = np.asarray(states, dtype=np.float64)
     if states.ndim != 2:
         raise ValueError(f"{path}: expected an array [states, numbers], found shape {states.shape}")
     return states
