@@ -109,6 +109,13 @@ def test_round_trip_is_bit_exact_and_leaves_the_source_alone(tiny_spatialvla: Pa
     assert torch.equal(rows, saved["spatial_embed_tokens.weight"])
 
 
+def test_switches_at_loading(tiny_spatialvla: Path) -> None:
+    loaded = SpatialVLAForConditionalGeneration.from_pretrained(tiny_spatialvla, geometry="exact", prefix_mask="causal")
+    assert (loaded.config.geometry, loaded.config.prefix_mask) == ("exact", "causal")
+    with pytest.raises(ValueError, match="geometry"):
+        SpatialVLAForConditionalGeneration.from_pretrained(tiny_spatialvla, geometry="precise")
+
+
 def test_shards_and_a_given_state_dict(
     model: SpatialVLAForConditionalGeneration, tiny_spatialvla: Path, tmp_path: Path
 ) -> None:

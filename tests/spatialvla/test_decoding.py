@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from prismo.models.spatialvla import (
     AdaptiveEnsemble,
     SpatialVLAForConditionalGeneration,
     SpatialVLAProcessor,
-    greedy_action_tokens,
+    TokenDecoder,
     predict_actions,
 )
 from prismo.models.spatialvla.modeling import attention_bias, token_positions
@@ -29,15 +31,17 @@ def decode(
     instructions: tuple[str, ...] = INSTRUCTIONS,
     unconstrained: bool = False,
 ) -> Tensor:
-    return greedy_action_tokens(
-        model,
+    return decoder(model, processor, unconstrained)(
         processor.query_text(instructions),
         processor.pixel_values(frames),
         processor.intrinsics(processor.camera(), len(frames)),
-        processor.action_tokenizer.slots,
-        processor.action_tokens,
-        unconstrained=unconstrained,
     )
+
+
+def decoder(
+    model: SpatialVLAForConditionalGeneration, processor: SpatialVLAProcessor, unconstrained: bool = False
+) -> TokenDecoder:
+    return TokenDecoder(model, processor.action_tokenizer.slots, processor.action_tokens, unconstrained=unconstrained)
 
 
 @pytest.fixture(scope="module")
@@ -130,27 +134,47 @@ def test_adapters_on_the_head_are_not_bypassed(
 def test_predict_actions(
     model: SpatialVLAForConditionalGeneration, processor: SpatialVLAProcessor, frames: list[np.ndarray], ids: Tensor
 ) -> None:
-    actions = predict_actions(model, processor, frames, INSTRUCTIONS, KEY)
+    actions = predict_actions(decoder(model, processor), processor, frames, INSTRUCTIONS, KEY)
     assert actions.shape == (3, 4, 7)
     np.testing.assert_allclose(actions, processor.decode_actions(ids, KEY))
     stats = processor.statistics[KEY].action
     assert (actions[..., :6] >= stats.q01[:6] - 1e-6).all()
     assert (actions[..., :6] <= stats.q99[:6] + 1e-6).all()
-    other = predict_actions(model, processor, frames, INSTRUCTIONS, KEY, camera=LIBERO_AGENTVIEW)
+    other = predict_actions(decoder(model, processor), processor, frames, INSTRUCTIONS, KEY, camera=LIBERO_AGENTVIEW)
     assert not np.array_equal(actions, other)
     for key in (None, "libero_spatial"):
         with pytest.raises(ValueError, match="unnorm_key") as error:
-            predict_actions(model, processor, frames, INSTRUCTIONS, key)
+            predict_actions(decoder(model, processor), processor, frames, INSTRUCTIONS, key)
         assert all(known in str(error.value) for known in processor.statistics)
     with pytest.raises(ValueError, match="found 3 and 1"):
-        predict_actions(model, processor, frames, INSTRUCTIONS[:1], KEY)
+        predict_actions(decoder(model, processor), processor, frames, INSTRUCTIONS[:1], KEY)
 
 
-def test_bf16_runs(tiny_spatialvla: object, processor: SpatialVLAProcessor, frames: list[np.ndarray]) -> None:
+def test_bf16_runs(tiny_spatialvla: Path, processor: SpatialVLAProcessor, frames: list[np.ndarray]) -> None:
     half = SpatialVLAForConditionalGeneration.from_pretrained(tiny_spatialvla, dtype=torch.bfloat16)
     together = decode(half, processor, frames)
     assert together.shape == (3, 12)
     assert torch.equal(together, decode(half, processor, frames))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unconstrained", [False, True])
+def test_cuda_graph_equals_eager(
+    tiny_spatialvla: Path, processor: SpatialVLAProcessor, frames: list[np.ndarray], unconstrained: bool
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    vla = SpatialVLAForConditionalGeneration.from_pretrained(tiny_spatialvla, device="cuda")
+    slots = processor.action_tokenizer.slots
+    eager, graph = (TokenDecoder(vla, slots, 12, unconstrained=unconstrained, cuda_graph=on) for on in (False, True))
+    for count in (3, 1, 3):  # another batch size in between; the first graph is used again
+        text = processor.query_text(INSTRUCTIONS[:count]).to("cuda")
+        inputs = (
+            processor.pixel_values(frames[:count]).cuda(),
+            processor.intrinsics(processor.camera(), count).cuda(),
+        )
+        assert torch.equal(graph(text, *inputs), eager(text, *inputs))
+    assert len(graph._graphs) == 2
 
 
 def test_ensemble_weights() -> None:

@@ -13,7 +13,7 @@ from prismo.models.spatialvla import (
     SpatialVLAConfig,
     SpatialVLAForConditionalGeneration,
     SpatialVLATextBatch,
-    greedy_action_tokens,
+    TokenDecoder,
 )
 from prismo.models.spatialvla.checkpoint import official_name
 from prismo.models.spatialvla.modeling import attention_bias, token_positions
@@ -107,10 +107,8 @@ def test_greedy_decoding(
     prompt, wanted = expected["prompt"][:1], expected["greedy"][None]
     ones = torch.ones_like(prompt)
     text = SpatialVLATextBatch(prompt, ones, torch.zeros_like(prompt), torch.full_like(prompt, -100))
-    slots = (slice(0, 0),)  # unused when the whole vocabulary is allowed
-    ids = greedy_action_tokens(
-        vla, text, images[:1], CAMERA.matrix(224)[None], slots, wanted.shape[1], unconstrained=True
-    )
+    decoder = TokenDecoder(vla, slots=(), tokens=wanted.shape[1], unconstrained=True)
+    ids = decoder(text, images[:1], CAMERA.matrix(224)[None])
     assert ids.tolist() == wanted.tolist()
     # The same without a cache: logits before the first and before the last of these tokens.
     sequence = torch.cat((prompt, wanted[:, :-1]), dim=1)

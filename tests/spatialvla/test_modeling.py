@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers.models.beit.modeling_beit import BeitDropPath
+from transformers.models.beit.modeling_beit import BeitDropPath, BeitRelativePositionBias
 
 from prismo.models.spatialvla import LORA_TARGETS, SpatialVLAForConditionalGeneration, SpatialVLAProcessor
-from prismo.models.spatialvla.depth import predict_depth
+from prismo.models.spatialvla.depth import ConstantPositionBias, _zoe_input, predict_depth
 from prismo.models.spatialvla.modeling import attention_bias, token_positions
 from tests.spatialvla.conftest import INSTRUCTIONS
 
@@ -174,12 +174,26 @@ def test_depth_does_not_depend_on_batch_mates(fresh: SpatialVLAForConditionalGen
     together = predict_depth(zoe, pixels)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     # The vote over the batch, as the original takes it, would have given one of them another depth.
-    from prismo.models.spatialvla.depth import _zoe_input  # noqa: PLC0415
-
     with torch.no_grad():
         voted = zoe(_zoe_input(pixels, 96))
     assert len(set(voted.domain_logits.argmax(-1).tolist())) == 2
     assert (voted.predicted_depth - alone).abs().amax((1, 2)).max() > 1e-3
+
+
+def test_constant_position_bias_follows_its_table(fresh: SpatialVLAForConditionalGeneration, batch: Inputs) -> None:
+    pixels = batch["pixel_values"][:1]
+    before = fresh.predict_depth(pixels)
+    biases = [module for module in fresh.modules() if isinstance(module, ConstantPositionBias)]
+    assert len(biases) == 4
+    for bias in biases:
+        kept = bias((6, 6))
+        assert bias((6, 6)) is kept
+        torch.testing.assert_close(kept, BeitRelativePositionBias.forward(bias, (6, 6)), rtol=0, atol=0)
+    assert torch.equal(fresh.predict_depth(pixels), before)
+    with torch.no_grad():
+        biases[0].relative_position_bias_table.normal_(0, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(biases[0]((6, 6)), BeitRelativePositionBias.forward(biases[0], (6, 6)), rtol=0, atol=0)
+    assert not torch.equal(fresh.predict_depth(pixels), before)
 
 
 def test_zoedepth_stays_in_evaluation_mode_without_gradients(
@@ -274,6 +288,18 @@ def test_lora_goes_where_the_authors_meant_trains_and_merges(
         merged.save_pretrained(tmp_path)
         loaded = SpatialVLAForConditionalGeneration.from_pretrained(tmp_path)
         torch.testing.assert_close(loaded(**batch).loss, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_over_fp32_weights(fresh: SpatialVLAForConditionalGeneration, batch: Inputs) -> None:
+    fresh.train()
+    fresh.freeze()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = fresh(**batch, hidden_layers=(1,))
+    assert output.loss.dtype == output.logits.dtype == torch.float32
+    output.loss.backward()
+    with torch.no_grad():
+        exact = fresh(**batch).loss
+    torch.testing.assert_close(output.loss, exact, rtol=0.02, atol=0.02)
 
 
 def test_without_depth(fresh: SpatialVLAForConditionalGeneration, batch: Inputs) -> None:

@@ -38,4 +38,12 @@ def test_benchmark(tmp_path: Path) -> None:
         "bench_spatialvla.py", "--tiny", "--device", "cpu", "--repeats", "1", "--batch_sizes", "1", "--train_batch", "1"
     )
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[1:] == ["predict", "full head", "ZoeDepth", "image tokens", "train, LoRA r32"]
+    assert rows[1:] == [
+        "predict",
+        "without CUDA graph",
+        "nor restricted head",
+        "image tokens alone",
+        "of which ZoeDepth",
+        "ZoeDepth as in transformers",
+        "train, LoRA r32",
+    ]

@@ -2,7 +2,7 @@
 
 from prismo.models.spatialvla.action_tokenizer import ActionTokenizer
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
-from prismo.models.spatialvla.decoding import AdaptiveEnsemble, greedy_action_tokens, predict_actions
+from prismo.models.spatialvla.decoding import AdaptiveEnsemble, TokenDecoder, predict_actions
 from prismo.models.spatialvla.ego3d import LIBERO_AGENTVIEW, CameraIntrinsics
 from prismo.models.spatialvla.modeling import LORA_TARGETS, SpatialVLAForConditionalGeneration, SpatialVLAOutput
 from prismo.models.spatialvla.processing import SpatialVLAProcessor, SpatialVLATextBatch
@@ -18,6 +18,6 @@ __all__ = [
     "SpatialVLAOutput",
     "SpatialVLAProcessor",
     "SpatialVLATextBatch",
-    "greedy_action_tokens",
+    "TokenDecoder",
     "predict_actions",
 ]

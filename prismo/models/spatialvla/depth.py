@@ -11,6 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import ZoeDepthForDepthEstimation
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
+
+
+class ConstantPositionBias(BeitRelativePositionBias):
+    """BEiT's relative position bias, computed once per weight instead of at every forward.
+
+    ZoeDepth is frozen, yet each of its 24 layers would interpolate its table and gather 333,000 rows of it by an index
+    that lies in host memory. The results take 256 MB in bf16 for the published size.
+    """
+
+    _kept: tuple[tuple[object, ...], Tensor] | None = None
+
+    def forward(
+        self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
+    ) -> Tensor:
+        table = self.relative_position_bias_table
+        if table.is_inference() or table.requires_grad:
+            return super().forward(window_size, interpolate_pos_encoding, dim_size)
+        key = (window_size, interpolate_pos_encoding, table.data_ptr(), table._version, table.dtype, table.device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, super().forward(window_size, interpolate_pos_encoding, dim_size))
+        return self._kept[1]
+
+
+def freeze_zoe(zoe: ZoeDepthForDepthEstimation) -> None:
+    """Evaluation mode, no gradients, constant position biases (the modules keep their parameters and names)."""
+    zoe.eval().requires_grad_(False)
+    for module in zoe.modules():
+        if type(module) is BeitRelativePositionBias:
+            module.__class__ = ConstantPositionBias
 
 
 @torch.no_grad()

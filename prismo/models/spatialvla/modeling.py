@@ -12,20 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM, PreTrainedModel, SiglipVisionModel, ZoeDepthForDepthEstimation
-from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from prismo.models.random_weights import fill_random
 from prismo.models.spatialvla.checkpoint import checkpoint_folder, load_weights, save_weights, set_parameter
-from prismo.models.spatialvla.configuration import PrefixMask, SpatialVLAConfig
-from prismo.models.spatialvla.depth import depth_at_image, predict_depth
+from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
+from prismo.models.spatialvla.depth import depth_at_image, freeze_zoe, predict_depth
 from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
 from prismo.util.files import read_json, write_json
 
@@ -62,6 +61,13 @@ class SpatialVLAOutput(ModelOutput):
     targets: Tensor | None = None
     last_hidden_state: Tensor | None = None
     image_hidden_states: dict[int, Tensor] | None = None
+
+
+class KeyValueCache(Protocol):
+    """What Gemma2's attention asks of a cache."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of new tokens and return all that the layer's queries look at."""
 
 
 class _Projector(nn.Module):
@@ -101,7 +107,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, width)
         if config.use_vision_zoe:
             self.vision_zoe_model = ZoeDepthForDepthEstimation(config.vision_zoe_config)
-            self.vision_zoe_model.eval().requires_grad_(False)
+            freeze_zoe(self.vision_zoe_model)
             self.position_embedding_3d = Ego3DPositionEmbedding(
                 vision.hidden_size, vision.image_size, vision.patch_size, config.ego3d_patch_reso, config.n_freqs
             )
@@ -120,7 +126,8 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        **switches: Any,
+        geometry: Geometry | None = None,
+        prefix_mask: PrefixMask | None = None,
     ) -> SpatialVLAForConditionalGeneration:
         """Load an official checkpoint, or one that `save_pretrained` wrote; nothing in it is executed or written.
 
@@ -131,16 +138,17 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
             pretrained_model_name_or_path: folder with config.json and safetensors, or a hub id.
             dtype: of the parameters; None takes the stored one (bf16 for the published checkpoints).
             device: where the parameters go, without a detour through the host's memory.
-            **switches: replace settings of the file: `geometry`, `prefix_mask`.
+            geometry, prefix_mask: replace the file's settings (see `SpatialVLAConfig`).
 
         Raises:
             FileNotFoundError: not a checkpoint.
             ValueError: another model's config.json, or tensors that miss, are unknown or do not fit; names them.
         """
         folder = checkpoint_folder(pretrained_model_name_or_path)
-        model = cls.empty(read_config(folder, **switches))
-        load_weights(model, folder, torch.device(device), dtype or model.config.dtype or torch.bfloat16)
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        config = read_config(folder, geometry=geometry, prefix_mask=prefix_mask)
+        model = cls.empty(config)
+        load_weights(model, folder, torch.device(device), dtype or config.dtype or torch.bfloat16)
+        model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         return model.to(device)
 
     @classmethod
@@ -285,7 +293,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         position_ids: Tensor,
         *,
         hidden_layers: Sequence[int] = (),
-        cache: Cache | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Gemma2's decoder stack on embeddings.
 
@@ -295,7 +303,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
             position_ids: [B, L]; the first token has position 1.
             hidden_layers: states to keep: 0 the inputs, i the output of decoder layer i - 1, the last one (also -1)
                 after the final norm. Only these are kept, not all 27.
-            cache: keys and values of earlier tokens; extended.
+            cache: takes the new keys and values and gives back those that may be attended to.
 
         Returns:
             Final states after the norm [B, L, D], and the kept ones by the index that was asked.
@@ -381,8 +389,10 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         return output
 
 
-def read_config(folder: Path, **switches: Any) -> SpatialVLAConfig:
-    """The configuration of a checkpoint folder, with settings replaced.
+def read_config(
+    folder: Path, *, geometry: Geometry | None = None, prefix_mask: PrefixMask | None = None
+) -> SpatialVLAConfig:
+    """The configuration of a checkpoint folder; arguments that are given replace its settings.
 
     Raises:
         FileNotFoundError, ValueError: no config.json, or one of another model.
@@ -393,7 +403,8 @@ def read_config(folder: Path, **switches: Any) -> SpatialVLAConfig:
     stored = read_json(path)
     if stored.get("model_type") != "spatialvla":
         raise ValueError(f"{path} is of model_type {stored.get('model_type')!r}, expected 'spatialvla'")
-    return SpatialVLAConfig.from_dict({**stored, **switches})
+    switches = {"geometry": geometry, "prefix_mask": prefix_mask}
+    return SpatialVLAConfig.from_dict({**stored, **{k: v for k, v in switches.items() if v is not None}})
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
