@@ -24,11 +24,12 @@ $(READY): pyproject.toml constraints.txt
 gl:
 	@bash scripts/install_gl.sh
 
+# Two processes, a file at a time: module fixtures are shared, and the slowest part does not wait for the others.
 test: setup gl
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
