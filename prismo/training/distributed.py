@@ -53,6 +53,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is True on some process."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`."""
         if self.size == 1:
@@ -71,11 +79,12 @@ class World:
 
     def same_on_all(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Names of tensors that are not bit for bit those of rank 0 on some process."""
+        if self.size == 1:
+            return []
         different = []
         for name, value in parameters.items():
             reference = value.detach().clone()
-            if self.size > 1:
-                dist.broadcast(reference, src=0)
+            dist.broadcast(reference, src=0)
             if not torch.equal(reference, value.detach()):
                 different.append(name)
         return sorted({name for names in self.gather(different) for name in names})

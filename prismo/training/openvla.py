@@ -1,4 +1,4 @@
-"""OpenVLA as a `TrainingTask`: what `prismo.training.run` needs to train it. Another model family has such a file, too."""
+"""OpenVLA as a `TrainingTask`, called by `prismo.training.run`. Another model family brings such a file, too."""
 
 from __future__ import annotations
 

@@ -21,6 +21,25 @@ from prismo.training.objective import Losses
 from prismo.training.optim import GuardedAdamW
 
 
+class AsyncFlag:
+    """A scalar of the device as a bool that costs no waiting if it is asked for one update later."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event = None
+        if value.device.type == "cuda":
+            self._host = torch.empty((), pin_memory=True)
+            self._host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = value.clone()
+
+    def __bool__(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._host)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update gives; everything stays on the device.
@@ -30,12 +49,14 @@ class StepResult:
         totals: differentiated loss of each micro-batch (not divided by their number).
         grad_norm: norm of the reduced gradient before clipping, the same on every process.
         actions: predicted normalised actions of the last micro-batch [B, K, A], if the objective gives them.
+        refused: True if this or an earlier update was refused because its gradient was not finite.
     """
 
     metrics: dict[str, Tensor]
     totals: list[Tensor]
     grad_norm: Tensor
     actions: Tensor | None
+    refused: AsyncFlag
 
 
 class TrainStep:
@@ -85,7 +106,13 @@ class TrainStep:
         names = results[0].metrics
         metrics = {name: torch.stack([r.metrics[name].float() for r in results]).mean() for name in names}
         actions = results[-1].actions
-        return StepResult(metrics, [r.total for r in results], norm, None if actions is None else actions.detach())
+        return StepResult(
+            metrics,
+            [r.total for r in results],
+            norm,
+            None if actions is None else actions.detach(),
+            AsyncFlag(self.optimizer.stopped),
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast, or nothing in fp32."""

@@ -1,0 +1,235 @@
+"""Where the figures of a run go: a JSONL file always, Weights & Biases and TensorBoard if asked, a progress bar.
+
+Only the main process has these. Every sink takes `log(split, step, values)` and `image(name, step, path)`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from tqdm import tqdm
+
+from prismo.training.config import PLACEHOLDER, FinetuneConfig
+from prismo.util.files import atomic_write
+
+_LOG = logging.getLogger(__name__)
+
+Split = Literal["train", "val"]
+_WANDB_ID = "wandb_run_id.txt"
+# Dense bf16 peak of known GPUs in FLOP/s (NVIDIA's data sheets, without sparsity), by a part of the device's name;
+# the first match counts.
+_PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 6000 Ada": 364e12,
+    "A6000": 155e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class Sink(Protocol):
+    """A place for figures and pictures."""
+
+    def log(self, split: Split, step: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, name: str, step: int, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object per entry, `{"step": ..., "split": "train", "loss": ...}`.
+
+    Args:
+        path: the file.
+        step: updates done; entries of later steps, which a killed run left, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.is_file() and step:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        """Pictures are files already."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of an entry; a line that a kill cut off belongs to no step that was saved."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+class Wandb:
+    """Weights & Biases under the original's names; online or not is up to WANDB_MODE and the user's settings."""
+
+    def __init__(self, config: FinetuneConfig, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 (an extra, and slow to import)
+
+        identity = folder / _WANDB_ID
+        if not (config.resume and identity.is_file()):
+            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+        given = {
+            key: value
+            for key, value in (("entity", config.wandb_entity), ("project", config.wandb_project))
+            if not value.startswith(PLACEHOLDER)
+        }
+        self._wandb = wandb
+        self._run = wandb.init(
+            **given,
+            name=name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=folder,
+            config=dict(settings),
+        )
+
+    def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({chart_name(split, name): value for name, value in values.items()}, step=step)
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard files in the run folder."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (needs the extra `tensorboard`)
+
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)
+
+    def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(chart_name(split, name), value, step)
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        import numpy as np  # noqa: PLC0415
+        from PIL import Image  # noqa: PLC0415
+
+        self._writer.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def chart_name(split: Split, name: str) -> str:
+    """`curr_action_l1_loss` -> `VLA Train/Curr Action L1 Loss`, as the original calls it."""
+    return f"VLA {split.title()}/{name.replace('_', ' ').title()}"
+
+
+def open_sinks(config: FinetuneConfig, folder: Path, name: str, step: int, settings: Mapping[str, Any]) -> list[Sink]:
+    """The sinks that the flags ask for."""
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", step)]
+    if config.use_tensorboard:
+        sinks.append(TensorBoard(folder, step))
+    if config.wandb_wanted:
+        sinks.append(Wandb(config, folder, name, settings))
+    return sinks
+
+
+class Progress:
+    """Progress bar and speed of the main process.
+
+    Args:
+        done, total: updates.
+        samples_per_update: of all processes.
+        flops_per_update: of one device; 0 = unknown.
+        show: False draws no bar (other processes).
+    """
+
+    def __init__(self, done: int, total: int, samples_per_update: int, show: bool) -> None:
+        # Without a terminal every redraw is a new line of the log file.
+        interval = 0.5 if sys.stderr.isatty() else 30
+        self._bar = tqdm(total=total, initial=done, desc="train", unit="step", mininterval=interval, disable=not show)
+        self._samples = samples_per_update
+        self.flops_per_update = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self._updates = time.perf_counter(), 0.0, 0
+
+    def update(self, waited: float) -> None:
+        """Count an update that waited `waited` seconds for data."""
+        self._waited += waited
+        self._updates += 1
+        self._bar.update()
+
+    def speed(self) -> dict[str, float]:
+        """Figures since the last call: seconds per update, samples/s, share of time spent waiting for data, MFU."""
+        elapsed = time.perf_counter() - self._began
+        values = {
+            "step_seconds": elapsed / self._updates,
+            "samples_per_second": self._samples * self._updates / elapsed,
+            "data_wait_share": self._waited / elapsed,
+        }
+        peak = gpu_peak_flops()
+        if peak and self.flops_per_update:
+            values["mfu"] = self.flops_per_update * self._updates / elapsed / peak
+        self._restart()
+        return values
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Put the main figures behind the bar."""
+        shown = {
+            "loss": "loss",
+            "align": "align_loss",
+            "samples/s": "samples_per_second",
+            "data": "data_wait_share",
+            "mfu": "mfu",
+        }
+        parts = [f"{label} {values[name]:.3g}" for label, name in shown.items() if name in values]
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+
+    def pause(self) -> None:
+        """Leave time spent on a checkpoint or a validation out of the speed."""
+        self._restart()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def gpu_peak_flops() -> float | None:
+    """Dense bf16 peak of this process's GPU; None for a CPU or an unknown one."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+
+
+def log_all(sinks: Sequence[Sink], split: Split, step: int, values: Mapping[str, float]) -> None:
+    """Write one entry to every sink."""
+    for sink in sinks:
+        sink.log(split, step, values)

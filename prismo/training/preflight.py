@@ -1,0 +1,127 @@
+"""Everything about a run that can be wrong and costs only a look at files: paths, sizes, what to resume.
+
+It runs before any weights are read and before a dataset is indexed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from prismo.align.recipe import layer_index
+from prismo.align.vggt import read_config
+from prismo.data.specs import resolve
+from prismo.models.merge import resolve_base
+from prismo.models.openvla import OpenVLAConfig
+from prismo.training.checkpoint import check_same_run
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
+from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
+from prismo.util.files import read_json
+
+_LOG = logging.getLogger(__name__)
+_USUAL_BATCH = 32
+
+C = TypeVar("C", bound=FinetuneConfig)
+
+
+@dataclass(frozen=True)
+class Plan(Generic[C]):
+    """A run that can start.
+
+    Attributes:
+        config: the flags; a resumed run takes its base model from the checkpoint.
+        run: where it writes.
+        resume: what it continues from.
+    """
+
+    config: C
+    run: RunFolder
+    resume: Resume | None
+
+
+def make_plan(config: C, world_size: int) -> Plan[C]:
+    """Check the files that a run needs.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: one sentence on what is wrong and what to do.
+    """
+    run = run_folder(config)
+    resume = find_resume(config, run)
+    if resume is not None and resume.exact:
+        config = _base_of(config, resume)
+        changes = check_same_run(resume.folder, config)
+        if changes:
+            _LOG.warning("resumed with changed flags, so not bit for bit as uninterrupted: %s", ", ".join(changes))
+    base = resolve_base(config.vla_path)
+    if resume is not None and not resume.exact:
+        _check_writes_elsewhere(config, run, base)
+    _check_layers(config, base)
+    _check_dataset(config)
+    _check_extras(config)
+    run.path.mkdir(parents=True, exist_ok=True)
+    total = config.batch_size * config.grad_accumulation_steps * world_size
+    if total < _USUAL_BATCH:
+        _LOG.warning(
+            "%d samples per update; the published runs use 64, and runs below %d usually end lower. "
+            "--grad_accumulation_steps %d would make up for it",
+            total,
+            _USUAL_BATCH,
+            -(-64 // (config.batch_size * world_size)),
+        )
+    return Plan(config, run, resume)
+
+
+def _base_of(config: C, resume: Resume) -> C:
+    """The flags with the base model of the checkpoint, where vla_path names the checkpoint itself."""
+    recorded = read_json(resume.folder / TRAINING_CONFIG)["vla_path"]
+    given = Path(config.vla_path)
+    if given.is_dir() and ((given / TRAINING_CONFIG).is_file() or given.resolve() == resume.folder.resolve()):
+        return replace(config, vla_path=recorded)
+    return config
+
+
+def _check_writes_elsewhere(config: FinetuneConfig, run: RunFolder, base: Path) -> None:
+    if (
+        config.merge_lora_during_training
+        and config.save_latest_checkpoint_only
+        and run.path.resolve() == base.resolve()
+    ):
+        raise ValueError(
+            f"this run would merge into {base}, which is the base model of its own adapters. Give it another folder "
+            "with --run_id_override, or set --save_latest_checkpoint_only False"
+        )
+
+
+def _check_layers(config: FinetuneConfig, base: Path) -> None:
+    """The layers to align exist in both models."""
+    recipe = config.align_recipe
+    if recipe is None or not isinstance(config, FinetuneAlignConfig):
+        return
+    states = OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers + 1
+    if not -states <= recipe.vla_layers_align < states:
+        raise ValueError(
+            f"--vla_layers_align {recipe.vla_layers_align}: {config.vla_path} has {states} hidden states, "
+            f"{-states} to {states - 1} (the paper aligns 24 of 33)"
+        )
+    if config.teacher == "vggt":
+        layer_index(recipe.vggt_layers_align, read_config(config.vggt_path).depth)
+
+
+def _check_dataset(config: FinetuneConfig) -> None:
+    """The dataset is there and has the cameras."""
+    for entry in resolve(config.data_root_dir, config.dataset_name):
+        cameras = entry.spec.cameras
+        if config.num_images_in_input > len(cameras):
+            raise ValueError(
+                f"--num_images_in_input {config.num_images_in_input}, but {entry.spec.name} has {len(cameras)} "
+                f"({', '.join(cameras)})"
+            )
+
+
+def _check_extras(config: FinetuneConfig) -> None:
+    for wanted, package in ((config.wandb_wanted, "wandb"), (config.use_tensorboard, "tensorboard")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logging to {package} needs the package: pip install 'prismo[{package}]'")

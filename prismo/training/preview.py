@@ -1,0 +1,117 @@
+"""`--dry_run`: what a run would do, without reading weights: flags, sizes, memory, and its first batch as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import yaml
+
+from prismo.align.vggt import VGGTAggregator, VGGTConfig, read_config
+from prismo.data.loader import Loader
+from prismo.embodiment import Embodiment
+from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticProcessor, TextBatch
+from prismo.training.build import build_objective, policy_inputs
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
+from prismo.training.pictures import contact_sheet, save_picture
+
+_TEXT_TOKENS = 95  # prompt, actions and stop token of a LIBERO sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Parameters of a run.
+
+    Attributes:
+        base: frozen weights of the policy.
+        trained: weights by part.
+        teacher: frozen weights of the teacher.
+    """
+
+    base: int
+    trained: dict[str, int]
+    teacher: int
+
+    @property
+    def total_trained(self) -> int:
+        return sum(self.trained.values())
+
+
+def count_parameters(config: FinetuneConfig, base: Path, robot: Embodiment) -> Sizes:
+    """Sizes from configurations alone; nothing is allocated."""
+    with torch.device("meta"):
+        vla = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(base))
+        frozen = sum(parameter.numel() for parameter in vla.parameters())
+        objective = build_objective(vla, robot, config.policy_options)
+    trained: dict[str, int] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            part = "LoRA" if ".lora_" in name else "FiLM" if name.startswith("vla.") else name.split(".")[0]
+            trained[part] = trained.get(part, 0) + parameter.numel()
+    teacher = 0
+    if config.align_recipe is not None and isinstance(config, FinetuneAlignConfig):
+        sizes = read_config(config.vggt_path) if config.teacher == "vggt" else VGGTConfig()
+        with torch.device("meta"):
+            teacher = sum(parameter.numel() for parameter in VGGTAggregator(sizes).parameters())
+        hidden, width = vla.llm_dim, 2 * sizes.width
+        norm = 2 * hidden if config.use_vlm_norm else 0
+        trained["align_projector"] = (hidden + 1) * width + (width + 1) * width + norm
+    return Sizes(frozen, trained, teacher)
+
+
+def expected_memory(config: FinetuneConfig, sizes: Sizes, base: Path, device: torch.device) -> dict[str, float]:
+    """GiB per process by purpose. Weights and optimizer are exact; activations are an estimate (about 20 %)."""
+    bytes_of = {torch.float32: 4, torch.bfloat16: 2}
+    llm = OpenVLAConfig.from_pretrained(base).text_config
+    patches = OpenVLAConfig.from_pretrained(base).patches_per_view
+    tokens = config.batch_size * (config.num_images_in_input * patches + _TEXT_TOKENS)
+    precision = bytes_of[config.precision(device)]
+    # Kept for the backward pass of a decoder layer with adapters on all linear layers, in numbers per token: the inputs
+    # of the norms (fp32), their outputs, q, k, v, the attention's output, and four tensors of the MLP's width.
+    layer = (11 * llm.hidden_size + 5 * llm.intermediate_size) * precision
+    kept = llm.hidden_size * precision if config.gradient_checkpointing else layer
+    teacher = 4 if not isinstance(config, FinetuneAlignConfig) else bytes_of[config.teacher_precision(device)]
+    gib = 2**30
+    return {
+        "base weights": sizes.base * precision / gib,
+        "teacher weights": sizes.teacher * teacher / gib,
+        "trained weights, gradients, moments (fp32)": sizes.total_trained * 16 / gib,
+        "activations (estimate)": tokens * (llm.num_hidden_layers * kept + layer) / gib,
+    }
+
+
+def describe(config: FinetuneConfig, run: Path, sizes: Sizes, memory: dict[str, float]) -> str:
+    """The text of a dry run."""
+    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    lines = [yaml.safe_dump(plain, sort_keys=False).rstrip(), "", f"run folder: {run}", "", "parameters"]
+    lines += [f"  base (frozen)     {sizes.base:>15,}", f"  teacher (frozen)  {sizes.teacher:>15,}"]
+    lines += [f"  {part:17s} {count:>15,}" for part, count in sizes.trained.items()]
+    lines += [f"  trained           {sizes.total_trained:>15,}", "", "expected memory per process, GiB"]
+    lines += [f"  {name:43s} {value:8.2f}" for name, value in memory.items()]
+    lines += [f"  {'together':43s} {sum(memory.values()):8.2f}"]
+    return "\n".join(lines)
+
+
+def first_batch_picture(config: FinetuneConfig, base: Path, loader: Loader, path: Path) -> Path:
+    """Write the first batch as the model sees it: augmented, normalised for the towers and back."""
+    batch = next(iter(loader))
+    processor = PrismaticProcessor.from_pretrained(base).image_processor
+    inputs = policy_inputs(
+        batch.images,
+        TextBatch(batch.text["input_ids"], batch.text.get("attention_mask"), batch.text["labels"]),
+        batch.actions,
+        processor=processor,
+        size=OpenVLAConfig.from_pretrained(base).towers[0].image_size,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seeds=batch.seeds if config.image_aug else None,
+    )
+    captions = [
+        f"{instruction} | {name} episode {episode} step {step}"
+        for instruction, name, episode, step in zip(
+            batch.instructions, batch.dataset_names, batch.episode.tolist(), batch.step.tolist(), strict=True
+        )
+    ]
+    return save_picture(contact_sheet(processor.denormalize(inputs.pixel_values).clamp(0, 1), captions), path)

@@ -1,0 +1,159 @@
+"""From a command line to a finished run: `vla-scripts/finetune.py` and `finetune_align.py` call `main`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from prismo.data.dataset import WindowDataset, open_dataset
+from prismo.data.loader import make_loader
+from prismo.data.normalize import dump_statistics
+from prismo.models.merge import resolve_base
+from prismo.models.openvla import SelfTestError
+from prismo.training.action_error import ActionErrors
+from prismo.training.checkpoint import read_state
+from prismo.training.config import FinetuneConfig, parse_config
+from prismo.training.distributed import World, start_world, stop_world
+from prismo.training.openvla import CollateText, build_task, load_collate
+from prismo.training.preflight import Plan, make_plan
+from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
+from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
+
+_LOG = logging.getLogger(__name__)
+_WRONG_INPUT = (ValueError, OSError, SelfTestError)
+
+
+def main(kind: type[FinetuneConfig], arguments: Sequence[str] | None = None) -> int:
+    """Run a training; returns the process's exit code: 0 done or stopped by a signal, 1 broken off, 2 wrong input."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = parse_config(kind, arguments)
+        world = start_world(config.device)
+    except _WRONG_INPUT as error:
+        return _fail(error, 2, is_main)
+    try:
+        plan = _plan_on_all(config, world)
+        if plan.config.dry_run:
+            _dry_run(plan, world)
+        else:
+            _train(plan, world)
+    except NonFiniteLossError as error:
+        return _fail(error, 1, is_main)
+    except _WRONG_INPUT as error:
+        return _fail(error, 2, True)
+    finally:
+        stop_world()
+    return 0
+
+
+def _fail(error: Exception, code: int, show: bool) -> int:
+    if show:
+        _LOG.error("%s", error)
+    return code
+
+
+def _plan_on_all(config: FinetuneConfig, world: World) -> Plan:
+    """The main process looks at the files; all processes get its result, or stop with its error."""
+    result: Plan | str | None = None
+    if world.is_main:
+        try:
+            result = make_plan(config, world.size)
+        except _WRONG_INPUT as error:
+            result = str(error)
+    result = world.broadcast(result)
+    if isinstance(result, str):
+        if world.is_main:
+            raise ValueError(result)
+        sys.exit(2)
+    return result
+
+
+def _train(plan: Plan, world: World) -> None:
+    config = plan.config
+    base = resolve_base(config.vla_path)
+    data = _open_datasets(config)
+    collate = load_collate(base)
+    robot = data[0].embodiment
+    task = build_task(config, base, robot, data[0].statistics, world)
+    if plan.resume is not None and plan.resume.exact:
+        _check_base(task.base_fingerprint, plan, base)
+    if world.is_main:
+        dump_statistics(data[0].statistics, plan.run.path / "dataset_statistics.json")
+        trained = sum(p.numel() for p in task.objective.parameters() if p.requires_grad)
+        _LOG.info("%s: %s windows, %s trained weights", plan.run.path.name, f"{len(data[0]):,}", f"{trained:,}")
+    errors = ActionErrors(data[0].statistics, robot, world.device)
+    loaders = _loaders(config, data, collate, world)
+    trainer = Trainer(config, task, RunData(*loaders, errors), plan.run, world, plan.resume)
+    done = trainer.fit()
+    if world.is_main:
+        _LOG.info(
+            "%s after update %d of %d", "finished" if done >= config.max_steps else "stopped", done, config.max_steps
+        )
+
+
+def _open_datasets(config: FinetuneConfig) -> list[WindowDataset]:
+    """Training windows and, if asked, held-out ones."""
+    fraction = config.val_fraction if config.use_val_set else 0.0
+    options = {
+        "num_images": config.num_images_in_input,
+        "use_tail": config.use_tail,
+        "val_fraction": fraction,
+    }
+    train = open_dataset(config.data_root_dir, config.dataset_name, **options)
+    if not config.use_val_set:
+        return [train]
+    val = open_dataset(config.data_root_dir, config.dataset_name, **options, split="val", statistics=train.statistics)
+    return [train, val]
+
+
+def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: CollateText, world: World) -> list:
+    """Training and validation batches of this process; None in place of a validation that is not wanted."""
+    options = {
+        "seed": config.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "num_workers": _workers(config),
+        "collate_text": collate,
+        "pin_memory": world.device.type == "cuda",
+    }
+    train = make_loader(data[0], config.batch_size, **options)
+    val = make_loader(data[1], config.batch_size, epochs=1, **options) if len(data) > 1 else None
+    return [train, val]
+
+
+def _workers(config: FinetuneConfig) -> int:
+    """Decoding processes of this process: its share of this machine's cores."""
+    if config.num_workers is not None:
+        return config.num_workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, min(8, (os.cpu_count() or 1) // processes))
+
+
+def _check_base(found: str, plan: Plan, base: object) -> None:
+    expected = read_state(plan.resume.folder).base_fingerprint
+    if found != expected:
+        raise ValueError(
+            f"{plan.resume.folder} was trained on other weights than those in {base}; pass the model that the run "
+            "started from as --vla_path"
+        )
+
+
+def _dry_run(plan: Plan, world: World) -> None:
+    """Print and draw what the run would do."""
+    if not world.is_main:
+        return
+    config = replace(plan.config, num_workers=0)
+    base = resolve_base(config.vla_path)
+    data = _open_datasets(config)
+    sizes = count_parameters(config, base, data[0].embodiment)
+    memory = expected_memory(config, sizes, base, world.device)
+    loader = _loaders(config, data, load_collate(base), replace(world, size=1, device=torch.device("cpu")))[0]
+    picture = first_batch_picture(config, base, loader, plan.run.path / "first_batch.png")
+    sys.stdout.write(describe(config, plan.run.path, sizes, memory) + f"\n\nfirst batch: {picture}\n")

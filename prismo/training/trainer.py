@@ -1,0 +1,337 @@
+"""The training loop: updates, logs, validation and checkpoints, the same on one process and on many.
+
+`prismo.training.run` builds a `Trainer` and calls `fit`. One number counts everything: `done`, the optimizer updates so
+far. Checkpoint N is written after exactly N of them, once, and there is always one at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from prismo.data.loader import Batch, Loader
+from prismo.training.action_error import ActionErrors
+from prismo.training.checkpoint import TrainerState, flush, load_state, read_state, save_state, write_training_config
+from prismo.training.config import FinetuneConfig
+from prismo.training.distributed import World
+from prismo.training.logs import Progress, Sink, gpu_peak_flops, log_all, open_sinks
+from prismo.training.pictures import cosine_sheet, save_picture
+from prismo.training.run_folder import Resume, RunFolder
+from prismo.training.signals import StopSignals
+from prismo.training.step import StepResult, TrainStep
+from prismo.training.task import TrainingTask
+from prismo.training.validate import validate
+
+_LOG = logging.getLogger(__name__)
+_MAP_SAMPLES = 4
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is not finite; the message names the batch and the saved state."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        train: endless batches of this process.
+        val: one pass over the held-out episodes; None = no validation.
+        errors: action errors in physical units.
+    """
+
+    train: Loader
+    val: Loader | None
+    errors: ActionErrors
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One update that was launched; it is known to be good only when the next one has been launched.
+
+    Attributes:
+        number: updates done with it.
+        batches: its micro-batches on this process.
+        position: in the data, before it.
+        result: of the step.
+    """
+
+    number: int
+    batches: list[Batch]
+    position: dict[str, int]
+    result: StepResult
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: flags.
+        task: the model.
+        data: loaders.
+        run: where to write.
+        world: the processes.
+        resume: None starts from the base model.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        task: TrainingTask,
+        data: RunData,
+        run: RunFolder,
+        world: World,
+        resume: Resume | None = None,
+    ) -> None:
+        self.config, self.task, self.data, self.run, self.world = config, task, data, run, world
+        self.done = 0
+        self.step = TrainStep(
+            task.objective,
+            world,
+            precision=config.precision(world.device),
+            accumulation=config.grad_accumulation_steps,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+        )
+        self._position = data.train.state_dict()
+        self._sinks: list[Sink] = []
+        if resume is not None:
+            self._restore(resume)
+        samples = config.batch_size * config.grad_accumulation_steps * world.size
+        self._progress = Progress(self.done, config.max_steps, samples, world.is_main)
+        self._samples_per_update = samples
+
+    def fit(self) -> int:
+        """Train to `max_steps` or until a signal; returns the updates done. The last state is always saved.
+
+        Raises:
+            NonFiniteLossError: training cannot go on.
+            OSError: a checkpoint could not be written; the one before is untouched.
+        """
+        config = self.config
+        self._open()
+        last_saved = self.done
+        previous: _Update | None = None
+        try:
+            with StopSignals() as stop, closing(iter(self.data.train)) as batches:
+                stopping = self.world.any(stop.requested)
+                while self.done < config.max_steps and not stopping:
+                    update = self._update(batches)
+                    if previous is not None and previous.result.refused:
+                        self._give_up(previous)
+                    previous = update
+                    if self.done % config.wandb_log_freq == 0:
+                        self._log(update)
+                    self._draw_map(update)
+                    stopping = self.world.any(stop.requested)
+                    if self.done % config.save_freq == 0 and not stopping and self.done < config.max_steps:
+                        self._save(update)
+                        last_saved = self.done
+                    if self.data.val is not None and self.done % config.val_freq == 0:
+                        self._validate()
+                if previous is not None and last_saved != self.done:
+                    # The scheduler that sent the signal waits seconds, not the minutes that merging may take.
+                    self._save(previous, merge=not stopping)
+        finally:
+            self._progress.close()
+            for sink in self._sinks:
+                sink.close()
+        return self.done
+
+    def _open(self) -> None:
+        """Logs and the run's own files."""
+        if not self.world.is_main:
+            return
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        self.run.remove_leftovers()
+        self._check_space()
+        write_training_config(self.run.path, self.config, self.task.robot, self.world.size, self.step.precision)
+        settings = {name: str(value) for name, value in asdict(self.config).items()}
+        self._sinks = open_sinks(self.config, self.run.path, self.run.path.name, self.done, settings)
+
+    def _check_space(self) -> None:
+        """A disk that cannot take one checkpoint is an error now, not after an hour."""
+        trained = sum(parameter.numel() for parameter in self.step.optimizer.parameters)
+        needed, free = trained * 4 * 4, shutil.disk_usage(self.run.path).free  # fp32: weights twice, two moments
+        if free < needed:
+            raise OSError(f"{self.run.path} has {free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e9:.1f} GB")
+
+    def _restore(self, resume: Resume) -> None:
+        """Continue from a checkpoint."""
+        self.done = resume.step
+        if resume.exact:
+            load_state(resume.folder, self.step)
+            self.data.train.load_state_dict(read_state(resume.folder).data)
+            self._position = self.data.train.state_dict()
+            return
+        files = self.task.load_modules(resume.folder, resume.step)
+        _LOG.warning(
+            "%s has no trainer state: restored are the merged weights, %s and the step (%d), so that the learning rate "
+            "goes on from there. New are the adapters, the optimizer's moments and the data order",
+            resume.folder,
+            ", ".join(files) or "no side modules",
+            resume.step,
+        )
+
+    def _update(self, batches: Iterator[Batch]) -> _Update:
+        """Launch one update."""
+        taken: list[Batch] = []
+        waited = 0.0
+
+        def inputs() -> Iterator[Any]:
+            nonlocal waited
+            for _ in range(self.config.grad_accumulation_steps):
+                began = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - began
+                taken.append(batch)
+                yield self.task.inputs(batch, True)
+
+        before = self._position
+        result = self.step(inputs(), self.done, self.config.schedule.rate(self.done))
+        self.done += 1
+        self._position = self.data.train.state_dict()
+        self._progress.update(waited)
+        if self._progress.flops_per_update == 0 and gpu_peak_flops():
+            self._progress.flops_per_update = self._count_flops(taken[-1])
+        return _Update(self.done, taken, before, result)
+
+    def _count_flops(self, batch: Batch) -> float:
+        """Floating-point operations of one update on this device, counted in one extra pass that changes nothing."""
+        stance = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        inputs = self.task.inputs(batch, True)
+        with FlopCounterMode(display=False) as counter, stance:
+            with self.step.autocast():
+                total = self.step.objective(inputs).total
+            torch.autograd.grad(total, self.step.optimizer.parameters)
+        self._progress.pause()
+        return float(counter.get_total_flops() * self.config.grad_accumulation_steps)
+
+    @torch.no_grad()
+    def _log(self, update: _Update) -> None:
+        """One entry in every log: the figures of this update, averaged over all processes."""
+        result, batch = update.result, update.batches[-1]
+        values = dict(result.metrics)
+        actions = result.actions
+        if actions is None and update.number % self.config.diffusion_sample_freq == 0 and self.config.use_diffusion:
+            actions, sampled = self._sample(batch)
+            values |= sampled
+        if actions is not None:
+            values |= self.data.errors(
+                actions, batch.actions.to(actions.device), batch.dataset_names, batch.action_mask.to(actions.device)
+            )
+        means = {name: value.item() for name, value in self.world.mean(values).items()}
+        if not self.world.is_main:
+            return
+        position = self.data.train.state_dict()
+        means |= {
+            "learning_rate": self.config.schedule.rate(update.number - 1),
+            "gradient_norm": result.grad_norm.item(),
+            "epoch": position["epoch"] + position["sample"] / self.data.train.samples_per_epoch,
+            **self._progress.speed(),
+        }
+        self._progress.show(means)
+        log_all(self._sinks, "train", update.number, means)
+
+    def _sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoised actions of a batch and their L1 errors."""
+        self.step.objective.eval()
+        with self.step.autocast():
+            actions = self.task.predict(self.task.inputs(batch, True)).float()
+        self.step.objective.train()
+        error = (actions - batch.actions.to(actions.device)).abs()
+        return actions, {
+            "curr_action_l1_loss": error[:, 0].mean(),
+            "next_actions_l1_loss": error[:, 1:].mean(),
+        }
+
+    @torch.no_grad()
+    def _draw_map(self, update: _Update) -> None:
+        """Every `align_map_freq` updates, a picture of where policy and teacher agree."""
+        frequency = getattr(self.config, "align_map_freq", 0)
+        if not (self.world.is_main and self.task.cosine_map and frequency and update.number % frequency == 0):
+            return
+        inputs = self.task.inputs(update.batches[-1], True)
+        with self.step.autocast():
+            cosine = self.task.cosine_map(inputs)
+        picture = cosine_sheet(self.task.pictures(inputs)[:_MAP_SAMPLES], cosine[:_MAP_SAMPLES])
+        path = save_picture(picture, self.run.path / "align_maps" / f"step-{update.number:06d}.png")
+        for sink in self._sinks:
+            sink.image("Align Cosine Map", update.number, path)
+
+    def _validate(self) -> None:
+        values = validate(self.task, self.step, self.data.val, self.data.errors, self.config.val_time_limit)
+        self.data.val.load_state_dict({"epoch": 0, "sample": 0})
+        log_all(self._sinks, "val", self.done, values)
+        self._progress.pause()
+
+    def _save(self, update: _Update, merge: bool = True) -> None:
+        """Write the checkpoint of the current state; on return it is complete."""
+        if update.result.refused:
+            self._give_up(update)
+        self._check_equal()
+        if self.world.is_main:
+            self._write_checkpoint(self.done, self._position)
+            if merge and self.task.merge is not None:
+                folder = self.run.path if self.config.save_latest_checkpoint_only else self.run.step_folder(self.done)
+                self.task.merge(folder)
+        self.world.barrier()
+        self._progress.pause()
+
+    def _check_equal(self) -> None:
+        """Only one process writes the weights, so they must be those of all."""
+        names = zip(self.step.optimizer.names, self.step.optimizer.parameters, strict=True)
+        if different := self.world.same_on_all(dict(names)):
+            raise RuntimeError(
+                f"after update {self.done} {len(different)} weights differ between processes ({different[0]}, ...): "
+                "their gradients were not reduced. Nothing is saved; this is a bug"
+            )
+
+    def _write_checkpoint(self, number: int, position: dict[str, int]) -> Path:
+        latest = self.config.save_latest_checkpoint_only
+        with self.run.new_checkpoint(number, latest=latest) as (folder, name):
+            self.task.write(folder, name)
+            write_training_config(folder, self.config, self.task.robot, self.world.size, self.step.precision)
+            save_state(folder, self.step, TrainerState(number, position, self.world.size, self.task.base_fingerprint))
+            flush(folder)
+        self.run.prune(self.config.keep_last)
+        return self.run.path if latest else self.run.step_folder(number)
+
+    def _give_up(self, update: _Update) -> None:
+        """Save the state before a refused update, name its batches and raise.
+
+        Weights and moments are still those of the update before: nothing was applied since.
+        """
+        bad = [not bool(torch.isfinite(total)) for total in update.result.totals]
+        shown = [batch for batch, is_bad in zip(update.batches, bad, strict=True) if is_bad]
+        lines = [f"process {self.world.rank}: {_name(batch)}" for batch in shown]
+        gathered = [line for lines in self.world.gather(lines) for line in lines]
+        if not gathered:  # the losses are finite, only their gradient is not
+            named = [f"process {self.world.rank}: {_name(batch)}" for batch in update.batches]
+            gathered = [line for lines in self.world.gather(named) for line in lines]
+        saved = update.number - 1
+        if self.world.is_main and saved > 0:
+            self._write_checkpoint(saved, update.position)
+        self.world.barrier()
+        state = f"The state after update {saved} is saved" if saved else "No update was made"
+        raise NonFiniteLossError(
+            f"the loss or its gradient is not finite in update {update.number}. {state}. Batches:\n  "
+            + "\n  ".join(gathered)
+            + "\nLook at these samples; else lower --learning_rate or --max_grad_norm, or use --dtype float32"
+        )
+
+
+def _name(batch: Batch) -> str:
+    """Dataset, episode and step of every sample."""
+    places = zip(batch.dataset_names, batch.episode.tolist(), batch.step.tolist(), strict=True)
+    return ", ".join(f"{dataset} episode {episode} step {step}" for dataset, episode, step in places)
