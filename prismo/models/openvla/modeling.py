@@ -25,6 +25,7 @@ from prismo.models.openvla.action_tokenizer import ActionTokenizer
 from prismo.models.openvla.attention import attention_mask_for
 from prismo.models.openvla.configuration import OpenVLAConfig
 from prismo.models.openvla.loading import check_folder, check_loaded
+from prismo.models.openvla.self_test import run_self_test
 from prismo.models.vit import VisionTransformer, ViTConfig
 
 
@@ -179,8 +180,6 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         )
         check_loaded(pretrained_model_name_or_path, report)
         if self_test and all(p.device.type != "meta" for p in model.parameters()):
-            from prismo.models.openvla.self_test import run_self_test  # noqa: PLC0415 (it imports this module)
-
             run_self_test(model)
         return model
 

@@ -1,0 +1,221 @@
+"""The whole chain at a small size: demonstrations, RLDS dataset, training with alignment, merge, roll-outs.
+
+    make demo                                  # what the README promises: 10 minutes on 2 cores, no GPU, no downloads
+    python scripts/demo.py --train_steps 600   # longer
+
+Every stage is the command that a user would type (it is printed); this script only chains them and collects what they
+left. Without LIBERO's assets (PRISMO_LIBERO_ASSETS) the simulator draws built-in stand-ins. The model is tiny and its
+weights start at random, so its success rate is that of a few minutes of training: it is printed, whatever it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
+
+ROOT = Path(__file__).resolve().parents[1]
+DATASET = "libero_object_no_noops"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the final table."""
+
+    name: str
+    seconds: float
+    result: str
+
+
+class Demo:
+    """Runs the stages in order and remembers how long each took.
+
+    Args:
+        args: the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder = Path(args.output).resolve()
+        self.stages: list[Stage] = []
+        assets = os.environ.get("PRISMO_LIBERO_ASSETS")
+        self.assets = assets or "stand-ins"
+        self.tasks = json.dumps(list(range(args.tasks)))
+
+    def stage(self, name: str, script: str, *flags: str) -> None:
+        """Run a script of this project; its output goes to `logs/`, the end of it to the screen if it fails."""
+        command = [sys.executable, script, *flags]
+        print(f"\n[{len(self.stages) + 1}] {name}\n$ python {script} {shlex.join(flags)}", flush=True)
+        log = self.folder / "logs" / f"{len(self.stages) + 1}-{name.replace(' ', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with log.open("w") as file:
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+            sys.exit(f"{tail}\n\nStage '{name}' failed with exit code {done.returncode}; the whole output is in {log}")
+        self.stages.append(Stage(name, time.monotonic() - start, ""))
+        print(f"    {self.stages[-1].seconds:.0f} s", flush=True)
+
+    def result(self, text: str) -> None:
+        """Say what the latest stage gave."""
+        last = self.stages.pop()
+        self.stages.append(Stage(last.name, last.seconds, text))
+        print(f"    {text}", flush=True)
+
+    def run(self) -> None:
+        self.demonstrations()
+        self.dataset()
+        self.checkpoints()
+        run = self.train()
+        self.merge(run)
+        self.evaluate(run)
+        self.report(run)
+
+    def demonstrations(self) -> None:
+        self.stage(
+            "scripted demonstrations",
+            "scripts/collect_scripted_demos.py",
+            *("--task_suite_name", "libero_object", "--task_ids", self.tasks),
+            *("--num_demos_per_task", str(self.args.demos), "--output_dir", str(self.folder / "hdf5")),
+            *("--libero_assets", self.assets, "--image_size", "128"),
+        )
+        files = sorted((self.folder / "hdf5").glob("*.hdf5"))
+        self.result(f"{len(files)} files, assets: {self.assets}")
+
+    def dataset(self) -> None:
+        self.stage(
+            "RLDS dataset",
+            "scripts/build_rlds_dataset.py",
+            *("--hdf5_dir", str(self.folder / "hdf5"), "--dataset_name", DATASET),
+            *("--data_root_dir", str(self.folder / "rlds")),
+        )
+        shards = list((self.folder / "rlds" / DATASET).rglob("*.tfrecord*"))
+        self.result(f"{len(shards)} shards, {sum(s.stat().st_size for s in shards) / 1e6:.1f} MB")
+
+    def checkpoints(self) -> None:
+        """Random weights in the official layouts, in place of openvla-7b and VGGT-1B."""
+        start = time.monotonic()
+        make_tiny_openvla(self.folder / "ckpts" / "openvla-small", hidden_size=128, dtype=torch.float32)
+        make_tiny_vggt(self.folder / "ckpts" / "vggt.pt", image_size=224)
+        self.stages.append(Stage("small checkpoints", time.monotonic() - start, "random weights, official layouts"))
+
+    def train(self) -> Path:
+        steps = self.args.train_steps
+        self.stage(
+            "training with alignment",
+            "vla-scripts/finetune_align.py",
+            *("--vla_path", str(self.folder / "ckpts" / "openvla-small")),
+            *("--vggt_path", str(self.folder / "ckpts" / "vggt.pt")),
+            *("--data_root_dir", str(self.folder / "rlds"), "--dataset_name", DATASET),
+            *("--run_root_dir", str(self.folder / "runs"), "--run_id_override", "demo"),
+            *("--use_proprio", "True", "--num_images_in_input", "2", "--batch_size", "8"),
+            *("--vla_layers_align", "3", "--use_vlm_norm", "True", "--use_vggt_pe", "True"),
+            *("--max_steps", str(steps), "--save_freq", str(steps), "--wandb_log_freq", "5"),
+            *("--num_steps_before_decay", str(int(0.8 * steps)), "--learning_rate", "1e-3"),
+            *("--merge_lora_during_training", "False", "--align_map_freq", str(steps)),
+        )
+        run = self.folder / "runs" / "demo"
+        rows = training_rows(run)
+        tenth = max(1, len(rows) // 10)
+
+        def change(key: str) -> str:
+            first, last = (sum(row[key] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
+            return f"{first:.3f} -> {last:.3f}"
+
+        self.result(f"{steps} updates; action loss {change('loss')}, alignment {change('align_loss')}")
+        return run
+
+    def merge(self, run: Path) -> None:
+        self.stage(
+            "merge",
+            "vla-scripts/merge_lora_weights_and_save.py",
+            *("--base_checkpoint", str(self.folder / "ckpts" / "openvla-small")),
+            *("--lora_finetuned_checkpoint_dir", str(self.checkpoint(run))),
+        )
+
+    def evaluate(self, run: Path) -> None:
+        self.stage(
+            "roll-outs",
+            "experiments/robot/libero/run_libero_eval.py",
+            *("--pretrained_checkpoint", str(self.checkpoint(run)), "--task_suite_name", "libero_object"),
+            *("--task_ids", self.tasks, "--num_trials_per_task", str(self.args.trials)),
+            *("--libero_assets", self.assets, "--env_img_res", "128"),
+            *("--local_log_dir", str(self.folder / "eval"), "--rollout_dir", str(self.folder / "videos")),
+        )
+        results = json.loads(next((self.folder / "eval").glob("*/results.json")).read_text())["total"]
+        self.result(f"success rate {results['success_rate']:.0%} of {results['episodes']} episodes")
+
+    def checkpoint(self, run: Path) -> Path:
+        return run.with_name(f"{run.name}--{self.args.train_steps}_chkpt")
+
+    def report(self, run: Path) -> None:
+        """Table on the screen and in `report.md`; the training curve as a picture."""
+        curve = self.folder / "training_curve.png"
+        plot(training_rows(run), curve)
+        width = max(len(stage.name) for stage in self.stages)
+        rows = [f"| {'stage':{width}} | seconds | result |", f"|{'-' * (width + 2)}|---------|--------|"]
+        rows += [f"| {s.name:{width}} | {s.seconds:7.0f} | {s.result} |" for s in self.stages]
+        rows += [f"| {'total':{width}} | {sum(s.seconds for s in self.stages):7.0f} | |"]
+        (self.folder / "report.md").write_text("\n".join(rows) + "\n")
+        print("\n" + "\n".join(rows))
+        print(f"\nTraining curve: {curve}")
+        for video in sorted((self.folder / "videos").rglob("*.mp4"))[:1]:
+            print(f"A roll-out:     {video}")
+        print(f"Look around in: {self.folder}")
+
+
+def training_rows(run: Path) -> list[dict[str, float]]:
+    """The logged training steps of a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == "train"]
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Action loss and alignment loss over the updates."""
+    import matplotlib  # noqa: PLC0415 (slow to import)
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    right = left.twinx()
+    steps = [row["step"] for row in rows]
+    lines = left.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="action loss (L1)")
+    lines += right.plot(steps, [row["align_loss"] for row in rows], color="tab:orange", label="alignment (1 - cosine)")
+    left.set(xlabel="update", ylabel="action loss", ylim=(0, None))
+    right.set(ylabel="alignment loss")
+    left.legend(handles=lines)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="demo", help="folder of everything that is made; it must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="remove the folder first")
+    parser.add_argument("--tasks", type=int, default=2, help="tasks of LIBERO-Object")
+    parser.add_argument("--demos", type=int, default=6, help="demonstrations per task")
+    parser.add_argument("--train_steps", type=int, default=200, help="updates")
+    parser.add_argument("--trials", type=int, default=2, help="roll-outs per task")
+    args = parser.parse_args()
+    if Path(args.output).exists():
+        if not args.overwrite:
+            sys.exit(f"{args.output} exists; look at {args.output}/report.md, or type --overwrite to make it anew")
+        shutil.rmtree(args.output)
+    Demo(args).run()
+
+
+if __name__ == "__main__":
+    main()
