@@ -45,7 +45,7 @@ def decode_image(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
         if data[:2] == b"\xff\xd8":
             image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, buffer=out)
         else:
-            image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
             if out is not None and image.shape == out.shape:
                 out[...] = image
     except (OSError, ValueError) as error:
