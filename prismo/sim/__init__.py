@@ -6,7 +6,7 @@ CUDA inference has been seen to abort).
 """
 
 from prismo.sim.interface import Observation, SimulatorCrashed, SimulatorError, SimulatorTimeout, StepResult
-from prismo.sim.suites import MAX_STEPS, SUITES, Task, load_init_states, load_tasks
+from prismo.sim.suites import MAX_STEPS, SUITES, Task, load_init_states, load_task, load_tasks
 from prismo.sim.worker import SimWorker
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "StepResult",
     "Task",
     "load_init_states",
+    "load_task",
     "load_tasks",
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.sim import standins
 from prismo.sim.suites import package_folder
-from prismo.util.files import atomic_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,8 @@ def resolve_assets(folder: str | Path | None = None, *, download: bool = False) 
         if found is not None:
             return found
     log.warning(
-        "LIBERO's assets: none found, using the built-in stand-ins (boxes and cylinders). Fit for smoke runs only: "
-        "success rates do not compare with anything. For real results set %s to LIBERO's assets folder or allow the "
-        "download of %s.",
+        "LIBERO's scenes are built-in stand-ins (boxes and cylinders), fit for smoke runs only: success rates compare "
+        "with nothing. For real results set %s to LIBERO's assets folder or allow the download of %s.",
         ASSETS_VARIABLE,
         HUB_REPOSITORY,
     )
@@ -108,8 +107,14 @@ def _stand_ins() -> Path:
     """The generated stand-ins; the folder's name holds the generator's hash, so that an old set is never used."""
     folder = cache_folder() / f"stand-ins-{standins.fingerprint()}"
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
-            standins.write(temporary)
+        temporary = Path(tempfile.mkdtemp(dir=cache_folder()))
+        standins.write(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster; its simulators may be reading these files, so they stay
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(temporary)
     return folder
 
 

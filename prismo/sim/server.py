@@ -7,6 +7,7 @@ Started as `python -m prismo.sim.server <file descriptor>`. Each request is (com
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -43,18 +44,29 @@ def prepare_process(assets: Assets, backend: GLBackend | None) -> None:
     # One thread per simulator: two processes with one thread each draw 1.5 times as much as one with two.
     for name in ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         variables[name] = os.environ.get(name, "1")
-    variables |= backend.environment() if backend is not None else {"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": None}
+    variables |= (
+        backend.environment() if backend is not None else {"MUJOCO_GL": "disable", "CUDA_VISIBLE_DEVICES": None}
+    )
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     (cache / "matplotlib").mkdir(exist_ok=True)
-    # robosuite's own hook for site settings: no log file, and no warning that the hook is missing.
-    macros = types.ModuleType("robosuite.macros_private")
-    macros.FILE_LOGGING_LEVEL = None
+    _set_robosuite_macros()
+
+
+def _set_robosuite_macros() -> None:
+    """robosuite's settings are module constants that its import already uses, so they are loaded and set beforehand."""
+    folder = Path(importlib.util.find_spec("robosuite").origin).parent
+    spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
+    macros = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(macros)
+    macros.FILE_LOGGING_LEVEL = None  # /tmp/robosuite.log, which the first user of a machine owns
     macros.CONSOLE_LOGGING_LEVEL = "ERROR"
-    sys.modules["robosuite.macros_private"] = macros
+    macros.MUJOCO_GPU_RENDERING = False  # would replace the backend that was chosen by EGL
+    sys.modules["robosuite.macros"] = macros
+    sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")  # it warns without one
 
 
 def _write_libero_config(cache: Path, assets: Assets) -> Path:
