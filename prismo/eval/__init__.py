@@ -1,7 +1,7 @@
 """Roll-outs of policies in LIBERO: what is run, how an episode goes, and what is kept of it."""
 
 from prismo.eval.config import EvalConfig
-from prismo.eval.results import EpisodeResult, Summary, wilson_interval
+from prismo.eval.results import EpisodeResult, Summary
 from prismo.eval.run import evaluate
 
-__all__ = ["EpisodeResult", "EvalConfig", "Summary", "evaluate", "wilson_interval"]
+__all__ = ["EpisodeResult", "EvalConfig", "Summary", "evaluate"]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prismo.eval.rollout import Outcome
-
-_Z95 = 1.959963984540054
+from prismo.sim.rates import Rate
 
 
 @dataclass(frozen=True)
@@ -162,28 +160,15 @@ def summarize(results: Iterable[EpisodeResult], planned: int) -> Summary:
 def tally(results: Sequence[EpisodeResult]) -> Tally:
     """Count outcomes."""
     count = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("success", "failure", "error")}
-    judged = count["success"] + count["failure"]
+    rate = Rate(count["success"], count["success"] + count["failure"])
     return Tally(
         episodes=len(results),
         successes=count["success"],
         failures=count["failure"],
         errors=count["error"],
-        success_rate=count["success"] / judged if judged else None,
-        interval=wilson_interval(count["success"], judged) if judged else None,
+        success_rate=rate.value if rate.episodes else None,
+        interval=rate.wilson() if rate.episodes else None,
     )
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % score interval of a success probability (Wilson 1927), within 0..1.
-
-    Unlike the usual `p +- 1.96 s` it is right near 0 and 1: 500 of 500 gives 0.992 to 1.
-    """
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"expected 0 <= successes <= trials and trials > 0, found {successes} of {trials}")
-    rate, z2 = successes / trials, _Z95**2
-    center = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
-    margin = _Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
-    return max(0.0, center - margin), min(1.0, center + margin)
 
 
 def format_table(summary: Summary) -> str:

@@ -6,6 +6,7 @@ only meet in `prismo.eval.rollout`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -60,6 +61,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
     settings = _rollout_settings(cfg, spec)
     with ExitStack() as stack:
         worker = stack.enter_context(_start_simulator(cfg, spec))
+        worker.start()
         versions = collect_versions(worker.info)
         identity = RunIdentity(
             cfg.task_suite_name,
@@ -78,8 +80,9 @@ def prepare(cfg: EvalConfig) -> Evaluation:
         if resumed:
             _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
         todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
+        wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, run.description)
         policy = spec.load() if todo else None
-        return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, stack.pop_all())
+        return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all())
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Evaluation:
     todo: list[Episode]
     settings: RolloutSettings
     versions: dict[str, Any]
+    wandb: WandbLog
     resources: ExitStack
 
     def __enter__(self) -> Evaluation:
@@ -113,10 +117,9 @@ class Evaluation:
         """Play what is left, one episode after the other, and write results.json."""
         start, run = time.perf_counter(), self.run_folder
         seed_everything(self.cfg.seed)
-        wandb = self._wandb()
         try:
             with TextLog(run.text_log) as text, logging_redirect_tqdm():
-                self._play(text, wandb)
+                self._play(text)
                 summary = summarize(run.log.results.values(), len(self.episodes))
                 text.end(summary)
         except KeyboardInterrupt:
@@ -124,8 +127,8 @@ class Evaluation:
             _LOG.warning("stopped after %d of %d episodes; the same command continues", done, len(self.episodes))
             raise
         self._write_results(summary, time.perf_counter() - start)
-        wandb.task("total", list(run.log.results.values()))
-        wandb.close(run.text_log)
+        self.wandb.task("total", list(run.log.results.values()))
+        self.wandb.close(run.text_log)
         _LOG.info("results: %s\n%s", run.results_file, format_table(summary))
         if summary.total.errors:
             _LOG.error(
@@ -137,7 +140,7 @@ class Evaluation:
             )
         return summary
 
-    def _play(self, text: TextLog, wandb: WandbLog) -> None:
+    def _play(self, text: TextLog) -> None:
         log = self.run_folder.log
         with tqdm(total=len(self.episodes), initial=len(self.episodes) - len(self.todo), unit="episode") as bar:
             for episode in self.todo:
@@ -154,7 +157,7 @@ class Evaluation:
                 if all(number in results for number in same_task):
                     task_results = [results[number] for number in same_task]
                     text.task_end(task_results, done)
-                    wandb.task(result.task, task_results)
+                    self.wandb.task(result.task, task_results)
                 bar.update()
                 bar.set_postfix_str(_progress(done))
 
@@ -202,17 +205,11 @@ class Evaluation:
             "versions": self.versions,
             "warnings": version_warnings(self.versions),
             "policy": None if self.policy is None else self.policy.describe(),
-            "seconds_of_last_start": round(seconds, 1),
-            "seconds_of_episodes": round(sum(r.seconds for r in self.run_folder.log.results.values()), 1),
+            "wall_seconds": round(seconds, 1),  # of this start only
+            "episode_seconds": round(sum(r.seconds for r in self.run_folder.log.results.values()), 1),
             "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         write_json(self.run_folder.results_file, content)
-
-    def _wandb(self) -> WandbLog:
-        cfg = self.cfg
-        return WandbLog(
-            cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, self.run_folder.path.name, self.run_folder.description
-        )
 
 
 def seed_everything(seed: int) -> None:
@@ -269,7 +266,7 @@ def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSetti
         "num_open_loop_steps": settings.open_loop_steps,
         "num_steps_wait": settings.settle_steps,
         "max_steps": settings.max_steps,
-        "initial_states_path": states if states == DEFAULT_STATES else str(Path(states).resolve()),
+        "initial_states": states if states == DEFAULT_STATES else hashlib.sha256(Path(states).read_bytes()).hexdigest(),
         "env_img_res": cfg.env_img_res,
         "assets": assets.source,
         "seed": cfg.seed,

@@ -63,13 +63,14 @@ class WandbLog:
 
     Args:
         entity, project: where to.
-        run_name: the run's id; a continued run goes on in the same W&B run.
+        folder: of the run. Its name becomes the W&B run's, in which a continued run goes on; W&B's files go into it.
+        config: to be shown with the run.
 
     Raises:
-        ValueError: wandb is not installed.
+        ValueError: wandb is not installed or does not start.
     """
 
-    def __init__(self, enabled: bool, entity: str | None, project: str, run_name: str, config: dict[str, Any]) -> None:
+    def __init__(self, enabled: bool, entity: str | None, project: str, folder: Path, config: dict[str, Any]) -> None:
         self._run = None
         if not enabled:
             return
@@ -77,10 +78,21 @@ class WandbLog:
             import wandb  # noqa: PLC0415 (optional)
         except ImportError as error:
             raise ValueError("--use_wandb True needs wandb: pip install wandb") from error
-        identifier = "".join(c if c.isalnum() or c in "-_" else "_" for c in run_name)
-        self._run = wandb.init(
-            entity=entity, project=project, name=run_name, id=identifier, resume="allow", config=config
-        )
+        identifier = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.name)
+        try:
+            self._run = wandb.init(
+                entity=entity,
+                project=project,
+                name=folder.name,
+                id=identifier,
+                resume="allow",
+                config=config,
+                dir=folder,
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"W&B does not start: {error}. `wandb login`, or WANDB_MODE=offline to log here"
+            ) from error
 
     def task(self, name: str, results: list[EpisodeResult]) -> None:
         """Rate and number of episodes of a task, or of all as "total"."""

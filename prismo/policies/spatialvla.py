@@ -22,6 +22,7 @@ from prismo.models.spatialvla import (
     CameraIntrinsics,
     SpatialVLAForConditionalGeneration,
     SpatialVLAProcessor,
+    TokenDecoder,
     predict_actions,
 )
 from prismo.policies.base import PolicyInput
@@ -71,6 +72,7 @@ class SpatialVLAPolicy:
     ) -> None:
         self._model = model
         self._processor = processor
+        self._decoder = TokenDecoder(model, processor.action_tokenizer.slots, processor.action_tokens)
         self._settings = settings
         self._robot = replace(robot, chunk=settings.chunk)
         self._camera = _camera(processor, settings)
@@ -90,7 +92,7 @@ class SpatialVLAPolicy:
 
     def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
         chunks = predict_actions(
-            self._model,
+            self._decoder,
             self._processor,
             self.images(inputs),
             [item.instruction for item in inputs],

@@ -1,0 +1,67 @@
+"""Tiny policies for LIBERO-Object, and one simulator process for all tests that need only one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prismo.eval.config import EvalConfig
+from prismo.models.tiny import make_tiny_policy
+from prismo.sim import SimWorker
+from prismo.sim.gl import GLUnavailableError
+
+SUITE = "libero_object"
+
+
+@pytest.fixture(scope="session")
+def object_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights with the suite's statistics."""
+    return make_tiny_policy(tmp_path_factory.mktemp("eval") / "policy", dataset=f"{SUITE}_no_noops")
+
+
+@pytest.fixture(scope="session")
+def simulator() -> Iterator[SimWorker]:
+    """A simulator with the assets of PRISMO_LIBERO_ASSETS, else with the stand-ins; tests reset it."""
+    try:
+        worker = SimWorker(image_size=64)
+    except (GLUnavailableError, ModuleNotFoundError) as error:
+        pytest.skip(f"no simulator here: {error}")
+    with worker:
+        yield worker
+
+
+@pytest.fixture
+def config(object_policy: Path, tmp_path: Path) -> EvalConfig:
+    """Two tasks with two short episodes each, all folders within `tmp_path`."""
+    return make_config(object_policy, tmp_path)
+
+
+def make_config(policy: Path, folder: Path, **flags: object) -> EvalConfig:
+    values = {
+        "pretrained_checkpoint": str(policy),
+        "task_suite_name": SUITE,
+        "task_ids": [0, 3],
+        "num_trials_per_task": 2,
+        "max_steps": 10,
+        "env_img_res": 64,
+        "save_videos": "none",
+        "local_log_dir": str(folder / "logs"),
+        "rollout_dir": str(folder / "rollouts"),
+        "download_assets": False,
+    }
+    return EvalConfig(**{**values, **flags})
+
+
+def lines(log_dir: Path) -> list[dict]:
+    """All episode lines of the only run in `log_dir`."""
+    (file,) = log_dir.glob("EVAL-*/episodes.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def identity(line: dict) -> tuple:
+    """What must be the same in two runs of an episode: everything but times and paths."""
+    keys = ("episode", "suite", "task_id", "task", "init_state", "env_seed", "policy_seed")
+    return tuple(line[key] for key in (*keys, "outcome", "steps", "queries", "actions_sha256"))

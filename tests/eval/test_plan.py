@@ -1,0 +1,70 @@
+"""Which episodes a command means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prismo.eval.config import EvalConfig
+from prismo.eval.plan import plan_episodes
+from prismo.sim import load_tasks
+
+pytest.importorskip("libero", reason="the tasks are read from the installed LIBERO package")
+
+
+def test_trial_k_starts_from_initial_state_k() -> None:
+    episodes = plan_episodes(EvalConfig(task_suite_name="libero_10"))
+    assert [e.number for e in episodes] == list(range(1, 501))
+    assert [e.init_state for e in episodes] == list(range(50)) * 10
+    assert [e.task.index for e in episodes] == sorted(list(range(10)) * 50)
+    assert [e.env_seed for e in episodes] == [e.init_state for e in episodes]
+    assert len({e.policy_seed for e in episodes}) == 500
+    assert episodes == plan_episodes(EvalConfig(task_suite_name="libero_10"))
+    other = plan_episodes(EvalConfig(task_suite_name="libero_10", seed=8))
+    assert all(a.policy_seed != b.policy_seed for a, b in zip(episodes, other, strict=True))
+
+
+def test_chosen_tasks_keep_their_seeds() -> None:
+    everything = plan_episodes(EvalConfig(num_trials_per_task=2))
+    some = plan_episodes(EvalConfig(num_trials_per_task=2, task_ids=[5, 1]))
+    assert [e.task.index for e in some] == [1, 1, 5, 5]
+    assert [replace(e, number=0) for e in everything if e.task.index in (1, 5)] == [replace(e, number=0) for e in some]
+
+
+def test_custom_initial_states_leave_out_failed_demonstrations(tmp_path: Path) -> None:
+    tasks = load_tasks("libero_object")[:2]
+    content = {
+        task.language.replace(" ", "_"): {
+            f"demo_{i}": {"success": i != 1, "initial_state": [float(i)] * 5} for i in range(4)
+        }
+        for task in tasks
+    }
+    file = tmp_path / "states.json"
+    file.write_text(json.dumps(content))
+    cfg = EvalConfig(
+        task_suite_name="libero_object", task_ids=[0, 1], num_trials_per_task=3, initial_states_path=str(file)
+    )
+    episodes = plan_episodes(cfg)
+    assert [(e.number, e.task.index, e.init_state) for e in episodes] == [(1, 0, 0), (2, 0, 2), (3, 1, 0), (4, 1, 2)]
+    np.testing.assert_array_equal(episodes[1].state, [2.0] * 5)
+    with pytest.raises(ValueError, match="unknown task"):
+        plan_episodes(replace(cfg, task_ids=[2]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"task_suite_name": "libero_objects"}, "Did you mean 'libero_object'"),
+        ({"num_trials_per_task": 51}, "LIBERO has 50 initial states"),
+        ({"save_videos": "some"}, "Available: all, failures, none"),
+        ({"task_ids": [0, 10]}, r"holds \[10\]; libero_spatial has tasks 0 to 9"),
+        ({"num_open_loop_steps": 0}, "expected at least 1"),
+    ],
+)
+def test_wrong_flags(flags: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        EvalConfig(**flags).validate()

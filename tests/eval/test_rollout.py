@@ -1,0 +1,165 @@
+"""Episodes in the real simulator, driven by policies whose actions are known."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from prismo.embodiment import LIBERO
+from prismo.eval.config import EvalConfig
+from prismo.eval.plan import Episode, plan_episodes
+from prismo.eval.rollout import RolloutSettings, policy_input, run_episode
+from prismo.policies import PolicyInput
+from prismo.sim import SimWorker
+
+SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, record=False)
+
+
+class ScriptedPolicy:
+    """Answers query q with a chunk whose action k moves by 0.01 * (q, k), so that executed actions tell both."""
+
+    robot = LIBERO
+    num_images = 2
+
+    def __init__(self, before_query: Callable[[int], None] = lambda query: None, gripper: float = 1.0) -> None:
+        self.started: list[tuple[int, int]] = []
+        self.inputs: list[PolicyInput] = []
+        self._before_query, self._gripper = before_query, gripper
+
+    def start_episode(self, slot: int, seed: int) -> None:
+        self.started.append((slot, seed))
+        self.inputs = []
+
+    def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
+        self._before_query(len(self.inputs))
+        query = len(self.inputs)
+        self.inputs.extend(inputs)
+        chunk = np.zeros((1, 8, 7))
+        chunk[..., 0] = 0.01 * query
+        chunk[..., 1] = 0.01 * np.arange(8)
+        chunk[..., 6] = self._gripper
+        return chunk
+
+    def describe(self) -> dict:
+        return {}
+
+
+class Recorder:
+    """Writes down what is sent to a real simulator."""
+
+    def __init__(self, worker: SimWorker) -> None:
+        self.worker, self.actions, self.renders = worker, [], []
+
+    def reset(self, *args: object, **kwargs: object):
+        return self.worker.reset(*args, **kwargs)
+
+    def step_chunk(self, actions: np.ndarray, render: str = "last"):
+        self.actions.append(actions.copy())
+        self.renders.append(render)
+        return self.worker.step_chunk(actions, render)
+
+
+@pytest.fixture(scope="module")
+def episode() -> Episode:
+    return plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=3))[2]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_the_first_actions_of_a_chunk_are_executed(simulator: SimWorker, episode: Episode, steps: int) -> None:
+    recorder, policy = Recorder(simulator), ScriptedPolicy()
+    rollout = run_episode(recorder, policy, episode, replace(SETTINGS, open_loop_steps=steps))
+    executed = np.concatenate(recorder.actions)
+    assert (rollout.outcome, rollout.steps, len(executed)) == ("failure", 10, 10)
+    expected = [(0.01 * (i // steps), 0.01 * (i % steps)) for i in range(10)]
+    np.testing.assert_allclose(executed[:, :2], expected)
+    assert rollout.queries == len(recorder.actions) == -(-10 // steps)
+    assert recorder.renders[-1] == "none"  # nobody looks at the last picture
+    assert set(recorder.renders[:-1]) <= {"last"}
+    assert policy.started == [(0, episode.policy_seed)]
+
+
+def test_observation_and_repeatability(simulator: SimWorker, episode: Episode) -> None:
+    policies = ScriptedPolicy(), ScriptedPolicy()
+    rollouts = [run_episode(simulator, policy, episode, SETTINGS) for policy in policies]
+    assert rollouts[0].actions_sha256 == rollouts[1].actions_sha256
+    for first, second in zip(policies[0].inputs, policies[1].inputs, strict=True):
+        np.testing.assert_array_equal(first.state, second.state)
+        for a, b in zip(first.images, second.images, strict=True):
+            np.testing.assert_array_equal(a, b)
+    seen = policies[0].inputs[0]
+    assert seen.instruction == episode.task.language
+    assert [image.shape for image in seen.images] == [(64, 64, 3)] * 2
+    direct = simulator.reset(episode.task.suite, episode.task.index, episode.init_state, seed=episode.env_seed)
+    np.testing.assert_array_equal(seen.images[0], direct.full_image)
+    np.testing.assert_array_equal(seen.images[1], direct.wrist_image)
+    with pytest.raises(ValueError, match="LIBERO has 2"):
+        policy_input(direct, 3)
+
+
+def test_frames_of_every_step(simulator: SimWorker, episode: Episode) -> None:
+    policy = ScriptedPolicy()
+    filmed = run_episode(simulator, policy, episode, replace(SETTINGS, record=True))
+    plain = run_episode(simulator, ScriptedPolicy(), episode, SETTINGS)
+    assert filmed.frames.shape == (11, 64, 64, 3)
+    assert plain.frames is None
+    assert filmed.actions_sha256 == plain.actions_sha256
+    np.testing.assert_array_equal(filmed.frames[8], policy.inputs[1].images[0])
+
+
+def test_a_custom_initial_state(simulator: SimWorker, episode: Episode) -> None:
+    simulator.reset(episode.task.suite, episode.task.index, 7, settle_steps=0)
+    custom = replace(episode, state=simulator.sim_state())
+    expected = simulator.reset(episode.task.suite, episode.task.index, 7, seed=episode.env_seed)
+    policy = ScriptedPolicy()
+    run_episode(simulator, policy, custom, SETTINGS)
+    np.testing.assert_allclose(policy.inputs[0].state, expected.state, atol=1e-6)
+    difference = np.abs(policy.inputs[0].images[0].astype(int) - expected.full_image)
+    assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize(("gripper", "closes"), [(1.0, False), (0.0, True)])
+def test_the_gripper_obeys(simulator: SimWorker, episode: Episode, gripper: float, closes: bool) -> None:
+    """1 = open and 0 = close, as predicted; the distance of the fingers tells what the robot did."""
+    policy = ScriptedPolicy(gripper=gripper)
+    run_episode(simulator, policy, episode, replace(SETTINGS, max_steps=24))
+    width = [seen.state[6] - seen.state[7] for seen in policy.inputs]
+    assert (width[-1] < width[0] - 0.02) if closes else (width[-1] > 0.06)
+
+
+def test_a_raising_policy_is_an_error(simulator: SimWorker, episode: Episode) -> None:
+    def fail(query: int) -> None:
+        if query == 1:
+            raise RuntimeError("CUDA out of memory")
+
+    rollout = run_episode(simulator, ScriptedPolicy(before_query=fail), episode, replace(SETTINGS, record=True))
+    assert (rollout.outcome, rollout.steps) == ("error", 8)
+    assert "Traceback" in rollout.error
+    assert "CUDA out of memory" in rollout.error
+    assert len(rollout.frames) == 9
+
+
+def test_actions_that_are_no_numbers_are_an_error(simulator: SimWorker, episode: Episode) -> None:
+    rollout = run_episode(simulator, ScriptedPolicy(gripper=np.nan), episode, SETTINGS)
+    assert rollout.outcome == "error"
+    assert "NaN" in rollout.error
+
+
+def test_the_episode_of_a_killed_simulator_is_repeated(simulator: SimWorker, episode: Episode) -> None:
+    expected = run_episode(simulator, ScriptedPolicy(), episode, SETTINGS)
+    kills = []
+
+    def kill_once(query: int) -> None:
+        if query == 1 and not kills:
+            kills.append(simulator.pid)
+            os.kill(simulator.pid, signal.SIGKILL)
+
+    rollout = run_episode(simulator, ScriptedPolicy(before_query=kill_once), episode, SETTINGS)
+    assert kills
+    assert (rollout.outcome, rollout.attempts) == ("failure", 2)
+    assert rollout.actions_sha256 == expected.actions_sha256
+    assert rollout.steps == expected.steps

@@ -1,0 +1,200 @@
+"""Whole evaluations: results, resume after kill -9, errors, videos, and what stops before the first episode."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+
+from prismo.eval.config import EvalConfig
+from prismo.eval.run import evaluate, prepare
+from prismo.policies import Policy, PolicyInput
+from tests.eval.conftest import identity, lines, make_config
+
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "robot" / "libero" / "run_libero_eval.py"
+pytestmark = pytest.mark.usefixtures("simulator")  # skips where none can run
+
+
+def command(cfg: EvalConfig) -> list[str]:
+    """The command line of a configuration."""
+    flags = [
+        (field.name, getattr(cfg, field.name)) for field in fields(cfg) if getattr(cfg, field.name) != field.default
+    ]
+    return [sys.executable, str(SCRIPT), *(part for name, value in flags for part in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def finished(object_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig:
+    """An uninterrupted run with videos and W&B (on the disk only), in this process."""
+    cfg = make_config(object_policy, tmp_path_factory.mktemp("finished"), save_videos="all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        evaluate(replace(cfg, use_wandb=importlib.util.find_spec("wandb") is not None))
+    return cfg
+
+
+def test_files_of_a_run(finished: EvalConfig) -> None:
+    logs = Path(finished.local_log_dir)
+    (folder,) = (path for path in logs.iterdir() if path.is_dir())
+    results = json.loads((folder / "results.json").read_text())
+    assert results["complete"]
+    assert results["total"]["episodes"] == results["total"]["failures"] == 4
+    assert results["total"]["wilson_95"] == pytest.approx([0, 0.4899], abs=1e-4)
+    assert [task["episodes"] for task in results["tasks"]] == [2, 2]
+    assert results["policy"]["unnorm_key"] == "libero_object_no_noops"
+    assert len(results["settings"]["checkpoint_hash"]) == 64
+    versions = results["versions"]
+    assert versions["mujoco"] == "3.3.2"
+    assert versions["torch"]
+    assert versions["gl"].startswith(("EGL", "OSMesa"))
+    stand_ins = versions["assets"] == "stand-ins"
+    assert any("smoke run" in warning for warning in results["warnings"]) == stand_ins
+    assert [(line["episode"], line["task_id"], line["init_state"]) for line in lines(logs)] == [
+        (1, 0, 0),
+        (2, 0, 1),
+        (3, 3, 0),
+        (4, 3, 1),
+    ]
+    for line in lines(logs):
+        assert (line["outcome"], line["steps"], line["queries"]) == ("failure", 10, 2)
+        assert line["seconds"] > line["policy_seconds"] > 0
+
+
+def test_the_originals_text_log_and_videos(finished: EvalConfig) -> None:
+    logs = Path(finished.local_log_dir)
+    (text,) = logs.glob("EVAL-libero_object-openvla-*.txt")
+    content = text.read_text()
+    assert content.count("\nTask: pick up the alphabet soup and place it in the basket\n") == 2
+    assert "# successes: 0 (0.0%)\nCurrent task success rate: 0.0\nCurrent total success rate: 0.0\n" in content
+    assert content.endswith(
+        "Final results:\nTotal episodes: 4\nTotal successes: 0\nOverall success rate: 0.0000 (0.0%)\n"
+    )
+    stamp = text.stem.removeprefix("EVAL-libero_object-openvla-")
+    videos = sorted(Path(finished.rollout_dir).rglob("*.mp4"))
+    name = f"{stamp}--openvla_oft--episode=1--success=False--task=pick_up_the_alphabet_soup_and_place_it_in_the_bask"
+    assert videos[0] == Path(finished.rollout_dir) / stamp[:10] / f"{name}.mp4"
+    assert len(videos) == 4
+    assert [line["video"] for line in lines(logs)] == [str(video) for video in videos]
+    assert len(imageio.mimread(videos[0])) == 11  # the first observation and one frame per step
+
+
+def test_wandb_keys(finished: EvalConfig) -> None:
+    pytest.importorskip("wandb")
+    (file,) = Path(finished.local_log_dir).glob("EVAL-*/wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for key in (b"success_rate/total", b"num_episodes/pick up the alphabet soup and place it in the basket"):
+        assert key in content
+
+
+def test_kill_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
+    """kill -9 after two episodes: the same command does the other two, and all four are those of the whole run."""
+    cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none")
+    logs = Path(cfg.local_log_dir)
+    with subprocess.Popen(command(cfg), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if list(logs.glob("EVAL-*/episodes.jsonl")) and len(lines(logs)) >= 2:
+                break
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+    before = lines(logs)
+    assert len(before) in (2, 3), output
+    assert not list(logs.glob("EVAL-*/results.json"))
+    (file,) = logs.glob("EVAL-*/episodes.jsonl")
+    with file.open("a") as half:
+        half.write('{"episode": ')  # as if it had died while it wrote
+
+    done = subprocess.run(command(cfg), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(before)} of 4 episodes are done" in done.stderr
+    after = lines(logs)
+    assert after[: len(before)] == before
+    assert [identity(line) for line in after] == [identity(line) for line in lines(Path(finished.local_log_dir))]
+    assert list(logs.glob("EVAL-*/results.json"))
+
+
+class FailingPolicy:
+    """A real policy that breaks in one episode."""
+
+    def __init__(self, policy: Policy, episode: int) -> None:
+        self._policy, self._failing, self._started = policy, episode, 0
+        self.robot, self.num_images, self.describe = policy.robot, policy.num_images, policy.describe
+
+    def start_episode(self, slot: int, seed: int) -> None:
+        self._started += 1
+        self._policy.start_episode(slot, seed)
+
+    def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
+        if self._started == self._failing:
+            raise RuntimeError("the GPU fell off the bus")
+        return self._policy.predict(inputs, slots)
+
+
+def test_an_error_is_a_third_outcome_and_can_be_retried(finished: EvalConfig, tmp_path: Path) -> None:
+    cfg = replace(
+        finished, local_log_dir=str(tmp_path / "logs"), rollout_dir=str(tmp_path / "videos"), save_videos="failures"
+    )
+    logs = Path(cfg.local_log_dir)
+    with prepare(cfg) as evaluation:
+        summary = replace(evaluation, policy=FailingPolicy(evaluation.policy, 3)).run()
+    assert (summary.total.failures, summary.total.errors, summary.total.success_rate) == (3, 1, 0.0)
+    reference = [identity(line) for line in lines(Path(finished.local_log_dir))]
+    found = lines(logs)
+    assert [line["outcome"] for line in found] == ["failure", "failure", "error", "failure"]
+    assert "the GPU fell off the bus" in found[2]["error"]
+    assert [identity(line) for line in found if line["outcome"] != "error"] == [*reference[:2], reference[3]]
+    assert "Total errors: 1" in next(logs.glob("*.txt")).read_text()
+
+    summary = evaluate(replace(cfg, retry_errors=True))
+    assert (summary.total.failures, summary.total.errors) == (4, 0)
+    assert [line["episode"] for line in lines(logs)] == [1, 2, 3, 4, 3]
+    assert identity(lines(logs)[4]) == reference[2]
+
+
+def test_the_same_command_after_the_end_is_a_new_run(finished: EvalConfig) -> None:
+    with prepare(replace(finished, save_videos="none")) as again:
+        assert len(again.todo) == 4
+        fresh = again.run_folder.path
+    for file in fresh.iterdir():
+        file.unlink()
+    fresh.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"unnorm_key": "libero_gaol"}, "unknown unnorm_key 'libero_gaol'. Available: libero_object_no_noops"),
+        ({"task_suite_name": "libero_goal"}, "Available: libero_object_no_noops"),
+        ({"use_diffusion": True}, "flags contradict the checkpoint"),
+        ({"num_open_loop_steps": 9}, "predicts chunks of 8 actions"),
+        ({"pretrained_checkpoint": "/nowhere"}, "neither a checkpoint folder nor a hub id"),
+        ({"libero_assets": "/nowhere"}, "is not LIBERO's assets folder"),
+    ],
+)
+def test_wrong_input_stops_before_the_first_episode(config: EvalConfig, flags: dict, says: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        prepare(replace(config, **flags))
+    assert says in str(error.value)
+    assert not Path(config.local_log_dir).exists()
+
+
+def test_the_command_says_it_in_one_line(config: EvalConfig) -> None:
+    call = command(replace(config, unnorm_key="libero_gaol"))
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("Available: libero_object_no_noops")
+    assert "Traceback" not in done.stderr
+    assert not Path(config.local_log_dir).exists()
