@@ -72,13 +72,21 @@ def test_batch_equals_one_by_one(
 
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_cache_equals_recomputation(
-    fresh: SpatialVLAForConditionalGeneration, processor: SpatialVLAProcessor, frames: list[np.ndarray], mode: str
+    fresh: SpatialVLAForConditionalGeneration,
+    processor: SpatialVLAProcessor,
+    frames: list[np.ndarray],
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A naive loop that runs the whole sequence for every token and cuts the full logits."""
     fresh.config.prefix_mask = mode
-    ids = decode(fresh, processor, frames[:1], INSTRUCTIONS[:1])
+    head, states = fresh.lm_logits, []
+    with monkeypatch.context() as patch:
+        patch.setattr(fresh, "lm_logits", lambda hidden, rows: states.append(hidden) or head(hidden, rows))
+        ids = decode(fresh, processor, frames[::2], INSTRUCTIONS[::2])
     sequence = torch.tensor([processor.prompt_ids(INSTRUCTIONS[0])])
     prompt, first = sequence.shape[1], processor.config.action_token_begin_idx
+    assert prompt < len(processor.prompt_ids(INSTRUCTIONS[2]))  # so that the cached run has padding in the middle
     with torch.no_grad():
         matrices = processor.intrinsics(processor.camera(), 1)
         features = fresh.image_features(processor.pixel_values(frames[:1]), matrices)
@@ -87,9 +95,10 @@ def test_cache_equals_recomputation(
             types[:, prompt:] = 1
             bias = attention_bias(mask, types, mode, torch.float32)
             hidden, _ = fresh.run_llm(fresh.embed(sequence, features), bias, token_positions(mask))
-            logits = fresh.lm_logits(hidden[:, -1])
+            torch.testing.assert_close(states[step][0], hidden[0, -1], rtol=1e-4, atol=1e-5)
             slot = processor.action_tokenizer.slots[step % 3]
-            token = logits[:, first + slot.start : first + slot.stop].argmax(-1) + first + slot.start
+            token = fresh.lm_logits(hidden[:, -1])[:, first + slot.start : first + slot.stop].argmax(-1)
+            token = token + first + slot.start
             assert token.item() == ids[0, step]
             sequence = torch.cat((sequence, token[:, None]), dim=1)
 
