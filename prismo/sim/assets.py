@@ -47,7 +47,7 @@ def resolve_assets(folder: str | Path | None = None, *, download: bool = False) 
     Args:
         folder: the content of LIBERO's `assets` folder; default: the environment variable PRISMO_LIBERO_ASSETS.
             "stand-ins" asks for the built-in ones.
-        download: allow fetching `lerobot/libero-assets` from the hub.
+        download: allow fetching `lerobot/libero-assets` from the hub; where that fails, stand-ins are used as well.
 
     Raises:
         FileNotFoundError: the named folder is missing or is not an assets folder.
@@ -91,14 +91,15 @@ def _installed() -> Assets | None:
 
 
 def _download(*, local_files_only: bool = False) -> Assets | None:
+    """From the hub, or only what its cache holds; None if that fails."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (an assets folder needs no hub client)
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     try:
         folder = snapshot_download(HUB_REPOSITORY, repo_type="dataset", local_files_only=local_files_only)
-    except LocalEntryNotFoundError:
+    except (OSError, HfHubHTTPError) as error:
         if not local_files_only:
-            raise
+            log.warning("could not download LIBERO's assets (%s): %s", HUB_REPOSITORY, error)
         return None
     return Assets(_check(Path(folder)), "hub")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -36,6 +38,17 @@ def test_without_assets_the_stand_ins_are_used_and_said_so(
     assert assets.source == STAND_INS
     assert assets.are_stand_ins
     assert "smoke runs only" in caplog.text
+
+
+def test_download_without_a_network_falls_back_to_the_stand_ins(tmp_path: Path) -> None:
+    program = "from prismo.sim.assets import resolve_assets; print(resolve_assets(download=True).source)"
+    environment = os.environ | {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop(ASSETS_VARIABLE, None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == STAND_INS
+    assert "could not download LIBERO's assets" in done.stderr
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "textures only"])
