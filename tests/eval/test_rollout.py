@@ -6,7 +6,9 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -120,6 +122,33 @@ def test_a_custom_initial_state(simulator: SimWorker, episode: Episode) -> None:
     np.testing.assert_allclose(policy.inputs[0].state, expected.state, atol=1e-6)
     difference = np.abs(policy.inputs[0].images[0].astype(int) - expected.full_image)
     assert difference.mean() < 0.5
+
+
+class DemonstrationPolicy(ScriptedPolicy):
+    """Predicts what the scripted expert did, gripper as in the training data (1 = open, 0 = close)."""
+
+    def __init__(self, actions: np.ndarray) -> None:
+        super().__init__()
+        self._actions = actions.copy()
+        self._actions[:, 6] = (1 - actions[:, 6]) / 2
+
+    def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
+        start = 8 * len(self.inputs)
+        self.inputs.extend(inputs)
+        return self._actions[None, start : start + 8]
+
+
+def test_a_policy_that_knows_how_succeeds(simulator: SimWorker, episode: Episode, tmp_path: Path) -> None:
+    where = {"suite": episode.task.suite, "task_id": episode.task.index, "init_state": episode.init_state}
+    file = tmp_path / "demo.hdf5"
+    simulator.request("expert_episode", 300.0, **where, seed=episode.env_seed, noise=0.0, target=file)
+    with h5py.File(file) as demo:
+        actions = demo["demo/actions"][()]
+    count = len(actions)
+    rollout = run_episode(simulator, DemonstrationPolicy(actions), episode, replace(SETTINGS, max_steps=280))
+    assert (rollout.outcome, rollout.steps, rollout.queries) == ("success", count, -(-count // 8))
+    short = run_episode(simulator, DemonstrationPolicy(actions), episode, replace(SETTINGS, max_steps=count - 1))
+    assert (short.outcome, short.steps) == ("failure", count - 1)
 
 
 @pytest.mark.parametrize(("gripper", "closes"), [(1.0, False), (0.0, True)])
