@@ -11,6 +11,7 @@ differ by one level, because a mean over the image is summed in another order.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 from collections.abc import Callable
@@ -174,14 +175,20 @@ def _lanczos3_taps(in_size: int, out_size: int, device: torch.device) -> tuple[T
 def _lanczos3(u: np.ndarray) -> np.ndarray:
     """3 sin(pi u) sin(pi u / 3) / (pi u)^2 for float32 u >= 0, 0 beyond 3."""
     f32 = np.float32
-    pi = f32(math.pi)
-
-    def sin(angle: np.ndarray) -> np.ndarray:  # numpy's float32 sine is less exact than the C library's
-        return np.sin(angle.astype(np.float64)).astype(f32)
-
+    pi, radius = f32(math.pi), f32(_LANCZOS_RADIUS)
     safe = np.where(u <= f32(1e-3), f32(1), u)
-    value = f32(_LANCZOS_RADIUS) * sin(pi * safe) * sin(pi * safe / f32(_LANCZOS_RADIUS)) / (pi * pi * safe * safe)
-    return np.where(u <= f32(1e-3), f32(1), np.where(u > _LANCZOS_RADIUS, f32(0), value))
+    value = radius * _sine(pi * safe) * _sine(pi * safe / radius) / (pi * pi * safe * safe)
+    return np.where(u <= f32(1e-3), f32(1), np.where(u > radius, f32(0), value))
+
+
+def _sine(angle: np.ndarray) -> np.ndarray:
+    """float32 sine of the C library, the one that TensorFlow calls.
+
+    numpy's and torch's own differ from it in the last bit, enough to round ties in smooth pictures the other way.
+    """
+    sinf = ctypes.CDLL(None).sinf
+    sinf.restype, sinf.argtypes = ctypes.c_float, [ctypes.c_float]
+    return np.array([sinf(a) for a in angle.ravel().tolist()], np.float32).reshape(angle.shape)
 
 
 # --- crops -----------------------------------------------------------------------------------------------------------

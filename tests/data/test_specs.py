@@ -1,0 +1,161 @@
+"""Conventions of the known datasets against slow, obvious implementations; own data by YAML; helpful errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prismo.data.dataset import open_dataset
+from prismo.data.features import DatasetInfo, Feature
+from prismo.data.specs import MIXTURES, SPECS, find_feature, resolve, split_slice, standardize
+from prismo.data.synthetic import write_synthetic_libero
+
+YAML = """
+name: my_robot
+path: libero_spatial_no_noops
+cameras: {primary: observation/image, wrist: observation/wrist_image}
+action: ["action[:6]", "action[-1]"]
+proprio: [observation/joint_state, "observation/state[6:7]"]
+gripper: open_low
+control_hz: 10
+chunk: 4
+"""
+
+
+def gripper(convention: str, command: list[float]) -> list[float]:
+    spec = replace(SPECS["libero_spatial_no_noops"], gripper=convention)
+    action = np.zeros((len(command), 7), np.float32)
+    action[:, 6] = command
+    return standardize(spec, action, np.zeros((len(command), 8), np.float32)).action[:, 6].tolist()
+
+
+def test_gripper_conventions() -> None:
+    assert gripper("open_low", [-1, 1, 0, 0.25]) == [1, 0, 1, 0.75]
+    assert gripper("open_high", [-1, 1, 0, 0.25]) == [0, 1, 0, 0.25]
+    assert gripper("as_stored", [-1, 0.3]) == [-1, pytest.approx(0.3)]
+    # Values on the way belong to where the gripper is going.
+    assert gripper("binarize", [0.5, 1, 0.7, 0.3, 0, 0.2, 0.99]) == [1, 1, 0, 0, 0, 1, 1]
+    # Before its first command a relative gripper is in the opposite state; without any it is open.
+    assert gripper("relative", [0, 1, 0, 0, -1, 0]) == [1, 0, 0, 0, 1, 1]
+    assert gripper("relative", [0, -1, 0]) == [0, 1, 1]
+    assert gripper("relative", [0, 0.05, 0]) == [1, 1, 1]
+
+
+def test_binarize_equals_a_backward_scan() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        command = np.where(rng.random(12) < 0.5, rng.random(12), rng.integers(0, 2, 12))
+        carry, expected = command[-1], []
+        for value in command[::-1]:
+            carry = carry if 0.05 <= value <= 0.95 else float(value > 0.95)
+            expected.append(carry)
+        np.testing.assert_allclose(gripper("binarize", command.tolist()), expected[::-1], rtol=1e-6)
+
+
+def test_bridge_derives_movements_from_states() -> None:
+    rng = np.random.default_rng(1)
+    action, state = rng.normal(size=(6, 7)).astype(np.float32), rng.normal(size=(6, 7)).astype(np.float32)
+    action[:, 6] = [1, 1, 0, 0, 1, 1]
+    result = standardize(SPECS["bridge_orig"], action, state)
+    assert result.start == 1
+    assert result.action.shape == (4, 7)
+    for t in range(4):
+        np.testing.assert_array_equal(result.action[t, :6], state[t + 2, :6] - state[t + 1, :6])
+    np.testing.assert_array_equal(result.action[:, 6], [1, 0, 0, 1])
+    np.testing.assert_array_equal(result.proprio, state[1:5])
+
+
+def made_up_info(features: dict[str, Feature]) -> DatasetInfo:
+    return DatasetInfo(Path("nowhere"), "x", (), features)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_every_spec_has_a_robot_and_cameras(name: str) -> None:
+    spec = SPECS[name]
+    assert spec.name == name
+    assert spec.cameras
+    assert spec.action_mask().sum() == spec.embodiment.action_dim - len(spec.embodiment.gripper_dims)
+
+
+def test_the_mixture_holds_the_four_suites() -> None:
+    suites = MIXTURES["libero_4_task_suites_no_noops"]
+    assert suites == {f"libero_{s}_no_noops": 1.0 for s in ("spatial", "object", "goal", "10")}
+
+
+def test_slices() -> None:
+    values = np.arange(8)
+    for name, expected in {"a/b": values, "a/b[:3]": values[:3], "a/b[2:5]": values[2:5], "a/b[-2:]": values[-2:],
+                           "a/b[3]": values[3:4], "a/b[-1]": values[-1:]}.items():  # fmt: skip
+        key, part = split_slice(name)
+        assert key == "a/b"
+        np.testing.assert_array_equal(values[part], expected)
+
+
+def test_a_yaml_file_describes_own_data(synthetic: Path, tmp_path: Path) -> None:
+    description = tmp_path / "robot.yaml"
+    description.write_text(YAML)
+    dataset = open_dataset(synthetic, description)
+    robot = dataset.embodiment
+    assert (robot.name, robot.action_dim, robot.proprio_dim, robot.chunk, robot.control_hz) == ("my_robot", 7, 8, 4, 10)
+    assert list(dataset.statistics) == ["my_robot"]
+    source = dataset.sources[0]
+    episode = source.index.read_episode(0)
+    rows = source.index.rows(0, 0, 100)
+    np.testing.assert_array_equal(rows["proprio"][:, :7], episode["steps/observation/joint_state"])
+    np.testing.assert_array_equal(rows["proprio"][:, 7], episode["steps/observation/state"][:, 6])
+    np.testing.assert_array_equal(rows["action"][:, :6], episode["steps/action"][:, :6])
+
+
+def test_a_yaml_file_may_be_a_mixture(synthetic: Path, tmp_path: Path) -> None:
+    (tmp_path / "robot.yaml").write_text(YAML.replace("chunk: 4", "chunk: 8"))
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("datasets: {libero_spatial_no_noops: 1, robot.yaml: 0.5}")
+    entries = resolve(synthetic, mixture)
+    assert [(entry.spec.name, entry.weight) for entry in entries] == [("libero_spatial_no_noops", 1), ("my_robot", 0.5)]
+    dataset = open_dataset(synthetic, mixture)
+    assert set(dataset.statistics) == {"libero_spatial_no_noops", "my_robot"}
+    assert {dataset[0].dataset_name, dataset[len(dataset) - 1].dataset_name} == set(dataset.statistics)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("gripper: open_low", "gripper: open_lo"), "unknown gripper convention 'open_lo'. Did you mean 'open_low'"),
+        (("control_hz: 10", ""), "lacks control_hz"),
+        (("chunk: 4", "chunks: 4"), "unknown key 'chunks'. Did you mean 'chunk'"),
+        (("observation/image", "observation/imag"), "unknown image feature 'observation/imag'. Did you mean"),
+        (("observation/joint_state", "observation/joints"), "features.json: unknown tensor feature"),
+        (("path: libero_spatial_no_noops", "path: nothing"), "no dataset folder .*nothing.*libero_spatial_no_noops"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(synthetic: Path, tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    description = tmp_path / "robot.yaml"
+    description.write_text(YAML.replace(*change))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_dataset(synthetic, description)
+
+
+def test_unknown_names(synthetic: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown dataset 'libero_spacial_no_noops'.*Did you mean.*YAML"):
+        open_dataset(synthetic, "libero_spacial_no_noops")
+    with pytest.raises(FileNotFoundError, match="no dataset description"):
+        open_dataset(synthetic, tmp_path / "none.yaml")
+    info = made_up_info({"steps/action": Feature("tensor", (7,), "float32")})
+    with pytest.raises(ValueError, match=r"unknown tensor feature 'actoin'. Did you mean 'action'"):
+        find_feature("actoin", "tensor", info)
+
+
+def test_robots_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    write_synthetic_libero(tmp_path, "bridge_orig", episodes=1, steps=12, image_size=16)
+    with pytest.raises(ValueError, match="unknown image feature 'observation/image_0'"):
+        open_dataset(tmp_path, "bridge_orig")
+    write_synthetic_libero(tmp_path, episodes=1, steps=12, image_size=16)
+    (tmp_path / "small.yaml").write_text(YAML.replace("observation/joint_state, ", ""))
+    (tmp_path / "mixture.yaml").write_text("datasets: {libero_spatial_no_noops: 1, small.yaml: 1}")
+    with pytest.raises(
+        ValueError, match=r"libero_spatial_no_noops and my_robot cannot be mixed.*\(7, 8, 8\).*\(7, 1, 4\)"
+    ):
+        open_dataset(tmp_path, tmp_path / "mixture.yaml")
