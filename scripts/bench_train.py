@@ -32,7 +32,7 @@ from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProc
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny import tiny_openvla_config
-from prismo.training.build import build_objective, compile_blocks, policy_inputs
+from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations
 from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
 from prismo.training.options import PolicyOptions
@@ -82,7 +82,7 @@ def build(args: argparse.Namespace, world: World) -> OpenVLAObjective:
         vla = build_openvla_7b(world.device)
         recipe = AlignRecipe.spatial_forcing()
     if args.gradient_checkpointing:
-        vla.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(vla)
     alignment = None
     if not args.no_align:
         alignment = SpatialForcing(build_teacher(args, world), vla.llm_dim, recipe)

@@ -109,6 +109,13 @@ def policy_inputs(
     )
 
 
+def recompute_activations(vla: OpenVLAForActionPrediction) -> None:
+    """Keep only the inputs of each block for the backward pass and compute the rest again."""
+    # transformers renamed the method; non-reentrant, because the re-entrant kind detaches the hidden states to align.
+    enable = getattr(vla, "activation_checkpointing_enable", None) or vla.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def compile_blocks(vla: OpenVLAForActionPrediction) -> None:
     """Compile each transformer block; blocks of a kind share one compiled function, so that the start takes a minute.
 

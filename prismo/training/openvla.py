@@ -27,7 +27,7 @@ from prismo.models.openvla import (
 )
 from prismo.models.openvla.prediction import predict_actions
 from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.training.build import build_objective, compile_blocks, policy_inputs
+from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.distributed import World
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
@@ -203,9 +203,9 @@ def build_task(
     precision = config.precision(world.device)
     vla = load_base(base, world, precision)
     if config.gradient_checkpointing:
-        vla.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(vla)
+    torch.manual_seed(config.seed)  # of every new weight; the same on every process
     alignment = load_alignment(config, vla, world)
-    torch.manual_seed(config.seed)  # initial weights; the same on every process
     autocast = precision != torch.float32
     objective = build_objective(vla, robot, config.policy_options, alignment, autocast=autocast)
     if config.compile:

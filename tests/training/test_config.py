@@ -1,0 +1,133 @@
+"""Flags: the original's names and defaults, and errors that name the flag."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
+from prismo.training.run_folder import run_id
+
+ORIGINAL = {
+    "vla_path": "openvla/openvla-7b",
+    "data_root_dir": Path("datasets/rlds"),
+    "dataset_name": "aloha_scoop_x_into_bowl",
+    "run_root_dir": Path("runs"),
+    "shuffle_buffer_size": 100_000,
+    "use_l1_regression": True,
+    "use_diffusion": False,
+    "num_diffusion_steps_train": 50,
+    "use_film": False,
+    "num_images_in_input": 1,
+    "use_proprio": False,
+    "batch_size": 8,
+    "learning_rate": 5e-4,
+    "lr_warmup_steps": 0,
+    "num_steps_before_decay": 100_000,
+    "grad_accumulation_steps": 1,
+    "max_steps": 200_000,
+    "use_val_set": False,
+    "val_freq": 10_000,
+    "val_time_limit": 180,
+    "save_freq": 10_000,
+    "save_latest_checkpoint_only": False,
+    "scheduler": "MultiStepLR",
+    "resume": False,
+    "resume_step": None,
+    "image_aug": True,
+    "diffusion_sample_freq": 50,
+    "use_lora": True,
+    "lora_rank": 32,
+    "lora_dropout": 0.0,
+    "merge_lora_during_training": True,
+    "wandb_entity": "your-wandb-entity",
+    "wandb_project": "your-wandb-project",
+    "run_id_note": None,
+    "run_id_override": None,
+    "wandb_log_freq": 10,
+}
+ORIGINAL_ALIGN = {
+    "vggt_path": "official_ckpts/vggt_model.pt",
+    "align_loss_type": "cosine",
+    "align_loss_coeff": 0.5,
+    "pooling_func": "bilinear",
+    "vla_layers_align": -1,
+    "vggt_layers_align": -1,
+    "use_vlm_norm": False,
+    "use_vggt_pe": False,
+    "gain_feat_1move": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "original"), [(FinetuneConfig, ORIGINAL), (FinetuneAlignConfig, ORIGINAL | ORIGINAL_ALIGN)]
+)
+def test_names_and_defaults_of_the_original(kind, original):
+    config = kind()
+    assert {name: getattr(config, name) for name in original} == original
+    assert {f.name for f in fields(FinetuneConfig)}.isdisjoint(ORIGINAL_ALIGN)
+
+
+def test_published_command_parses():
+    words = "--vla_layers_align 24 --vggt_layers_align -1 --align_loss_coeff 0.5 --use_vlm_norm True --use_vggt_pe True"
+    words += " --use_proprio True --num_images_in_input 2 --batch_size 8 --learning_rate 5e-4 --lora_rank 32"
+    config = parse_config(FinetuneAlignConfig, words.split())
+    assert config.align_recipe.vla_layers_align == 24
+    assert config.head == "l1"
+    assert not config.wandb_wanted
+    assert parse_config(FinetuneAlignConfig, [*words.split(), "--wandb_entity", "me"]).wandb_wanted
+
+
+def test_coefficient_zero_switches_the_teacher_off():
+    assert parse_config(FinetuneAlignConfig, ["--align_loss_coeff", "0"]).align_recipe is None
+    assert FinetuneConfig().align_recipe is None
+
+
+def test_yaml_under_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("batch_size: 3\nuse_proprio: true\n")
+    config = parse_config(FinetuneConfig, ["--config_path", str(file), "--batch_size", "4"])
+    assert (config.batch_size, config.use_proprio) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batchsize 8", r"unknown flag '--batchsize'. Did you mean '--batch_size'"),
+        ("--align_loss_coef 1", r"Did you mean '--align_loss_coeff'"),
+        ("--batch_size eight", "batch_size"),
+        ("--batch_size 0", "--batch_size is 0; expected at least 1"),
+        ("--scheduler Cosine", "Did you mean 'CosineAnnealingLR'"),
+        ("--use_diffusion True", "exclude each other"),
+        ("--use_lora False", "--use_lora False"),
+        ("--resume_step 5", "--resume True"),
+        ("--resume True --resume_step 9 --max_steps 9", "is not below --max_steps"),
+        ("--lora_dropout 1.5", "lora_dropout"),
+        ("--learning_rate -1", "--learning_rate"),
+        ("--pooling_func bilinaer", "Did you mean 'bilinear'"),
+        ("--align_loss_type l2", "align_loss_type"),
+        ("--teacher vgt", "Did you mean 'vggt'"),
+        ("--dtype bf16", "Did you mean 'bfloat16'"),
+        ("--config_path nowhere.yaml", "there is no file nowhere.yaml"),
+        ("--keep_last 2 --save_latest_checkpoint_only True", "--keep_last"),
+    ],
+)
+def test_wrong_flags_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(FinetuneAlignConfig, arguments.split())
+
+
+def test_unknown_yaml_key(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("batchsize: 3\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: unknown key 'batchsize'. Did you mean 'batch_size'"):
+        parse_config(FinetuneConfig, ["--config_path", str(file)])
+
+
+def test_run_id_is_the_originals():
+    config = FinetuneAlignConfig(
+        vla_path="openvla/openvla-7b", dataset_name="libero_spatial_no_noops", run_id_note="note", batch_size=4,
+        grad_accumulation_steps=2,
+    )  # fmt: skip
+    expected = "openvla-7b+libero_spatial_no_noops+b8+lr-0.0005+lora-r32+dropout-0.0--image_aug--note"
+    assert run_id(config) == expected

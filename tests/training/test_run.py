@@ -1,0 +1,315 @@
+"""Whole runs in this process: what they write and when, resuming, validation, and errors before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from prismo.models.component_files import read_component
+from prismo.models.lora import open_adapter
+from prismo.training.config import FinetuneConfig
+from prismo.training.logs import chart_name
+from prismo.training.run_folder import RunFolder
+from tests.training.conftest import DATASET, assert_same_state, figures, metrics, state, train
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def long_run(flags, tmp_path_factory, tiny_base) -> Path:
+    """Six updates with a checkpoint at 3 and at the end; returns the run folder."""
+    before = contents(tiny_base)
+    root = tmp_path_factory.mktemp("long")
+    assert train(flags(root, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1)) == 0
+    # The original rewrites config.json and model code of whatever it loads (defect 21).
+    assert contents(tiny_base) == before
+    return root / "run"
+
+
+def test_checkpoint_has_the_published_layout(long_run):
+    folder = RunFolder(long_run).step_folder(3)
+    assert {path.name for path in folder.iterdir()} == {
+        "action_head--3_checkpoint.pt",
+        "proprio_projector--3_checkpoint.pt",
+        "align_projector--3_checkpoint.pt",
+        "lora_adapter",
+        "dataset_statistics.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "training_config.json",
+    }
+    assert "vlm_norm.weight" in read_component(folder / "align_projector--3_checkpoint.pt")
+    with open_adapter(folder / "lora_adapter") as file:
+        names = list(file.keys())
+    assert all(".lora_" in name for name in names)  # no copy of lm_head: adapters stay small
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    assert set(statistics) == {DATASET}
+    config = json.loads((folder / "training_config.json").read_text())
+    assert config["align_recipe"]["vla_layers_align"] == 2
+    assert (config["chunk"], config["num_images_in_input"], config["image_aug"]) == (8, 2, True)
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_only_the_newest_checkpoint_carries_trainer_state(long_run):
+    found = [(c.step, c.resumable) for c in RunFolder(long_run).checkpoints()]
+    assert found == [(6, True), (3, False)]  # and the last update always gives one (defect 10)
+
+
+def test_checkpoint_n_has_seen_exactly_n_updates(long_run):
+    """The original's checkpoint N has N + 1 (defect 11)."""
+    optimizer = state(RunFolder(long_run).step_folder(6))
+    assert {value.item() for name, value in optimizer.items() if name.startswith("optimizer:step.")} == {6.0}
+
+
+def test_logs(long_run):
+    entries = metrics(long_run)
+    assert sorted(entries) == [1, 2, 3, 4, 5, 6]
+    assert {
+        "loss", "curr_action_l1_loss", "next_actions_l1_loss", "align_loss", "align_cosine_view0",
+        "align_cosine_view1", "learning_rate", "gradient_norm", "position_error_mm", "rotation_error_deg",
+        "samples_per_second", "data_wait_share", "epoch",
+    } <= entries[1].keys()  # fmt: skip
+    assert entries[6]["align_cosine"] == pytest.approx(1 - entries[6]["align_loss"], abs=1e-5)
+
+
+def test_cosine_map_is_drawn(long_run):
+    with Image.open(long_run / "align_maps" / "step-000005.png") as picture:
+        width, height = picture.size
+        colors = len(set(picture.convert("RGB").get_flattened_data()))
+    assert width > 4 * 224
+    assert height > 2 * 224
+    assert colors > 50
+
+
+def test_three_plus_three_equals_six(long_run, flags, tmp_path):
+    """Weights, moments, logged figures, dropout and sample order: bit for bit."""
+    arguments = flags(tmp_path, save_freq=3, align_map_freq=5, lora_dropout=0.1)
+    assert train([*arguments, "--max_steps", "3"]) == 0
+    assert train([*arguments, "--max_steps", "6", "--resume", "True"]) == 0
+    assert_same_state(RunFolder(tmp_path / "run").step_folder(6), RunFolder(long_run).step_folder(6))
+    assert figures(tmp_path / "run") == figures(long_run)
+
+
+def test_a_run_is_reproducible_and_the_seed_matters(flags, tmp_path):
+    """The original seeds nothing (defect 9)."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(flags(tmp_path, run_id_override=name, max_steps=2, seed=seed)) == 0
+    a, b, c = (figures(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_accumulation_saves_once_and_counts_updates(flags, tmp_path):
+    """The original writes a checkpoint once per micro-batch and stops in the middle of an update (defect 11)."""
+    assert train(flags(tmp_path, max_steps=4, save_freq=2, grad_accumulation_steps=2, batch_size=1)) == 0
+    run = RunFolder(tmp_path / "run")
+    assert [c.step for c in run.checkpoints()] == [4, 2]
+    assert sorted(metrics(run.path)) == [1, 2, 3, 4]
+    stored = json.loads((run.step_folder(4) / "trainer_state" / "state.json").read_text())
+    assert stored["data"] == {"epoch": 0, "sample": 8}
+
+
+def test_latest_only_can_be_resumed(flags, tmp_path, long_run):
+    """The original cannot read the file names that it writes (defect 5)."""
+    options = {"save_latest_checkpoint_only": True, "save_freq": 2, "lora_dropout": 0.1, "align_map_freq": 5}
+    assert train(flags(tmp_path, max_steps=3, **options)) == 0
+    run = tmp_path / "run"
+    assert (run / "action_head--latest_checkpoint.pt").is_file()
+    assert not list(tmp_path.glob("*_chkpt"))
+    assert train(flags(tmp_path, max_steps=6, resume=True, **options)) == 0
+    assert_same_state(run, RunFolder(long_run).step_folder(6))
+    assert not (run / ".checkpoint").exists()
+
+
+def test_interrupted_move_of_a_latest_checkpoint_is_finished(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for value in ("old", "new"):
+        with run.new_checkpoint(1, latest=True) as (folder, name):
+            assert name == "latest"
+            (folder / "lora_adapter").mkdir()
+            for file in ("lora_adapter/a", "head"):
+                (folder / file).write_text(value)
+            if value == "new":
+                break_after_staging(run, monkey := pytest.MonkeyPatch())
+    monkey.undo()
+    (run.path / "config.json").write_text("merged model of the old adapter")
+    assert (run.path / "head").read_text() == "old"
+    (run.path / ".checkpoint" / "head").replace(run.path / "head")  # killed after the first file
+    run.finish_pending()
+    assert (run.path / "lora_adapter" / "a").read_text() == "new"
+    assert (run.path / "head").read_text() == "new"
+    assert not (run.path / "config.json").exists()
+    assert not (run.path / ".checkpoint").exists()
+
+
+def break_after_staging(run: RunFolder, monkey: pytest.MonkeyPatch) -> None:
+    """The process dies when the folder is complete and nothing has been moved yet."""
+    monkey.setattr(RunFolder, "finish_pending", lambda self: None)
+
+
+def test_keep_last(flags, tmp_path):
+    assert train(flags(tmp_path, max_steps=4, save_freq=1, keep_last=2)) == 0
+    assert [c.step for c in RunFolder(tmp_path / "run").checkpoints()] == [4, 3]
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "run--4_chkpt", "run--3_chkpt"}
+
+
+def test_losses_fall(flags, tmp_path):
+    # The same windows again and again: one epoch of 8 samples per update is more than the dataset's few windows give.
+    assert train(flags(tmp_path, max_steps=12, batch_size=4, learning_rate=2e-3, image_aug=False)) == 0
+    entries = metrics(tmp_path / "run")
+    first, last = ([entries[step] for step in steps] for steps in ((1, 2, 3), (10, 11, 12)))
+    for name in ("loss", "align_loss"):
+        assert sum(e[name] for e in last) < 0.8 * sum(e[name] for e in first), name
+
+
+def test_no_alignment_needs_no_teacher(flags, tmp_path):
+    """The original loads and runs VGGT even at coefficient 0 (defect 15)."""
+    assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, vggt_path=tmp_path / "missing.pt")) == 0
+    assert "align_loss" not in metrics(tmp_path / "run")[1]
+    assert not list(RunFolder(tmp_path / "run").step_folder(1).glob("align_projector*"))
+
+
+def test_finetune_is_the_same_trainer_without_alignment(flags, tmp_path):
+    align_flags = {"vggt_path", "vla_layers_align", "use_vlm_norm", "use_vggt_pe", "align_map_freq"}
+    arguments = flags(tmp_path, max_steps=1)
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    plain = [part for pair in pairs if pair[0][2:] not in align_flags for part in pair]
+    assert train(plain, FinetuneConfig) == 0
+    assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, run_id_override="other")) == 0
+    assert figures(tmp_path / "run") == figures(tmp_path / "other")
+
+
+def test_validation_on_held_out_episodes(flags, tmp_path):
+    """The original's validation raises a TypeError, and LIBERO has no val split (defect 6)."""
+    options = {"use_val_set": True, "val_fraction": 0.4, "val_freq": 2, "max_steps": 3}
+    assert train(flags(tmp_path, **options)) == 0
+    entries = metrics(tmp_path / "run", "val")
+    assert sorted(entries) == [2]
+    values = entries[2]
+    assert {"loss", "l1_loss", "align_loss", "position_error_mm", "val_batches_count"} <= values.keys()
+    per_dim = [values[f"l1_dim{i}"] for i in range(7)]
+    assert sum(per_dim) / 7 == pytest.approx(values["l1_loss"], rel=1e-5)
+    assert values["l1_loss"] == pytest.approx(values["loss"], rel=1e-4)
+    assert train(flags(tmp_path, run_id_override="other", **(options | {"val_freq": 100}))) == 0
+    assert figures(tmp_path / "run") == figures(tmp_path / "other")  # validating changes nothing
+
+
+def test_dry_run_reads_no_weights(flags, tmp_path, tiny_base, capsys):
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in tiny_base.iterdir():
+        (base / path.name).symlink_to(path)
+    assert train(flags(tmp_path, dry_run=True, vla_path=base)) == 0
+    text = capsys.readouterr().out
+    assert "lora_rank: 4" in text
+    assert "10,183" in text  # parameters of the action head
+    assert "expected memory" in text
+    with Image.open(tmp_path / "run" / "first_batch.png") as picture:
+        assert picture.width > 2 * 224
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["first_batch.png"]
+
+
+def test_tail_of_episodes_can_be_trained(flags, tmp_path):
+    """The original never trains on the last seven frames of an episode (defect 16)."""
+    assert train(flags(tmp_path, use_tail=True, max_steps=2)) == 0
+    assert metrics(tmp_path / "run")[2]["loss"] > 0
+
+
+@pytest.fixture
+def errors(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.ERROR)
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vla_path": "/nowhere/openvla"}, "/nowhere/openvla is neither a checkpoint folder nor a hub id"),
+        ({"vggt_path": "/nowhere/model.pt"}, "no VGGT weights at /nowhere/model.pt"),
+        ({"data_root_dir": "/nowhere"}, "/nowhere"),
+        ({"dataset_name": "libero_spacial_no_noops"}, "Did you mean 'libero_spatial_no_noops'"),
+        ({"num_images_in_input": 3}, "--num_images_in_input 3, but libero_spatial_no_noops has 2"),
+        ({"vla_layers_align": 24}, "--vla_layers_align 24"),
+        ({"vggt_layers_align": 24}, "vggt_layers_align=24 is out of range"),
+        ({"resume": True}, "--resume True: no complete checkpoint with trainer state"),
+        pytest.param(
+            {"use_tensorboard": True},
+            "pip install 'prismo[tensorboard]'",
+            marks=pytest.mark.skipif(bool(find_spec("tensorboard")), reason="tensorboard is installed"),
+        ),
+    ],
+)
+def test_wrong_input_stops_before_any_work(flags, tmp_path, errors, changes, message):
+    assert train(flags(tmp_path, **changes)) == 2
+    assert message in errors.text
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_action_size_that_does_not_fit(flags, tmp_path, errors, libero):
+    copied = tmp_path / "rlds" / DATASET
+    shutil.copytree(libero / DATASET, copied)
+    features = copied / "1.0.0" / "features.json"
+    content = json.loads(features.read_text())
+    steps = content["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    steps["action"]["tensor"]["shape"]["dimensions"] = ["6"]
+    features.write_text(json.dumps(content))
+    assert train(flags(tmp_path, data_root_dir=tmp_path / "rlds")) == 2
+    assert "action (action) has 6 numbers, libero has 7" in errors.text
+
+
+def test_weights_and_biases_respects_the_users_mode(flags, tmp_path, monkeypatch):
+    """The original forces offline mode after the user chose (defect 24)."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert train(flags(tmp_path, max_steps=1, wandb_project="mine")) == 0
+    assert os.environ["WANDB_MODE"] == "disabled"
+    assert not list((tmp_path / "run").glob("wandb/*run-*"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(flags(tmp_path, max_steps=1, wandb_project="mine", run_id_override="other")) == 0
+    assert list((tmp_path / "other").glob("wandb/offline-run-*"))
+
+
+def test_chart_names_are_the_originals():
+    names = ("loss", "curr_action_l1_loss", "next_actions_l1_loss", "align_loss", "learning_rate")
+    charts = ["Loss", "Curr Action L1 Loss", "Next Actions L1 Loss", "Align Loss", "Learning Rate"]
+    assert [chart_name("train", name) for name in names] == [f"VLA Train/{chart}" for chart in charts]
+    assert chart_name("val", "val_batches_count") == "VLA Val/Val Batches Count"
+
+
+def test_a_new_run_does_not_overwrite_another(long_run, flags, errors):
+    """The original reuses a run folder without a word (defect 12)."""
+    before = contents(long_run)
+    assert train(flags(long_run.parent, max_steps=6)) == 2
+    assert "Continue it with --resume True, or name another run" in errors.text
+    assert contents(long_run) == before
+
+
+def test_resume_with_other_structure_is_refused(long_run, flags, errors):
+    assert train(flags(long_run.parent, max_steps=9, resume=True, lora_rank=8, lora_dropout=0.1)) == 2
+    assert "--lora_rank 4 -> 8" in errors.text
+
+
+def test_resume_of_a_finished_run_changes_nothing(long_run, flags):
+    before = state(RunFolder(long_run).step_folder(6))
+    assert train(flags(long_run.parent, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1, resume=True)) == 0
+    after = state(RunFolder(long_run).step_folder(6))
+    assert all(torch.equal(before[name], after[name]) for name in before)
