@@ -319,9 +319,10 @@ def test_hidden_layer_indices(vla: OpenVLAForActionPrediction, processor: Prisma
     seen: list[Tensor] = []
     hook = vla.language_model.model.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
-        out = vla(text.input_ids, None, pixels[:1], hidden_layers=(0, 2, -1))
+        out = vla(text.input_ids, None, pixels[:1], hidden_layers=(0, 2, -3, -1))
     hook.remove()
     assert torch.equal(out.hidden_states[2], seen[0])
+    assert torch.equal(out.hidden_states[-3], seen[0])
     assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
     assert torch.equal(out.hidden_states[0][:, 0], vla.get_input_embeddings()(text.input_ids[:, 0]))
     with pytest.raises(IndexError, match=r"hidden layer 5 asked, the language model has -5..4"):

@@ -299,12 +299,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             Final states after the norm [B, Q, D], and the kept ones by the index that was asked.
         """
         llama = self.language_model.model
-        wanted = {self.layer_index(i): i for i in hidden_layers}
+        wanted = {self.layer_index(i) for i in hidden_layers}
         if positions is None:
             positions = torch.arange(sequence.shape[1], device=sequence.device)[None]
         mask = attention_mask_for(self._llm_attention, self.config.attention, keys, sequence)
         rotary = llama.rotary_emb(sequence, position_ids=positions)
-        kept = {wanted[0]: sequence} if 0 in wanted else {}
+        kept = {0: sequence}
         x = sequence
         for i, layer in enumerate(llama.layers, start=1):
             x = layer(
@@ -315,12 +315,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 use_cache=cache is not None,
                 position_embeddings=rotary,
             )
-            if i in wanted and i < self.num_layers:
-                kept[wanted[i]] = x
+            if i in wanted:
+                kept[i] = x
         x = llama.norm(x)
-        if self.num_layers in wanted:
-            kept[wanted[self.num_layers]] = x
-        return x, kept
+        kept[self.num_layers] = x  # the last state is the one behind the norm
+        return x, {asked: kept[self.layer_index(asked)] for asked in hidden_layers}
 
     @property
     def _llm_attention(self) -> str:
