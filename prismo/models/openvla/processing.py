@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, LlamaConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
 from prismo.models.openvla.action_tokenizer import IGNORE_INDEX, ActionTokenizer
@@ -159,10 +159,10 @@ class PrismaticProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PrismaticProcessor:
         """Read `preprocessor_config.json` and the tokenizer files of a folder or hub id; no remote code is run."""
         kwargs.pop("trust_remote_code", None)
-        return cls(
-            PrismaticImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, padding_side="right", **kwargs),
-        )
+        path = pretrained_model_name_or_path
+        # With a config at hand transformers does not read config.json, whose `openvla` it would warn about.
+        tokenizer = AutoTokenizer.from_pretrained(path, config=LlamaConfig(), padding_side="right", **kwargs)
+        return cls(PrismaticImageProcessor.from_pretrained(path, **kwargs), tokenizer)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the files that the original project reads (`preprocessor_config.json`, tokenizer files)."""
