@@ -157,7 +157,7 @@ def save_adapter(
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / _WEIGHTS, metadata=metadata)
         (temporary / _WEIGHTS).chmod(0o644)  # safetensors writes private files; a shared folder needs the usual mode
-        write_json(temporary / _CONFIG, _published_config(spec, base))
+        write_json(temporary / _CONFIG, published_config(spec, base))
     return folder
 
 
@@ -287,7 +287,7 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return merged.view_as(weight)
 
 
-def _published_config(spec: LoraSpec, base: str) -> dict[str, Any]:
+def published_config(spec: LoraSpec, base: str) -> dict[str, Any]:
     """`adapter_config.json` with the keys of peft 0.11, which rejects keys that later versions added."""
     return {
         "alpha_pattern": {},

@@ -8,18 +8,24 @@ followed by the data).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from prismo.models.openvla.loading import weight_files
 
+T = TypeVar("T")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -96,6 +102,31 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     return digest.hexdigest()
 
 
+def in_parallel(names: Iterable[str], work: Callable[[str], T], workers: int = 4) -> Iterator[tuple[str, T]]:
+    """`work(name)` for every name, in order, computed by threads that run at most `workers` names ahead.
+
+    Each thread computes on one processor: tensor by tensor that is faster than splitting every small operation over
+    all of them, and does not collapse on a machine that is busy with something else. Close the iterator if it is not
+    read to its end (`contextlib.closing`).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that are started now inherit it
+    pool = ThreadPoolExecutor(min(workers, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        pending: deque[tuple[str, Future[T]]] = deque()
+        for name in names:
+            pending.append((name, pool.submit(work, name)))
+            if len(pending) > workers:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
 def write_shards(
     folder: Path,
     layout: Mapping[str, StoredTensor],
@@ -109,7 +140,7 @@ def write_shards(
     Args:
         folder: existing folder.
         layout: names, dtypes and shapes, in the order of writing.
-        produce: gives the tensor of a name; called once per tensor.
+        produce: gives the tensor of a name; called once per tensor, by several threads.
         shard_bytes: upper limit per file (a larger tensor gets a file of its own).
         wrote: called with the bytes of each tensor.
 
@@ -118,20 +149,22 @@ def write_shards(
     """
     shards = _split(layout, shard_bytes)
     files, weight_map = [], {}
-    for i, names in enumerate(shards, start=1):
-        path = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        with path.open("wb") as file:
-            file.write(_header({name: layout[name] for name in names}))
-            for name in names:
-                tensor = produce(name)
-                if tuple(tensor.shape) != layout[name].shape or tensor.dtype != DTYPES[layout[name].dtype]:
-                    raise ValueError(f"{name}: produced {tensor.dtype} {list(tensor.shape)}, planned {layout[name]}")
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-                wrote(layout[name].size)
-            file.flush()
-            os.fsync(file.fileno())
-        files.append(path)
-        weight_map |= dict.fromkeys(names, path.name)
+    with closing(in_parallel([name for names in shards for name in names], produce)) as tensors:
+        for i, names in enumerate(shards, start=1):
+            path = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            with path.open("wb") as file:
+                file.write(_header({name: layout[name] for name in names}))
+                for name, tensor in itertools.islice(tensors, len(names)):
+                    if tuple(tensor.shape) != layout[name].shape or tensor.dtype != DTYPES[layout[name].dtype]:
+                        raise ValueError(
+                            f"{name}: produced {tensor.dtype} {list(tensor.shape)}, planned {layout[name]}"
+                        )
+                    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                    wrote(layout[name].size)
+                file.flush()
+                os.fsync(file.fileno())
+            files.append(path)
+            weight_map |= dict.fromkeys(names, path.name)
     return files, weight_map
 
 
