@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from prismo.data.hashing import mix, permute
 
-_BLOCK = 2048  # samples whose order is computed at once
+_BLOCK = 512  # samples whose order is computed at once
 
 
 @dataclass(frozen=True)

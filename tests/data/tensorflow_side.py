@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorflow_lengths import LENGTHS, UNNAMED
 
-LENGTHS = (12, 5, 23, 9, 8, 31, 17, 10, 26)  # the second is shorter than a chunk
 INSTRUCTIONS = ("pick up the bowl", "nimm die Schüssel ☕", "把碗放在盘子上")
 
 
@@ -60,7 +60,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: int) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, length in enumerate(LENGTHS if split == 0 else LENGTHS[:5]):
             rng = np.random.default_rng([split, number])
-            text = INSTRUCTIONS[number % 3] if number != 3 else ""  # one episode without an instruction
+            text = INSTRUCTIONS[number % 3] if number != UNNAMED else ""
             steps = [make_step(rng, t, length, text) for t in range(length)]
             yield f"{split}-{number}", {"steps": steps, "episode_metadata": {"file_path": f"demo_{number}.hdf5"}}
 
