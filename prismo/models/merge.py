@@ -20,7 +20,7 @@ from zlib import crc32
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -202,8 +202,14 @@ def resolve_base(base: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(base), allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
-        _LOG.info("downloading %s", base)
+        _LOG.info("%s is not in the local cache, downloading it", base)
+    try:
         return Path(snapshot_download(str(base), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {base}, and no hub repository of that name could be fetched ({type(error).__name__}); "
+            "give the path of the base model's folder, or check the id and the network"
+        ) from error
 
 
 @contextmanager

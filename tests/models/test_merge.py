@@ -226,6 +226,19 @@ def test_bad_bases_are_one_clear_error(base, checkpoint, tmp_path):
         merge(broken, checkpoint, progress=False)
 
 
+def test_a_hub_id_is_found_in_the_local_cache(base, checkpoint, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--openvla--openvla-7b"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(base, repository / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    merge("openvla/openvla-7b", checkpoint, progress=False)
+    verify_merge(base, checkpoint, checkpoint, progress=False)
+    with pytest.raises(FileNotFoundError, match="no folder openvla/other-7b"):
+        merge("openvla/other-7b", checkpoint, progress=False)
+
+
 def test_a_full_disk_leaves_earlier_files_as_they_were(base, checkpoint):
     before = {p.name: p.read_bytes() for p in checkpoint.iterdir() if p.is_file()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
