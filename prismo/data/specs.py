@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from prismo.data.features import DatasetInfo, Feature, read_dataset_info
-from prismo.embodiment import BRIDGE, EMBODIMENTS, FRACTAL, FRANKA, LIBERO, Embodiment
+from prismo.embodiment import BRIDGE, EMBODIMENTS, FRACTAL, FRANKA, LIBERO, Embodiment, Normalization
 from prismo.util.text import did_you_mean
 
 Gripper = Literal["open_low", "open_high", "binarize", "relative", "as_stored"]
@@ -207,11 +207,13 @@ def resolve(data_root: str | Path, name: str | Path) -> list[MixtureEntry]:
 
 
 def _folder(data_root: Path, name: str) -> Path:
-    """The dataset's folder below the root, or the root where that already is the dataset."""
-    if (data_root / name).is_dir():
-        return data_root / name
-    is_dataset = (data_root / "dataset_info.json").is_file() or any(data_root.glob("*/dataset_info.json"))
-    return data_root if is_dataset else data_root / name
+    """The dataset's folder below the root, or the root where that is the dataset's own (or its version) folder."""
+    base = name.split("/", maxsplit=1)[0]
+    root = data_root.absolute()
+    is_dataset = (root / "dataset_info.json").is_file() or any(root.glob("*/dataset_info.json"))
+    if is_dataset and not (root / name).is_dir() and base in (root.name, root.parent.name):
+        return root
+    return data_root / name
 
 
 def _resolve_mixture(data_root: Path, weights: Mapping[str, float], beside: Path) -> list[MixtureEntry]:
@@ -224,6 +226,9 @@ def _resolve_mixture(data_root: Path, weights: Mapping[str, float], beside: Path
             replace(entry, weight=entry.weight * float(weight))
             for entry in resolve(data_root, beside / name if is_file else name)
         ]
+    names = [entry.spec.name for entry in entries]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the mixture holds {', '.join(repeated)} more than once; give each dataset one weight")
     return entries
 
 
@@ -250,12 +255,16 @@ def _resolve_yaml(data_root: Path, file: Path) -> list[MixtureEntry]:
             raise ValueError(f"{file}: {did_you_mean('key', str(key), _YAML_KEYS)}")
     if missing := [key for key in _REQUIRED if key not in content]:
         raise ValueError(f"{file} lacks {', '.join(missing)} (data/README.md shows a complete one)")
-    if content["gripper"] not in get_args(Gripper):
-        raise ValueError(f"{file}: {did_you_mean('gripper convention', str(content['gripper']), get_args(Gripper))}")
+    choices = {"gripper": get_args(Gripper), "normalization": get_args(Normalization), "embodiment": EMBODIMENTS}
+    for key, options in choices.items():
+        if key in content and content[key] not in options:
+            raise ValueError(f"{file}: {did_you_mean(key, str(content[key]), options)}")
     folder = Path(str(content.get("path", content["name"])))
     info = read_dataset_info(folder if folder.is_absolute() else _folder(data_root, str(folder)))
     spec = _spec_from_yaml(content, info)
     _check_features(spec, info)
+    if any(not -spec.embodiment.action_dim <= dim < spec.embodiment.action_dim for dim in spec.embodiment.gripper_dims):
+        raise ValueError(f"{file}: gripper_dims lie outside the {spec.embodiment.action_dim} numbers of an action")
     return [MixtureEntry(spec, info)]
 
 

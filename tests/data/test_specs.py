@@ -123,8 +123,11 @@ def test_a_yaml_file_may_be_a_mixture(synthetic: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("gripper: open_low", "gripper: open_lo"), "unknown gripper convention 'open_lo'. Did you mean 'open_low'"),
+        (("gripper: open_low", "gripper: open_lo"), "unknown gripper 'open_lo'. Did you mean 'open_low'"),
         (("control_hz: 10", ""), "lacks control_hz"),
+        (("chunk: 4", "normalization: q99"), "unknown normalization 'q99'.*bounds_q99"),
+        (("chunk: 4", "embodiment: libreo"), "unknown embodiment 'libreo'. Did you mean 'libero'"),
+        (("chunk: 4", "gripper_dims: [7]"), "gripper_dims lie outside the 7 numbers"),
         (("chunk: 4", "chunks: 4"), "unknown key 'chunks'. Did you mean 'chunk'"),
         (("observation/image", "observation/imag"), "unknown image feature 'observation/imag'. Did you mean"),
         (("observation/joint_state", "observation/joints"), "features.json: unknown tensor feature"),
@@ -136,6 +139,21 @@ def test_mistakes_in_a_yaml_file(synthetic: Path, tmp_path: Path, change: tuple[
     description.write_text(YAML.replace(*change))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_dataset(synthetic, description)
+
+
+def test_a_dataset_is_not_taken_for_another(synthetic: Path, tmp_path: Path) -> None:
+    """A data root that is one dataset's own folder does not stand for every name."""
+    own = synthetic / "libero_spatial_no_noops"
+    assert resolve(own, "libero_spatial_no_noops")
+    with pytest.raises(FileNotFoundError, match=r"no dataset folder .*libero_goal_no_noops"):
+        resolve(own, "libero_goal_no_noops")
+    (tmp_path / "mixture.yaml").write_text("datasets: {libero_spatial_no_noops: 1, again.yaml: 1}")
+    (tmp_path / "again.yaml").write_text(YAML.replace("name: my_robot", "name: libero_spatial_no_noops"))
+    with pytest.raises(ValueError, match="holds libero_spatial_no_noops more than once"):
+        resolve(synthetic, tmp_path / "mixture.yaml")
+    (tmp_path / "mixture.yaml").write_text("datasets: {libero_spatial_no_noops: 0}")
+    with pytest.raises(ValueError, match="weight of dataset 'libero_spatial_no_noops' must be a number above 0"):
+        resolve(synthetic, tmp_path / "mixture.yaml")
 
 
 def test_unknown_names(synthetic: Path, tmp_path: Path) -> None:
