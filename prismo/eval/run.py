@@ -61,7 +61,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
     settings = _rollout_settings(cfg, spec)
     with ExitStack() as stack:
         worker = stack.enter_context(_start_simulator(cfg, spec))
-        worker.start()
+        _try_first_scene(worker, episodes[0])
         versions = collect_versions(worker.info)
         identity = RunIdentity(
             cfg.task_suite_name,
@@ -239,19 +239,14 @@ def _rollout_settings(cfg: EvalConfig, spec: PolicySpec) -> RolloutSettings:
 
 def _start_simulator(cfg: EvalConfig, spec: PolicySpec) -> SimWorker:
     cuda = physical_cuda_index(spec.device.index or 0) if spec.device.type == "cuda" else None
-    return SimWorker(_find_assets(cfg), image_size=cfg.env_img_res, cuda_device=cuda)
+    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+    return SimWorker(assets, image_size=cfg.env_img_res, cuda_device=cuda)
 
 
-def _find_assets(cfg: EvalConfig) -> Assets:
-    """The assets; without network the stand-ins, which are announced loudly."""
-    if cfg.download_assets:
-        try:
-            return resolve_assets(cfg.libero_assets, download=True)
-        except OSError as error:  # every network error of the hub client is one
-            if isinstance(error, FileNotFoundError) and cfg.libero_assets:
-                raise
-            _LOG.warning("LIBERO's assets could not be downloaded (%s)", str(error).strip().splitlines()[0])
-    return resolve_assets(cfg.libero_assets)
+def _try_first_scene(worker: SimWorker, episode: Episode) -> None:
+    """Fail now, not in every episode, where no scene can be built or drawn."""
+    start = episode.init_state if episode.state is None else episode.state
+    worker.reset(episode.task.suite, episode.task.index, start, seed=episode.env_seed, settle_steps=0)
 
 
 def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSettings, assets: Assets) -> dict[str, Any]:

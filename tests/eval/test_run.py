@@ -20,6 +20,7 @@ import pytest
 from prismo.eval.config import EvalConfig
 from prismo.eval.run import evaluate, prepare
 from prismo.policies import Policy, PolicyInput
+from prismo.sim import SimulatorError
 from tests.eval.conftest import identity, lines, make_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "robot" / "libero" / "run_libero_eval.py"
@@ -182,10 +183,14 @@ def test_the_same_command_after_the_end_is_a_new_run(finished: EvalConfig) -> No
         ({"num_open_loop_steps": 9}, "predicts chunks of 8 actions"),
         ({"pretrained_checkpoint": "/nowhere"}, "neither a checkpoint folder nor a hub id"),
         ({"libero_assets": "/nowhere"}, "is not LIBERO's assets folder"),
+        (
+            {"libero_assets": "stand-ins", "task_suite_name": "libero_10", "unnorm_key": "libero_object"},
+            "needs LIBERO's own assets",
+        ),
     ],
 )
 def test_wrong_input_stops_before_the_first_episode(config: EvalConfig, flags: dict, says: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises((ValueError, FileNotFoundError, SimulatorError)) as error:
         prepare(replace(config, **flags))
     assert says in str(error.value)
     assert not Path(config.local_log_dir).exists()
