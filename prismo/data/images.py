@@ -104,7 +104,7 @@ def prepare_images(
         return resize_lanczos3(images, size, exact=False)
     views = torch.arange(images.shape[1])
     draws = _draws(_seeds(seeds[:, None], views).reshape(-1), augmentation or Augmentation())
-    return _per_image(lambda x, draw: _augment(_resize(x, size, size, exact=False), draw), images, draws)
+    return _per_image(lambda x, d: _augment(_resize(x, size, size, exact=False), d), images, (size, size), draws)
 
 
 # --- resize ----------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def resize_lanczos3(images: Tensor, size: int | tuple[int, int], *, exact: bool 
             a CPU, whose other rounding moves about one value in 75,000 by one level.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    return _per_image(lambda x: _resize(x, height, width, exact), images)
+    return _per_image(lambda x: _resize(x, height, width, exact), images, (height, width))
 
 
 def _resize(images: Tensor, height: int, width: int, exact: bool) -> Tensor:
@@ -202,7 +202,7 @@ def center_crop(images: Tensor, area: float = 0.9) -> Tensor:
         offset = np.full(len(x), (np.float32(1) - side) / np.float32(2), np.float32)
         return _to_uint8(_crop_and_resize(x, offset, offset, side, exact=True))
 
-    return _per_image(crop, images)
+    return _per_image(crop, images, tuple(images.shape[-2:]))
 
 
 def _crop_and_resize(images: Tensor, top: np.ndarray, left: np.ndarray, side: np.float32, exact: bool) -> Tensor:
@@ -213,11 +213,10 @@ def _crop_and_resize(images: Tensor, top: np.ndarray, left: np.ndarray, side: np
         side: height and width of the crop, likewise.
         exact: round as TensorFlow does, see `resize_lanczos3`.
     """
-    count, _, height, width = images.shape
     x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     x = _interpolate_rows(x.mul_(1 / np.float32(255)), left, side, exact)  # width first, then height, as TensorFlow
-    planes = x.permute(0, 2, 3, 1).reshape(count * 3, height, width)
-    return _interpolate_rows(planes, top.repeat(3), side, exact).view(count, 3, height, width).clamp_(0, 1)
+    x = _interpolate_rows(x.permute(0, 3, 2, 1).contiguous(), top, side, exact)
+    return x.permute(0, 2, 1, 3).clamp_(0, 1)
 
 
 def _interpolate_rows(x: Tensor, offset: np.ndarray, side: np.float32, exact: bool) -> Tensor:
@@ -278,7 +277,8 @@ def augment(images: Tensor, seeds: Tensor, augmentation: Augmentation | None = N
     """
     if seeds.shape != images.shape[:-3]:
         raise ValueError(f"expected one seed per image, shape {list(images.shape[:-3])}, got {list(seeds.shape)}")
-    return _per_image(_augment, images, _draws(seeds.reshape(-1), augmentation or Augmentation()))
+    draws = _draws(seeds.reshape(-1), augmentation or Augmentation())
+    return _per_image(_augment, images, tuple(images.shape[-2:]), draws)
 
 
 def _draws(seeds: Tensor, options: Augmentation) -> np.ndarray:
@@ -347,18 +347,20 @@ def _truncate(x: Tensor) -> Tensor:
     return x.to(torch.int32).to(torch.uint8)
 
 
-def _per_image(function: Callable[..., Tensor], images: Tensor, draws: np.ndarray | None = None) -> Tensor:
-    """Apply `function` to [N, 3, H, W]: at once on a GPU; image by image on the CPU, whose caches hold only one."""
+def _per_image(
+    function: Callable[..., Tensor], images: Tensor, size: tuple[int, int], draws: np.ndarray | None = None
+) -> Tensor:
+    """Apply `function` to [N, 3, H, W], giving [N, 3, *size]: at once on a GPU, image by image on the CPU, whose caches
+    hold only one."""
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"expected images uint8 [..., 3, H, W], got {images.dtype} {list(images.shape)}")
     flat = images.reshape(-1, *images.shape[-3:])
+    result = torch.empty((len(flat), 3, *size), dtype=torch.uint8, device=images.device)
     step = 1 if images.device.type == "cpu" else max(len(flat), 1)
-    parts = [
-        function(flat[i : i + step]) if draws is None else function(flat[i : i + step], draws[i : i + step])
-        for i in range(0, len(flat), step)
-    ]
-    result = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return result.reshape(*images.shape[:-3], *result.shape[-3:])
+    for i in range(0, len(flat), step):
+        part = slice(i, i + step)
+        result[part] = function(flat[part]) if draws is None else function(flat[part], draws[part])
+    return result.view(*images.shape[:-2], *size)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
