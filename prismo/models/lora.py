@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on OpenVLA: the recipe's layers, published adapter files, and which layers can learn at all.
+"""LoRA (arXiv 2106.09685) on a VLA: the recipe's layers, published adapter files, and which layers can learn at all.
 
 The trainer adds and saves adapters, the policy loader reads them for unmerged evaluation, `prismo.models.merge` folds
 them into the base weights. peft does the layers themselves; they are injected in place, so the model keeps its class.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from prismo.util.files import atomic_folder, read_json, write_json
 
-if TYPE_CHECKING:
-    from prismo.models.openvla import OpenVLAForActionPrediction
-
 _LOG = logging.getLogger(__name__)
 ADAPTER_FOLDER = "lora_adapter"
+_SAVEABLE = ("spatial_embed_tokens",)
 _CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 # What peft 0.11's "all-linear" expanded to on openvla-7b. Names are matched as suffixes, which also takes in the two
@@ -43,13 +41,15 @@ class LoraSpec:
         rank: inner width of the factors.
         alpha: None = the recipe's `min(rank, 16)`.
         dropout: on the layer's input, in training only.
-        target_modules: suffixes of the adapted modules' names.
+        target_modules: suffixes of the adapted modules' names, or one pattern that whole names match.
+        modules_to_save: suffixes of modules that are trained in full and stored with the adapter.
     """
 
     rank: int = 32
     alpha: int | None = None
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = TARGET_MODULES
+    target_modules: tuple[str, ...] | str = TARGET_MODULES
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -67,12 +67,12 @@ class LoraSpec:
         return self.resolved_alpha / self.rank
 
 
-def add_lora(model: OpenVLAForActionPrediction, spec: LoraSpec, *, dtype: torch.dtype = torch.float32) -> None:
+def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.float32) -> None:
     """Freeze `model` and give it new LoRA layers in place (A gaussian with deviation 1/rank, B zero).
 
     Args:
-        model: OpenVLA, with or without FiLM, whose own layers stay trainable.
-        dtype: of the LoRA weights. fp32 is right for training: in bf16, as in the original, AdamW's small updates and
+        model: SpatialVLA, or OpenVLA with or without FiLM, whose own layers stay trainable.
+        dtype: of what is trained. fp32 is right for training: in bf16, as in the original, AdamW's small updates and
             its second moment round away.
 
     Raises:
@@ -84,13 +84,15 @@ def add_lora(model: OpenVLAForActionPrediction, spec: LoraSpec, *, dtype: torch.
         r=spec.rank,
         lora_alpha=spec.resolved_alpha,
         lora_dropout=spec.dropout,
-        target_modules=list(spec.target_modules),
+        target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         init_lora_weights="gaussian",
     )
     inject_adapter_in_model(config, model)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(dtype)
-    if model.vision_backbone.film:  # injecting froze it with everything else
+    for parameter in saved_parameters(model, spec).values():
+        parameter.requires_grad_(True).data = parameter.data.to(dtype)
+    if _has_film(model):  # injecting froze it with everything else
         for tower in model.vision_backbone.towers:
             for block in tower.blocks:
                 block.scale.requires_grad_(True)
@@ -104,19 +106,37 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def never_used_modules(model: OpenVLAForActionPrediction, *, lm_head_used: bool) -> list[str]:
+def saved_parameters(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Parameter]:
+    """Parameters of `spec.modules_to_save` by name."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if name.endswith(spec.modules_to_save)
+        for leaf, parameter in module.named_parameters()
+    }
+
+
+def _has_film(model: nn.Module) -> bool:
+    backbone = getattr(model, "vision_backbone", None)
+    return backbone is not None and backbone.film
+
+
+def never_used_modules(model: nn.Module, *, lm_head_used: bool) -> list[str]:
     """Names of modules whose output never reaches a loss, so that their weights get no gradient.
 
     Features are taken from the second-to-last block of each tower: the last block, the final norm and the attention
-    pool are dead weights. So is `lm_head`, unless actions are predicted as tokens (`lm_head_used`).
+    pool are dead weights. So is `lm_head`, unless actions are predicted as tokens (`lm_head_used`). That is OpenVLA;
+    SpatialVLA uses every layer.
     """
+    if not hasattr(model, "vision_backbone"):
+        return []
     unused = set() if lm_head_used else {model.language_model.lm_head}
     for tower in model.vision_backbone.towers:
         unused |= {tower.blocks[-1], tower.norm, getattr(tower, "attn_pool", tower.norm)}
     return [name for name, module in model.named_modules() if module in unused]
 
 
-def freeze_never_used(model: OpenVLAForActionPrediction, *, lm_head_used: bool) -> list[str]:
+def freeze_never_used(model: nn.Module, *, lm_head_used: bool) -> list[str]:
     """Take the modules of `never_used_modules` out of training and return their names.
 
     DistributedDataParallel then needs no search for unused parameters, and the optimizer carries no moments for them.
@@ -128,7 +148,7 @@ def freeze_never_used(model: OpenVLAForActionPrediction, *, lm_head_used: bool) 
 
 
 def save_adapter(
-    model: OpenVLAForActionPrediction,
+    model: nn.Module,
     checkpoint_dir: str | Path,
     spec: LoraSpec,
     *,
@@ -148,9 +168,9 @@ def save_adapter(
     """
     tensors = {
         _PREFIX + name: parameter.detach().to("cpu", copy=True).contiguous()
-        for name, parameter in lora_parameters(model).items()
+        for name, parameter in (lora_parameters(model) | saved_parameters(model, spec)).items()
     }
-    if not tensors:
+    if not any(".lora_" in name for name in tensors):
         raise ValueError("the model has no LoRA layers to save")
     metadata = {"format": "pt"} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
     folder = Path(checkpoint_dir) / ADAPTER_FOLDER
@@ -161,9 +181,7 @@ def save_adapter(
     return folder
 
 
-def load_adapter(
-    model: OpenVLAForActionPrediction, checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.float32
-) -> LoraSpec:
+def load_adapter(model: nn.Module, checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.float32) -> LoraSpec:
     """Add the LoRA layers of a checkpoint's `lora_adapter/` to `model` and fill them.
 
     Adapters may lack modules that are never used, and may carry the original's copy of `lm_head`, which must be that of
@@ -182,14 +200,17 @@ def load_adapter(
         parameters = lora_parameters(model)
         for name, key in match_adapter(file, model, folder).items():
             parameters[name].data.copy_(file.get_tensor(key))
-        for key in base_copies(file):
+        saved = saved_parameters(model, spec)
+        for name, parameter in saved.items():
+            parameter.data.copy_(file.get_tensor(_PREFIX + name))
+        for key in base_copies(file, spec):
             own = dict(model.named_parameters()).get(key.removeprefix(_PREFIX))
             if own is None or not torch.equal(own.cpu(), file.get_tensor(key).to(own.dtype)):
                 _LOG.warning("%s was trained on another base model: its copy of %s differs", folder, key)
     return spec
 
 
-def match_adapter(file: safe_open, model: OpenVLAForActionPrediction, folder: Path) -> dict[str, str]:
+def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, str]:
     """Which tensor of an adapter file belongs to which LoRA parameter of `model` (as `lora_parameters` names it).
 
     Raises:
@@ -214,9 +235,19 @@ def match_adapter(file: safe_open, model: OpenVLAForActionPrediction, folder: Pa
     return found
 
 
-def base_copies(file: safe_open) -> list[str]:
+def base_copies(file: safe_open, spec: LoraSpec) -> list[str]:
     """Base weights inside an adapter file: peft adds `lm_head` by itself when that is adapted."""
-    return [key for key in file.keys() if ".lora_" not in key]  # noqa: SIM118 (not a dict)
+    trained = saved_keys(file, spec).values()
+    return [key for key in file.keys() if ".lora_" not in key and key not in trained]  # noqa: SIM118 (not a dict)
+
+
+def saved_keys(file: safe_open, spec: LoraSpec) -> dict[str, str]:
+    """Name of a base weight -> key of the trained one that replaces it (`LoraSpec.modules_to_save`)."""
+    return {
+        key.removeprefix(_PREFIX): key
+        for key in file.keys()  # noqa: SIM118 (not a dict)
+        if ".lora_" not in key and key.rpartition(".")[0].endswith(spec.modules_to_save)
+    }
 
 
 def read_adapter_spec(folder: str | Path) -> LoraSpec:
@@ -241,7 +272,6 @@ def read_adapter_spec(folder: str | Path) -> LoraSpec:
         "fan_in_fan_out": (False, None),
         "rank_pattern": ({}, None),
         "alpha_pattern": ({}, None),
-        "modules_to_save": ([], None),
         "layer_replication": ([], None),
         "init_lora_weights": (True, False, "gaussian", None),  # the others change the base weights
     }
@@ -249,11 +279,13 @@ def read_adapter_spec(folder: str | Path) -> LoraSpec:
         if config.get(key, allowed[-1]) not in allowed:
             raise ValueError(f"{path}: {key} is {config[key]!r}; only plain LoRA is supported ({key}={allowed[0]!r})")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(targets, list):
-        raise ValueError(
-            f"{path}: r, lora_alpha and a list target_modules are needed; found {rank}, {alpha}, {targets}"
-        )
-    return LoraSpec(rank, alpha, config.get("lora_dropout") or 0.0, tuple(sorted(targets)))
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(targets, list | str):
+        raise ValueError(f"{path}: r, lora_alpha and target_modules are needed; found {rank}, {alpha}, {targets}")
+    saved = config.get("modules_to_save") or []
+    if unknown := sorted(set(saved) - set(_SAVEABLE)):
+        raise ValueError(f"{path}: modules_to_save has {unknown}; only {', '.join(_SAVEABLE)} is supported")
+    targets = targets if isinstance(targets, str) else tuple(sorted(targets))
+    return LoraSpec(rank, alpha, config.get("lora_dropout") or 0.0, targets, tuple(saved))
 
 
 def open_adapter(folder: str | Path) -> safe_open:
@@ -305,12 +337,12 @@ def published_config(spec: LoraSpec, base: str) -> dict[str, Any]:
         "lora_dropout": spec.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
+        "modules_to_save": list(spec.modules_to_save) or None,
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": {},
         "revision": None,
-        "target_modules": sorted(spec.target_modules),
+        "target_modules": spec.target_modules if isinstance(spec.target_modules, str) else sorted(spec.target_modules),
         "task_type": None,
         "use_dora": False,
         "use_rslora": False,

@@ -221,7 +221,7 @@ def _opened(base_folder: Path, checkpoint_dir: Path) -> Iterator[tuple[dict[str,
     spec = read_adapter_spec(folder)
     with open_adapter(folder) as file:
         keys = _match(file, spec, base_folder, tensors, checkpoint_dir)
-        for key in base_copies(file):
+        for key in base_copies(file, spec):
             own = tensors.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
             if own is None or not torch.equal(own.read(), file.get_tensor(key)):
                 raise ValueError(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from prismo.training.sharding import gather, local, scatter, whole
 from prismo.util.text import did_you_mean
 
-Scheduler = Literal["MultiStepLR", "CosineAnnealingLR"]
+Scheduler = Literal["MultiStepLR", "CosineAnnealingLR", "LinearLR"]
 _WARMUP_START = 0.1
 _COSINE_END = 1e-3
 
@@ -25,10 +26,11 @@ class Schedule:
 
     Attributes:
         peak: rate after warm-up.
-        kind: "MultiStepLR" multiplies by 0.1 from update `decay_step` on; "CosineAnnealingLR" falls to `1e-3 * peak`.
+        kind: "MultiStepLR" multiplies by 0.1 from update `decay_step` on; "CosineAnnealingLR" falls to `1e-3 * peak`,
+            "LinearLR" (SpatialVLA's) in a straight line to 0.
         warmup_steps: updates over which the rate rises linearly from 10 % to 100 %; 0 = none.
         decay_step: see `kind`.
-        max_steps: length of the cosine.
+        max_steps: length of the cosine and of the line.
     """
 
     peak: float
@@ -48,6 +50,8 @@ class Schedule:
             warmup = _WARMUP_START + (1 - _WARMUP_START) * min((done + 1) / self.warmup_steps, 1)
         if self.kind == "MultiStepLR":
             decayed = self.peak * (0.1 if done >= self.decay_step else 1.0)
+        elif self.kind == "LinearLR":
+            decayed = self.peak * max(1 - done / self.max_steps, 0.0)
         else:
             end = _COSINE_END * self.peak
             progress = min(done / self.max_steps, 1.0)
@@ -62,7 +66,8 @@ class GuardedAdamW:
     so the weights stay those before the bad batch while the host, a step behind, finds out and stops the run.
 
     Args:
-        parameters: the trainable ones, by name; in fp32, or the small updates round away.
+        parameters: the trainable ones, by name; in fp32, or the small updates round away. Of sharded parameters every
+            process updates its part.
         max_grad_norm: 0 = no clipping (the original's behaviour).
         weight_decay: AdamW's.
     """
@@ -73,32 +78,45 @@ class GuardedAdamW:
         self.names = list(parameters)
         self.parameters = list(parameters.values())
         self.max_grad_norm = max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            self.parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True
-        )
-        self.stopped = torch.zeros((), device=self.parameters[0].device)
+        # AdamW works number by number, so it needs to know nothing of shards: these share the parameters' memory.
+        self._parts = [nn.Parameter(local(p.detach())) if local(p) is not p else p for p in self.parameters]
+        self.adamw = torch.optim.AdamW(self._parts, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
+        self.stopped = torch.zeros((), device=self._parts[0].device)
         # The fused kernels skip an update where this is 1 (it is how gradient scalers call them).
         self.adamw.found_inf = self.stopped
 
     def step(self, rate: float) -> Tensor:
         """Clip, update and clear the gradients; returns their norm before clipping, a scalar on the device."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf))
+        for parameter, part in zip(self.parameters, self._parts, strict=True):
+            part.grad = None if parameter.grad is None else local(parameter.grad)
         self.stopped.copy_(torch.maximum(self.stopped, (~torch.isfinite(norm)).float()))
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for tensor in (*self.parameters, *self._parts):
+            tensor.grad = None
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and update counts by `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`; empty before any update."""
-        values = {}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            values |= {f"{kind}.{name}": value for kind, value in self.adamw.state.get(parameter, {}).items()}
-        return values
+        """Moments and update counts by `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`; empty before any update.
 
-    def load_state(self, values: dict[str, Tensor]) -> None:
-        """Restore `state`; tensors are copied to where the parameters are.
+        Of sharded parameters only this process's part (see `whole_state`).
+        """
+        return {f"{kind}.{name}": value for kind, name, _, value in self._items()}
+
+    def whole_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one by one and whole. All processes must go through it."""
+        for kind, name, parameter, value in self._items():
+            yield f"{kind}.{name}", gather(value, parameter)
+
+    def _items(self) -> Iterator[tuple[str, str, nn.Parameter, Tensor]]:
+        for name, parameter, part in zip(self.names, self.parameters, self._parts, strict=True):
+            for kind, value in self.adamw.state.get(part, {}).items():
+                yield kind, name, parameter, value
+
+    def load_state(self, values: Mapping[str, Tensor]) -> None:
+        """Restore what `whole_state` gave; tensors are copied to where the parameters are.
 
         Raises:
             ValueError: moments of other parameters.
@@ -109,7 +127,5 @@ class GuardedAdamW:
             raise ValueError(
                 f"the optimizer state belongs to other parameters ({different[0]} and {len(different) - 1} more)"
             )
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            self.adamw.state[parameter] = {
-                kind: values[f"{kind}.{name}"].to(parameter.device, torch.float32, copy=True) for kind in kinds
-            }
+        for name, parameter, part in zip(self.names, self.parameters, self._parts, strict=True):
+            self.adamw.state[part] = {kind: scatter(values[f"{kind}.{name}"], parameter) for kind in kinds}

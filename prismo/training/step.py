@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prismo.training.distributed import World, wrap
 from prismo.training.objective import Losses
 from prismo.training.optim import GuardedAdamW
+from prismo.training.sharding import is_sharded
 
 
 class AsyncFlag:
@@ -63,11 +64,12 @@ class TrainStep:
     """Objective, optimizer and data parallelism as one callable.
 
     Args:
-        objective: on its device, with everything frozen that gets no gradient; all trainable weights in fp32.
+        objective: on its device, with everything frozen that gets no gradient; all trainable weights in fp32. Sharded
+            (`prismo.training.sharding`), or the same on every process.
         world: the processes of the run.
         precision: torch.bfloat16 runs the objective under autocast, torch.float32 as it is.
         accumulation: micro-batches per update.
-        max_grad_norm: see `GuardedAdamW`.
+        max_grad_norm, weight_decay: see `GuardedAdamW`.
         seed: of dropout and diffusion noise.
     """
 
@@ -79,6 +81,7 @@ class TrainStep:
         precision: torch.dtype = torch.float32,
         accumulation: int = 1,
         max_grad_norm: float = 1.0,
+        weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
         self.objective = objective.train()
@@ -87,8 +90,9 @@ class TrainStep:
         self.accumulation = accumulation
         self.seed = seed
         parameters = trainable_parameters(objective)
-        self.optimizer = GuardedAdamW(parameters, max_grad_norm=max_grad_norm)
-        self.module = wrap(objective, world)
+        self.optimizer = GuardedAdamW(parameters, max_grad_norm=max_grad_norm, weight_decay=weight_decay)
+        self.sharded = is_sharded(objective)
+        self.module = objective if self.sharded else wrap(objective, world)
 
     def __call__(self, inputs: Iterable[Any], done: int, rate: float) -> StepResult:
         """Make update number `done + 1` from `accumulation` micro-batches at learning rate `rate`."""
@@ -122,6 +126,9 @@ class TrainStep:
 
     def _reduce_gradients(self, now: bool) -> AbstractContextManager[Any]:
         """Reduce in the last micro-batch only. The context has to span forward and backward (DDP arms in forward)."""
+        if self.sharded:
+            self.module.set_requires_gradient_sync(now)
+            return nullcontext()
         if now or not isinstance(self.module, DistributedDataParallel):
             return nullcontext()
         return self.module.no_sync()

@@ -140,5 +140,8 @@ class Ego3DPositionEmbedding(nn.Module):
         return sinusoids(group_patches(points, self.per_side), self.n_freqs).to(dtype)
 
     def forward(self, depth: Tensor, intrinsics: Tensor, geometry: Geometry) -> Tensor:
-        dtype = self.position_embedding_head[0].weight.dtype
+        # What the layers compute in: training may keep fp32 weights under bf16 autocast, and must see the same points.
+        device = depth.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.position_embedding_head[0].weight.dtype
         return self.position_embedding_head(self.encode(depth, intrinsics, geometry, dtype))

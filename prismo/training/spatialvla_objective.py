@@ -1,0 +1,212 @@
+"""SpatialVLA's training objective: cross entropy of action tokens, and the alignment of Gemma2's image tokens.
+
+`prismo.training.spatialvla` builds it for the trainer, `scripts/bench_train_spatialvla.py` for measuring.
+
+Shape legend: B batch, K actions per chunk, N supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from prismo.align import SpatialForcing
+from prismo.data.images import center_crop, prepare_images
+from prismo.models.lora import LoraSpec, add_lora
+from prismo.models.spatialvla import (
+    ActionTokenizer,
+    CameraIntrinsics,
+    SpatialVLAForConditionalGeneration,
+    SpatialVLAOutput,
+    SpatialVLATextBatch,
+)
+from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION
+from prismo.training.distributed import World
+from prismo.training.objective import Losses
+from prismo.training.sharding import shard
+
+_SLOTS = ("translation", "rotation", "gripper")
+
+
+@dataclass(frozen=True)
+class SpatialVLAInputs:
+    """One micro-batch on the training device.
+
+    Attributes:
+        images: what the policy sees, float [B, 1, 3, 224, 224] in [0, 1], augmented and resized.
+        intrinsics: camera matrices [B, 3, 3] in pixels of these images.
+        text: prompt, action tokens and <eos>.
+        actions: normalised chunk [B, K, 7], gripper 1 = open.
+        view_mask: False where the picture is missing [B, 1]; None = all are there.
+    """
+
+    images: Tensor
+    intrinsics: Tensor
+    text: SpatialVLATextBatch
+    actions: Tensor
+    view_mask: Tensor | None = None
+
+
+class SpatialVLAObjective(nn.Module):
+    """Next-token loss over 12 action tokens and <eos> (arXiv 2501.15830), plus Spatial-Forcing's alignment.
+
+    Args:
+        vla: the model, frozen where it is not trained.
+        grid: its action grid, for errors in action units.
+        alignment: None trains without a teacher.
+    """
+
+    def __init__(
+        self,
+        vla: SpatialVLAForConditionalGeneration,
+        grid: ActionTokenizer,
+        alignment: SpatialForcing | None = None,
+    ) -> None:
+        super().__init__()
+        self.vla = vla
+        self.alignment = alignment
+        self._grid = grid
+        self.register_buffer("_table", _decode_table(grid), persistent=False)
+
+    def forward(self, batch: SpatialVLAInputs, *, with_map: bool = False) -> Losses:
+        """Loss of a micro-batch; see `Losses`. `with_map` adds the alignment's cosine map."""
+        layers = () if self.alignment is None else (self.alignment.recipe.vla_layers_align,)
+        out = self.vla(
+            batch.text.input_ids,
+            batch.images[:, 0],
+            batch.intrinsics,
+            batch.text.attention_mask,
+            batch.text.token_type_ids,
+            batch.text.labels,
+            hidden_layers=layers,
+        )
+        metrics = {"loss": out.loss.detach()}
+        actions = None
+        if self.training:  # in validation the actions come from real decoding, not from the tokens before
+            actions, accuracy = self._chosen(out, batch)
+            metrics |= accuracy
+        total, align_map = out.loss, None
+        if self.alignment is not None:
+            # Image tokens come first here, without a token in front: none of the original's shift by one.
+            hidden = out.image_hidden_states[self.alignment.recipe.vla_layers_align]
+            align, align_metrics = self.alignment(batch.images, hidden, view_mask=batch.view_mask, return_map=with_map)
+            align_map = align_metrics.pop("align_cosine_map", None)
+            total = out.loss + align  # already times align_loss_coeff
+            metrics |= align_metrics
+        return Losses(total, metrics, actions, align_map)
+
+    @torch.no_grad()
+    def _chosen(self, out: SpatialVLAOutput, batch: SpatialVLAInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Teacher-forced actions [B, K, 7], the target's where there is no loss, and how many tokens are right."""
+        first = self.vla.config.action_token_begin_idx
+        logits, targets = out.logits, out.targets - first
+        offsets, metrics = targets, {}
+        for name, slot in zip(_SLOTS, self._grid.slots, strict=True):
+            here = (targets >= slot.start) & (targets < slot.stop)
+            best = logits[:, first + slot.start : first + slot.stop].argmax(-1) + slot.start
+            offsets = torch.where(here, best, offsets)
+            metrics[f"{name}_accuracy"] = ((best == targets) & here).sum() / here.sum().clamp(min=1)
+        suffix = batch.text.token_type_ids[:, 1:].bool() & (batch.text.attention_mask[:, 1:] != 0)
+        ids = batch.text.input_ids[:, 1:] - first
+        is_action = suffix & (ids >= 0)
+        ids = ids.masked_scatter(suffix & (batch.text.labels[:, 1:] != -100), offsets)
+        actions = self._table[ids[is_action]].view(*batch.actions.shape[:2], TOKENS_PER_ACTION, -1).sum(dim=2)
+        error = (actions - batch.actions.float()).abs()
+        real = (batch.text.labels[:, 1:][is_action] != -100).view(*batch.actions.shape[:2], TOKENS_PER_ACTION)[..., 0]
+        weight = real[..., None].float()
+        metrics["curr_action_l1_loss"] = error[:, 0].mean()
+        metrics["next_actions_l1_loss"] = (error * weight)[:, 1:].sum() / (weight[:, 1:].sum() * 7).clamp(min=1)
+        return actions, metrics
+
+
+def _decode_table(grid: ActionTokenizer) -> Tensor:
+    """Row i: what the token of offset i adds to the 7 numbers of an action [8194, 7]."""
+    table = np.zeros((grid.size, 7), np.float32)
+    for column, slot in zip((slice(0, 3), slice(3, 6), slice(6, 7)), grid.slots, strict=True):
+        offsets = np.zeros((slot.stop - slot.start, TOKENS_PER_ACTION), np.int64)
+        offsets[:] = np.arange(slot.start, slot.stop)[:, None]
+        table[slot, column] = grid.decode(offsets)[:, column]
+    return torch.from_numpy(table)
+
+
+def build_objective(
+    vla: SpatialVLAForConditionalGeneration,
+    grid: ActionTokenizer,
+    lora: LoraSpec | None,
+    alignment: SpatialForcing | None = None,
+    *,
+    freeze_llm_embed: bool = True,
+    freeze_vision_tower: bool = False,
+    autocast: bool = False,
+) -> SpatialVLAObjective:
+    """Choose what is trained, in fp32, and put everything on the model's device.
+
+    Args:
+        vla: the base model; it is changed in place.
+        grid: action grid of the targets.
+        lora: None trains the weights themselves.
+        alignment: None trains without a teacher.
+        freeze_llm_embed, freeze_vision_tower: what full fine-tuning leaves out.
+        autocast: the objective will run under bf16 autocast.
+    """
+    if lora is not None:
+        add_lora(vla, lora)
+    else:
+        vla.freeze(llm_embed=freeze_llm_embed, vision_tower=freeze_vision_tower)
+    for module in vla.modules():
+        if isinstance(module, LoraLayer) and autocast:
+            # peft would turn every activation into fp32 first, only for autocast to turn it back into bf16.
+            module.cast_input_dtype_enabled = False
+    for parameter in vla.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return SpatialVLAObjective(vla, grid, alignment).to(vla.device)
+
+
+def shard_objective(objective: SpatialVLAObjective, world: World, precision: torch.dtype) -> None:
+    """Spread a fully trained objective over all processes (FSDP2), block by block."""
+    vla = objective.vla
+    blocks = [*vla.language_model.model.layers, *vla.vision_tower["vision_model"].encoder.layers]
+    shard(objective, [*blocks, vla.language_model.lm_head], world, precision)
+
+
+def policy_inputs(
+    images: Tensor,
+    text: SpatialVLATextBatch,
+    actions: Tensor,
+    *,
+    camera: CameraIntrinsics,
+    size: int,
+    device: torch.device,
+    seeds: Tensor | None = None,
+    crop: bool = False,
+    view_mask: Tensor | None = None,
+) -> SpatialVLAInputs:
+    """Inputs of the objective from what the data workers deliver; resize and augmentation run on `device`.
+
+    Args:
+        images: uint8 [B, 1, 3, H, W] as stored.
+        text, actions, view_mask: as in `SpatialVLAInputs`, on the CPU.
+        camera: of the pictures, whatever crop is drawn (the authors' choice).
+        size: pixels per side that the model takes.
+        seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
+        crop: center crop, as at evaluation.
+    """
+
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device, non_blocking=True)
+
+    pictures = prepare_images(move(images), size, seeds)
+    if crop:
+        pictures = center_crop(pictures)
+    return SpatialVLAInputs(
+        images=pictures.float() / 255,
+        intrinsics=move(camera.matrix(size)).expand(len(images), 3, 3),
+        text=text.to(device),
+        actions=move(actions),
+        view_mask=move(view_mask),
+    )

@@ -1,0 +1,220 @@
+"""Step time of SpatialVLA's fine-tuning at full size with random weights, through the trainer's own step.
+
+    python scripts/bench_train_spatialvla.py --results runs/svla.jsonl                          # LoRA, batch 32
+    python scripts/bench_train_spatialvla.py --align --results runs/svla.jsonl                  # and VGGT alignment
+    torchrun --standalone --nproc-per-node 2 scripts/bench_train_spatialvla.py --full --results runs/svla.jsonl  # FSDP2
+
+Pictures and instructions are random, decoded beforehand; resize, augmentation, ZoeDepth and everything behind it is
+part of the step. Nothing is downloaded. `--tiny` runs the same on a CPU in seconds to test this script. Each run prints
+its table row (all rows of the results file); several processes also check that all LoRA weights agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prismo.align import AlignRecipe, SpatialForcing, VGGTConfig
+from prismo.align.random_teacher import random_vggt
+from prismo.data.images import sample_seeds
+from prismo.models.full_size import build_vggt_1b
+from prismo.models.lora import LoraSpec
+from prismo.models.spatialvla import LORA_TARGETS, SpatialVLAConfig, SpatialVLAForConditionalGeneration
+from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, ActionTokenizer
+from prismo.models.spatialvla.ego3d import WIDOWX
+from prismo.models.spatialvla.processing import SpatialVLATextBatch
+from prismo.models.spatialvla.tiny import tiny_config
+from prismo.training.build import recompute_activations
+from prismo.training.distributed import World, start_world, stop_world
+from prismo.training.spatialvla_objective import (
+    SpatialVLAInputs,
+    SpatialVLAObjective,
+    build_objective,
+    policy_inputs,
+    shard_objective,
+)
+from prismo.training.step import TrainStep, trainable_parameters
+
+CHUNK, PROMPT_TOKENS = 4, (8, 24)  # LIBERO's instructions differ in length, so batches are padded
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="train the weights themselves; FSDP2 on several GPUs")
+    parser.add_argument("--align", action="store_true", help="with VGGT-1B")
+    parser.add_argument("--batch_size", type=int, default=32, help="samples per GPU and micro-batch")
+    parser.add_argument("--grad_accumulation_steps", type=int, default=1)
+    parser.add_argument("--lora_rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20, help="measured updates")
+    parser.add_argument("--warmup", type=int, default=5, help="updates before the measurement")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="tiny model on the CPU, to test this script")
+    parser.add_argument("--results", type=Path, help="append to this JSONL file and print all of its rows")
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace, world: World) -> SpatialVLAObjective:
+    """The objective as the trainer has it."""
+    torch.manual_seed(0)
+    config = tiny_config() if args.tiny else SpatialVLAConfig()
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+    vla = SpatialVLAForConditionalGeneration.random(config, dtype=dtype, device=world.device)
+    if args.gradient_checkpointing:
+        recompute_activations(vla)
+    alignment = None
+    if args.align:
+        small = VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256)
+        teacher = random_vggt(config=small) if args.tiny else build_vggt_1b(world.device, torch.bfloat16)
+        recipe = AlignRecipe(vla_layers_align=vla.num_layers * 3 // 4, use_vggt_pe=True, use_vlm_norm=True)
+        alignment = SpatialForcing(teacher, vla.llm_dim, recipe)
+    rank = args.lora_rank
+    lora = None if args.full else LoraSpec(rank, rank, target_modules=LORA_TARGETS["linear"])
+    grid = ActionTokenizer.from_gaussians(OFFICIAL_GAUSSIANS, min_sigma=0.5)
+    objective = build_objective(vla, grid, lora, alignment, autocast=not args.tiny)
+    if args.full and world.size > 1:
+        shard_objective(objective, world, dtype)
+    return objective
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What the loader delivers, on the CPU."""
+
+    images: Tensor
+    text: SpatialVLATextBatch
+    actions: Tensor
+    seeds: Tensor
+
+
+def draw_batch(args: argparse.Namespace, objective: SpatialVLAObjective, number: int, pinned: bool) -> RawBatch:
+    """A random batch; the same number gives the same one."""
+    random = np.random.default_rng(number)
+    batch, config = args.batch_size, objective.vla.config
+    actions = random.uniform(-1, 1, (batch, CHUNK, 7)).astype(np.float32)
+    codes = ActionTokenizer.from_gaussians(OFFICIAL_GAUSSIANS, min_sigma=0.5).encode(actions).reshape(batch, -1)
+    lengths = random.integers(*PROMPT_TOKENS, batch)
+    start, suffix = config.num_image_tokens + 1, codes.shape[1] + 1
+    ids = np.full((batch, start + lengths.max() + suffix), config.pad_token_id, np.int64)
+    types, labels = np.ones_like(ids), np.full_like(ids, -100)
+    for row, length, code in zip(range(batch), lengths, codes, strict=True):
+        end = start + length
+        ids[row, :start] = [config.image_token_index] * (start - 1) + [config.bos_token_id]
+        ids[row, start:end] = random.integers(300, 500 if args.tiny else 200_000, length)
+        ids[row, end : end + suffix] = [*(code + config.action_token_begin_idx), config.eos_token_id]
+        types[row, :end] = 0
+        labels[row, end : end + suffix] = ids[row, end : end + suffix]
+    mask = np.arange(ids.shape[1])[None] < (start + lengths + suffix)[:, None]
+    images = torch.from_numpy(random.integers(0, 256, (batch, 1, 3, 256, 256), dtype=np.uint8))
+    return RawBatch(
+        images.pin_memory() if pinned else images,
+        SpatialVLATextBatch(*map(torch.from_numpy, (ids, mask.astype(np.int64), types, labels))),
+        torch.from_numpy(actions),
+        sample_seeds(0, 0, torch.arange(batch) + number * batch),
+    )
+
+
+def prepare(batch: RawBatch, step: TrainStep) -> SpatialVLAInputs:
+    """What the trainer does with a batch in front of the objective: copy, resize, augment."""
+    size = step.objective.vla.config.vision_config.image_size
+    device = step.world.device
+    return policy_inputs(
+        batch.images, batch.text, batch.actions, camera=WIDOWX, size=size, device=device, seeds=batch.seeds
+    )
+
+
+def measure(args: argparse.Namespace, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
+    """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
+    world, cuda = step.world, step.world.device.type == "cuda"
+    losses = []
+    for number in range(args.warmup + args.steps):
+        if number == args.warmup:
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            world.barrier()
+            started = time.perf_counter()
+        # The same few batches again and again, so that drawing them takes no time from the step.
+        micro = (batches[(number + i) % len(batches)] for i in range(args.grad_accumulation_steps))
+        rate = 2e-5 if args.full else 5e-4
+        losses.append(step((prepare(batch, step) for batch in micro), number, rate).metrics["loss"])
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / args.steps
+    if step.optimizer.stopped.item():
+        raise RuntimeError("the loss or its gradient became non-finite; these figures would mean nothing")
+    return {
+        "step_s": max(world.gather(seconds)),
+        "peak_gib": max(world.gather(torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)),
+        "first_loss": losses[0].item(),
+        "last_loss": losses[-1].item(),
+    }
+
+
+def settings(args: argparse.Namespace, world: World) -> str:
+    """The first column of the table."""
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    kind = ("full, FSDP2" if world.size > 1 else "full") if args.full else f"LoRA r{args.lora_rank}"
+    words = [name, kind, f"batch {args.batch_size}"]
+    words += [f"accumulation {args.grad_accumulation_steps}"] if args.grad_accumulation_steps > 1 else []
+    flags = ("align", "gradient_checkpointing", "tiny")
+    return ", ".join([*words, *(flag.replace("_", " ") for flag in flags if getattr(args, flag))])
+
+
+def print_table(rows: list[dict[str, float | str]]) -> None:
+    print("| settings | GPUs | step s | samples/s | peak GiB | weights equal |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['settings']} | {row['gpus']} | {row['step_s']:.3f} | {row['samples_per_s']:.1f} "
+            f"| {row['peak_gib']:.1f} | {row['weights_equal']} |"
+        )
+
+
+def main() -> None:
+    args = parse_arguments()
+    world = start_world("cpu" if args.tiny else None)
+    objective = build(args, world)
+    precision = torch.float32 if args.tiny else torch.bfloat16
+    step = TrainStep(objective, world, precision=precision, accumulation=args.grad_accumulation_steps, weight_decay=0.0)
+    pinned = world.device.type == "cuda"
+    batches = [draw_batch(args, objective, number * world.size + world.rank, pinned) for number in range(2)]
+    if world.is_main:
+        count = sum(parameter.numel() for parameter in trainable_parameters(objective).values())
+        print(
+            f"torch {torch.__version__}, {settings(args, world)}, {world.size} processes, {count:,} trained parameters"
+        )
+    row = measure(args, step, batches)
+    shown = {} if step.sharded else trainable_parameters(objective)  # parts of a sharded model differ by design
+    different = world.same_on_all(shown)
+    alone = world.size == 1 or step.sharded
+    row |= {
+        "settings": settings(args, world),
+        "gpus": world.size,
+        "samples_per_s": args.batch_size * args.grad_accumulation_steps * world.size / row["step_s"],
+        "weights_equal": "-" if alone else ("yes" if not different else f"NO: {len(different)}"),
+    }
+    if world.is_main:
+        print(f"loss {row['first_loss']:.4f} -> {row['last_loss']:.4f} (two repeated random batches)")
+        rows = [row]
+        if args.results:
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            with args.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+        print_table(rows)
+    if dist.is_initialized():
+        world.barrier()
+    stop_world()
+    if different:
+        raise SystemExit(f"weights differ between processes: {', '.join(different[:5])}")
+
+
+if __name__ == "__main__":
+    main()
