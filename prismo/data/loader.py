@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -84,6 +86,12 @@ class _Slots:
     """
 
     def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        needed, free = count * math.prod(shape), shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise ValueError(
+                f"the workers need {needed >> 20} MB of shared memory, /dev/shm has {free >> 20} MB: start the "
+                "container with a larger --shm-size, or use fewer workers or a smaller batch"
+            )
         self.pixels = torch.empty((count, *shape), dtype=torch.uint8).share_memory_()
         self._free = torch.multiprocessing.get_context().SimpleQueue()
         for slot in range(count):
@@ -230,15 +238,15 @@ def make_loader(
     """Batches of `batch_size` for one rank.
 
     Args:
-        num_workers: decoding processes of this rank; None takes this rank's share of the machine's cores, 8 at most.
-            0 decodes in the calling process, which is for debugging.
+        num_workers: decoding processes of this rank; None takes this rank's share of the cores that it may use (all
+            ranks being on one machine), 8 at most. 0 decodes in the calling process, which is for debugging.
         collate_text: called in the workers with the samples of a batch, for example to tokenise.
         epochs: None never ends (training); 1 gives every window once (validation), where the last batch may be
             smaller and one rank may get one sample less than another.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
     """
     if num_workers is None:
-        num_workers = max(1, min(8, (os.cpu_count() or 1) // world_size))
+        num_workers = max(1, min(8, len(os.sched_getaffinity(0)) // world_size))
     order = EpochOrder(
         tuple(source.num_windows for source in dataset.sources),
         tuple(source.weight for source in dataset.sources),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 from prismo.data.dataset import Sample, WindowDataset, open_dataset
 from prismo.data.images import prepare_images, sample_seeds
 from prismo.data.loader import Batch, make_loader
+from tests.data.conftest import quiet_environment
 
 
 def note_worker(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -120,6 +123,32 @@ def test_damage_reaches_the_user_with_the_file_name(synthetic: Path, tmp_path: P
         file.write_bytes(file.read_bytes().replace(b"\xff\xd8", b"\xff\xd9"))
     with pytest.raises(ValueError, match=r"tfrecord.*not what was indexed"):
         next(iter(make_loader(dataset, 4, num_workers=1)))
+
+
+def test_workers_may_be_spawned(synthetic: Path) -> None:
+    """The default of newer Pythons is not to fork."""
+    program = f"""
+import itertools, torch
+from prismo.data.dataset import open_dataset
+from prismo.data.loader import make_loader
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    dataset = open_dataset({str(synthetic)!r}, "libero_spatial_no_noops")
+    for batch in itertools.islice(make_loader(dataset, 4, num_workers=1), 5):
+        assert all(torch.equal(batch.images[i], dataset[j].images) for i, j in enumerate(batch.index.tolist()))
+    print("equal")
+"""
+    script = synthetic.parent / "spawned.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=quiet_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+def test_too_little_shared_memory_is_an_error_not_a_crash(small: WindowDataset) -> None:
+    with pytest.raises(ValueError, match=r"MB of shared memory, /dev/shm has .* MB.*--shm-size"):
+        next(iter(make_loader(small, 10**9, num_workers=1)))
 
 
 def test_batches_move_to_a_device(small: WindowDataset) -> None:
