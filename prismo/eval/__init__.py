@@ -1,7 +1,1 @@
-"""Roll-outs of policies in LIBERO: what is run, how an episode goes, and what is kept of it."""
-
-from prismo.eval.config import EvalConfig
-from prismo.eval.results import EpisodeResult, Summary
-from prismo.eval.run import evaluate
-
-__all__ = ["EpisodeResult", "EvalConfig", "Summary", "evaluate"]
+"""Roll-outs of policies in LIBERO: what is run (`plan`), how an episode goes (`rollout`), what is kept (`results`)."""
