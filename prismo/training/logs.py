@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ class Wandb:
 
         identity = folder / _WANDB_ID
         if not (config.resume and identity.is_file()):
-            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         given = {
             key: value
             for key, value in (("entity", config.wandb_entity), ("project", config.wandb_project))

@@ -68,12 +68,10 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_objective):
         objective = copy.deepcopy(tiny_objective)
         if recompute:
             recompute_activations(objective.vla)
-        calls = []
-        for block in (
-            objective.vla.language_model.model.layers[1].mlp,
-            objective.vla.vision_backbone.towers[0].blocks[1].mlp,
-        ):
-            block.register_forward_hook(lambda *_: calls.append(1))
+        calls: list[nn.Module] = []
+        towers = objective.vla.vision_backbone.towers
+        for block in (objective.vla.language_model.model.layers[1].mlp, towers[0].blocks[1].mlp):
+            block.register_forward_pre_hook(lambda module, _, calls=calls: calls.append(module))
         result = TrainStep(objective, ALONE)([batch(slice(0, 2))], 0, 1e-3)
         results.append((len(calls), result.grad_norm.item()))
     assert results[0][0] == 2
