@@ -155,7 +155,8 @@ class Demo:
             *("--local_log_dir", str(self.folder / "eval"), "--rollout_dir", str(self.folder / "videos")),
         )
         results = json.loads(next((self.folder / "eval").glob("*/results.json")).read_text())["total"]
-        self.result(f"success rate {results['success_rate']:.0%} of {results['episodes']} episodes")
+        rate, episodes = results["success_rate"], results["episodes"]
+        self.result(f"{episodes} episodes, " + ("all ended in errors" if rate is None else f"success rate {rate:.0%}"))
 
     def checkpoint(self, run: Path) -> Path:
         return run.with_name(f"{run.name}--{self.args.train_steps}_chkpt")

@@ -22,6 +22,8 @@ from prismo.util.text import did_you_mean
 Stem = Literal["action_head", "proprio_projector", "noisy_action_projector", "align_projector", "vision_backbone"]
 Step = int | Literal["latest"]
 
+# The resolved flags of the run, beside every checkpoint of our trainer; the policy loader reads what it needs from it.
+TRAINING_CONFIG = "training_config.json"
 _DDP_PREFIX = "module."
 _WITHOUT_PREFIX = {"vision_backbone"}
 

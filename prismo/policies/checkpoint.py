@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from prismo.data.normalize import DatasetStats, load_statistics
-from prismo.models.component_files import Stem, find_component, read_component
+from prismo.models.component_files import TRAINING_CONFIG, Stem, find_component, read_component
 from prismo.models.openvla import AttentionKind
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.files import read_json
@@ -27,8 +27,6 @@ Head = Literal["l1", "diffusion", "discrete"]
 Family = Literal["openvla", "svla"]
 
 ADAPTER_FOLDER = "lora_adapter"
-# What the trainer stores of its configuration beside every checkpoint.
-TRAINING_CONFIG = "training_config.json"
 _HASHED_WHOLE = (
     "*.pt",
     f"{ADAPTER_FOLDER}/*.safetensors",

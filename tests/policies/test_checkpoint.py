@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.tiny import make_tiny_policy
 from prismo.policies import checkpoint_hash, open_checkpoint
-from prismo.policies.checkpoint import TRAINING_CONFIG
 
 
 @pytest.mark.parametrize(

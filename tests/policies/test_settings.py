@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from prismo.embodiment import ALOHA, LIBERO
+from prismo.models.component_files import TRAINING_CONFIG
 from prismo.policies import PolicyFlags, open_checkpoint, prepare_policy, resolve_settings
-from prismo.policies.checkpoint import TRAINING_CONFIG
 
 
 def resolved(folder: Path, key: str | None = "libero_spatial", **flags: object):
