@@ -50,7 +50,7 @@ class StepResult:
         totals: differentiated loss of each micro-batch (not divided by their number).
         grad_norm: norm of the reduced gradient before clipping, the same on every process.
         actions: predicted normalised actions of the last micro-batch [B, K, A], if the objective gives them.
-        refused: True if this or an earlier update was refused because its gradient was not finite.
+        refused: True if this or an earlier update was refused because its loss or gradient was not finite.
     """
 
     metrics: dict[str, Tensor]
@@ -102,8 +102,12 @@ class TrainStep:
                 seed_noise(self.seed, done, micro, self.world.rank)
                 with self.autocast():
                     losses: Losses = self.module(batch)
-                (losses.total / self.accumulation).backward()
-            results.append(Losses(losses.total.detach(), losses.metrics, losses.actions))
+                total = losses.total.detach()
+                # 1, or NaN for a loss that is not finite, whose gradient may well be (that of |NaN| is 0). So the
+                # gradient shows it on every process, after the reduction that is made anyway.
+                finite = total * 0 + 1
+                (losses.total * finite / self.accumulation).backward()
+            results.append(Losses(total, losses.metrics, losses.actions))
         if len(results) != self.accumulation:
             raise ValueError(f"expected {self.accumulation} micro-batches, got {len(results)}")
         norm = self.optimizer.step(rate)

@@ -1,10 +1,13 @@
 """Flags: the original's names and defaults, and errors that name the flag."""
 
+import os
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from prismo.align import AlignRecipe
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.run_folder import run_id
 
@@ -99,7 +102,6 @@ def test_yaml_under_the_command_line(tmp_path):
         ("--batch_size 0", "--batch_size is 0; expected at least 1"),
         ("--scheduler Cosine", "Did you mean 'CosineAnnealingLR'"),
         ("--use_diffusion True", "exclude each other"),
-        ("--use_lora False", "--use_lora False"),
         ("--resume_step 5", "--resume True"),
         ("--resume True --resume_step 9 --max_steps 9", "is not below --max_steps"),
         ("--lora_dropout 1.5", "lora_dropout"),
@@ -131,3 +133,27 @@ def test_run_id_is_the_originals():
     )  # fmt: skip
     expected = "openvla-7b+libero_spatial_no_noops+b8+lr-0.0005+lora-r32+dropout-0.0--image_aug--note"
     assert run_id(config) == expected
+
+
+@pytest.mark.parametrize("suite", ["spatial", "object", "goal", "10", "joint"])
+def test_the_papers_command_is_accepted(suite, tmp_path):
+    """`scripts/train_libero_align.sh` with a torchrun that only shows its arguments."""
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    script = Path(__file__).resolve().parents[2] / "scripts" / "train_libero_align.sh"
+    done = subprocess.run(
+        [script, suite, "--resume", "True"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.split()
+    launcher, entry = words[: words.index("vla-scripts/finetune_align.py")], "vla-scripts/finetune_align.py"
+    assert launcher == ["--standalone", "--nnodes", "1", "--nproc-per-node", "3"]
+    config = parse_config(FinetuneAlignConfig, words[words.index(entry) + 1 :])
+    assert config.align_recipe == AlignRecipe.spatial_forcing()
+    assert (config.batch_size, config.max_steps, config.lora_rank, config.resume) == (8, 150_005, 32, True)
+    names = {f"libero_{suite}_no_noops", "libero_4_task_suites_no_noops"}
+    assert config.dataset_name in names

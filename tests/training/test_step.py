@@ -145,6 +145,22 @@ def test_non_finite_gradient_is_never_applied():
     assert all(torch.equal(value, moments[name]) for name, value in step.optimizer.state().items())
 
 
+class Absolute(Scalar):
+    """A loss that can be NaN while its gradient is 0."""
+
+    def forward(self, x: torch.Tensor) -> Losses:
+        total = (self.weight - x).abs().mean()
+        return Losses(total, {"loss": total.detach()})
+
+
+def test_non_finite_loss_with_a_finite_gradient_is_refused():
+    step = TrainStep(Absolute(), ALONE)
+    assert not step([torch.zeros(3)], 0, 0.1).refused
+    weight = step.objective.weight.detach().clone()
+    assert step([torch.full((3,), float("nan"))], 1, 0.1).refused
+    assert torch.equal(step.objective.weight, weight)
+
+
 def test_gradients_are_clipped():
     step = TrainStep(Scalar(), ALONE, max_grad_norm=1.0)
     result = step([torch.full((3,), 1e4)], 0, 0.1)
