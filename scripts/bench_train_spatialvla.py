@@ -126,7 +126,13 @@ def prepare(batch: RawBatch, step: TrainStep) -> SpatialVLAInputs:
     size = step.objective.vla.config.vision_config.image_size
     device = step.world.device
     return policy_inputs(
-        batch.images, batch.text, batch.actions, camera=WIDOWX, size=size, device=device, seeds=batch.seeds
+        batch.images,
+        batch.text,
+        batch.actions,
+        cameras=[WIDOWX] * len(batch.actions),
+        size=size,
+        device=device,
+        seeds=batch.seeds,
     )
 
 

@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from prismo import __version__
@@ -38,9 +38,13 @@ from prismo.models.lora import (
     merged_weight,
     open_adapter,
     read_adapter_spec,
+    saved_keys,
 )
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from prismo.models.openvla.loading import check_folder
+from prismo.models.spatialvla import SpatialVLAForConditionalGeneration
+from prismo.models.spatialvla.checkpoint import official_name
+from prismo.models.spatialvla.modeling import read_config
 from prismo.models.weight_files import (
     INDEX,
     StoredTensor,
@@ -56,7 +60,9 @@ _LOG = logging.getLogger(__name__)
 MARKER = "merge.json"
 _TEMPORARY = ".merging"
 _FILM = "vision_backbone.vision_backbone."
+_TEXT_TABLE, _ACTION_TABLE = "language_model.model.embed_tokens.weight", "spatial_embed_tokens.weight"
 _BESIDE_WEIGHTS = (
+    "processor_config.json",
     "preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -112,15 +118,74 @@ class _Adapter:
         file: opened safetensors file.
         spec: rank and scale.
         keys: name of a base weight -> keys of A and B in the file.
+        saved: name of a base weight -> key of the trained one that replaces it.
     """
 
     file: safe_open
     spec: LoraSpec
     keys: dict[str, tuple[str, str]]
+    saved: dict[str, str]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self.keys[name]
         return self.file.get_tensor(a), self.file.get_tensor(b)
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """What the base's `weight` becomes."""
+        if name in self.keys:
+            return merged_weight(weight, *self.factors(name), self.spec.scale)
+        if name in self.saved:
+            return self.file.get_tensor(self.saved[name]).to(weight.dtype)
+        if name == _TEXT_TABLE and _ACTION_TABLE in self.saved:
+            # SpatialVLA's files repeat the action embeddings at the end of the text embeddings.
+            actions = self.file.get_tensor(self.saved[_ACTION_TABLE])
+            return torch.cat((weight[: -len(actions)], actions.to(weight.dtype)))
+        return weight
+
+
+def _openvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
+    """config.json of the merged model: the base's, with the statistics of the run."""
+    statistics = load_statistics(checkpoint / "dataset_statistics.json")
+    return read_json(base / "config.json") | {"norm_stats": statistics_to_json(statistics)}
+
+
+def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
+    """config.json of the merged model: the base's; statistics and bins are in the run's processor_config.json."""
+    if not (checkpoint / "processor_config.json").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no processor_config.json, which holds the statistics and action bins of the run"
+        )
+    return read_json(base / "config.json")
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What merging must know of a model family.
+
+    Attributes:
+        build: the network of a base folder, called where new tensors take no memory.
+        stored_name: name of a parameter in the files.
+        config: (base folder, checkpoint folder) -> config.json of the merged model.
+    """
+
+    build: Callable[[Path], nn.Module]
+    stored_name: Callable[[str], str]
+    config: Callable[[Path, Path], dict[str, Any]]
+
+
+_FAMILIES = {
+    "openvla": _Family(
+        lambda folder: OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(folder)), str, _openvla_config
+    ),
+    "spatialvla": _Family(
+        lambda folder: SpatialVLAForConditionalGeneration.empty(read_config(folder)), official_name, _spatialvla_config
+    ),
+}
+
+
+def _family(base_folder: Path) -> _Family:
+    check_folder(base_folder, tuple(_FAMILIES))
+    return _FAMILIES[read_json(base_folder / "config.json")["model_type"]]
 
 
 def merge(
@@ -154,10 +219,11 @@ def merge(
     checkpoint_dir = Path(checkpoint_dir)
     output = Path(output) if output is not None else checkpoint_dir
     base_folder = resolve_base(base)
+    family = _family(base_folder)
     with _opened(base_folder, checkpoint_dir) as (tensors, adapter):
         marker = _marker(base, base_folder, tensors, checkpoint_dir, adapter)
         _refuse_overwriting(base_folder, output, overwrite)
-        statistics = load_statistics(checkpoint_dir / "dataset_statistics.json")
+        config = family.config(base_folder, checkpoint_dir)
         _check_space(output, total_bytes(tensors.values()))
         temporary = output / _TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed merge
@@ -165,14 +231,13 @@ def merge(
         try:
             _write_weights(temporary, tensors, adapter, shard_bytes, progress)
             checks = _verify(tensors, adapter, temporary, progress) if verify else None
-            config = read_json(base_folder / "config.json") | {"norm_stats": statistics_to_json(statistics)}
             write_json(temporary / "config.json", config)
             write_json(temporary / MARKER, marker | {"checks": asdict(checks) if checks else None})
             _publish(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _copy_missing(base_folder, checkpoint_dir, output)
-    adapted = len(adapter.keys)
+    adapted = len(adapter.keys) + len(adapter.saved)
     size = total_bytes(tensors.values())
     return MergeReport(output, adapted, len(tensors) - adapted, size, time.monotonic() - began, checks)
 
@@ -195,7 +260,7 @@ def verify_merge(
 
 def resolve_base(base: str | Path) -> Path:
     """Folder of a base model: `base` itself, or the local copy of a hub id (downloaded if it is not in the cache)."""
-    check_folder(base)
+    check_folder(base, tuple(_FAMILIES))
     if Path(base).is_dir():
         return Path(base)
     patterns = ["*.json", "*.safetensors", "*.py", "tokenizer.model"]
@@ -215,7 +280,6 @@ def resolve_base(base: str | Path) -> Path:
 @contextmanager
 def _opened(base_folder: Path, checkpoint_dir: Path) -> Iterator[tuple[dict[str, StoredTensor], _Adapter]]:
     """Base tensors and adapter, after checking that both fit the model and each other."""
-    check_folder(base_folder)
     tensors = stored_tensors(base_folder)
     folder = checkpoint_dir / ADAPTER_FOLDER
     spec = read_adapter_spec(folder)
@@ -228,19 +292,21 @@ def _opened(base_folder: Path, checkpoint_dir: Path) -> Iterator[tuple[dict[str,
                     f"{folder} was trained on another base model than {base_folder}: its copy of {key} differs. "
                     "Pass the model that training started from as --base_checkpoint"
                 )
-        yield tensors, _Adapter(file, spec, keys)
+        yield tensors, _Adapter(file, spec, keys, saved_keys(file, spec))
 
 
 def _match(
     file: safe_open, spec: LoraSpec, base_folder: Path, tensors: dict[str, StoredTensor], checkpoint_dir: Path
 ) -> dict[str, tuple[str, str]]:
     """Base weight -> keys of its two factors. Names and shapes come from the model itself, built without memory."""
+    family = _family(base_folder)
     with torch.device("meta"):
-        model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(base_folder))
+        model = family.build(base_folder)
         for name, parameter in model.state_dict().items():
-            shape = tensors[name].shape if name in tensors else None
+            stored = family.stored_name(name)
+            shape = tensors[stored].shape if stored in tensors else None
             if shape != tuple(parameter.shape):
-                raise ValueError(f"{base_folder}: {name} has shape {shape}, its config.json means {parameter.shape}")
+                raise ValueError(f"{base_folder}: {stored} has shape {shape}, its config.json means {parameter.shape}")
         film = any(key.startswith(f"base_model.model.{_FILM}") for key in file.keys())  # noqa: SIM118 (not a dict)
         if film:
             find_component(checkpoint_dir, "vision_backbone")  # it holds the towers with their LoRA
@@ -249,7 +315,10 @@ def _match(
         add_lora(model, spec)
     found = match_adapter(file, model, checkpoint_dir / ADAPTER_FOLDER)
     modules = {name.rpartition(".lora_")[0] for name in found if not name.startswith(_FILM)}
-    return {f"{m}.weight": (found[f"{m}.lora_A.weight"], found[f"{m}.lora_B.weight"]) for m in sorted(modules)}
+    return {
+        family.stored_name(f"{m}.weight"): (found[f"{m}.lora_A.weight"], found[f"{m}.lora_B.weight"])
+        for m in sorted(modules)
+    }
 
 
 def _marker(
@@ -283,7 +352,7 @@ def _marker(
         "base_fingerprint": identity,
         "rank": adapter.spec.rank,
         "scale": adapter.spec.scale,
-        "adapted_tensors": len(adapter.keys),
+        "adapted_tensors": len(adapter.keys) + len(adapter.saved),
         "prismo_version": __version__,
     }
 
@@ -312,8 +381,7 @@ def _write_weights(
     """Weight files and index."""
 
     def produce(name: str) -> Tensor:
-        weight = tensors[name].read()
-        return merged_weight(weight, *adapter.factors(name), adapter.spec.scale) if name in adapter.keys else weight
+        return adapter.apply(name, tensors[name].read())
 
     size = total_bytes(tensors.values())
     with _bar("merge", size, progress) as wrote:
@@ -336,6 +404,7 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
         before, after = tensors[name].read(), written[name].read()
         if name in adapter.keys:
             return _compare(before, after, *adapter.factors(name), adapter.spec.scale, seed=crc32(name.encode()))
+        before = adapter.apply(name, before)
         if not torch.equal(before.view(-1).view(torch.uint8), after.view(-1).view(torch.uint8)):
             raise ValueError(f"{merged}: {name} differs from the base model, but no adapter changes it")
         return MergeChecks(0.0, 0.0)

@@ -4,6 +4,8 @@
     trainer_state/optimizer.safetensors    AdamW's moments and update counts
     trainer_state/state.json               update number, position in the data, number of processes, base model
 
+Tensors are stored whole, also those of a run that shards them, so a run may go on with another number of processes.
+
 Learning rate, dropout and diffusion noise are pure functions of seed, update and process (`Schedule`, `seed_noise`), so
 no scheduler or generator has to be stored for any rank. With another number of processes the position in the data stays
 exact; dropout and diffusion noise are then other draws.
@@ -15,13 +17,13 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import prismo
@@ -29,6 +31,7 @@ from prismo.embodiment import Embodiment
 from prismo.eval.versions import git_commit
 from prismo.training.config import FinetuneConfig
 from prismo.training.run_folder import STATE_FILE, STATE_FOLDER, TRAINING_CONFIG
+from prismo.training.sharding import local, scatter, whole
 from prismo.training.step import TrainStep
 from prismo.util.files import read_json, write_json
 
@@ -38,8 +41,9 @@ _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 # Flags that decide what the stored tensors mean or which sample comes next; a resumed run must agree on them.
 _FIXED = (
     "use_l1_regression", "use_diffusion", "num_diffusion_steps_train", "use_film", "film_exclude_padding",
-    "num_images_in_input", "use_proprio", "lora_rank", "dataset_name", "seed", "use_tail", "use_val_set",
-    "val_fraction",
+    "num_images_in_input", "use_proprio", "use_lora", "lora_rank", "lora_alpha", "dataset_name", "seed", "use_tail",
+    "use_val_set", "val_fraction", "freeze_llm_embed", "freeze_vision_tower", "adapt_emb", "adpt_feature", "min_sigma",
+    "intrinsics",
 )  # fmt: skip
 _NO_EFFECT = ("resume", "resume_step", "vla_path", "device", "num_workers", "dry_run", "use_wandb", "use_tensorboard")
 
@@ -61,13 +65,33 @@ class TrainerState:
     base_fingerprint: str
 
 
-def save_state(checkpoint: Path, step: TrainStep, state: TrainerState) -> None:
+@dataclass(frozen=True)
+class WholeState:
+    """What is trained and AdamW's state, whole and on the CPU of the main process; empty on the others."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def gather_state(step: TrainStep) -> WholeState:
+    """Collect the state of a step, which may be spread over all processes. All of them must call it."""
+    optimizer = step.optimizer
+
+    def keep(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        # One by one, so that a GPU never holds more than one whole tensor beside its own parts.
+        return {n: value.detach().to("cpu", copy=True).contiguous() for n, value in tensors if step.world.is_main}
+
+    named = zip(optimizer.names, optimizer.parameters, strict=True)
+    weights = keep((name, whole(parameter.detach())) for name, parameter in named)
+    return WholeState(weights, keep(optimizer.whole_state()))
+
+
+def save_state(checkpoint: Path, gathered: WholeState, state: TrainerState) -> None:
     """Write `trainer_state/` into a checkpoint folder that is being prepared."""
     folder = checkpoint / STATE_FOLDER
     folder.mkdir()
-    weights = dict(zip(step.optimizer.names, step.optimizer.parameters, strict=True))
-    save_file(_on_cpu(weights), folder / _WEIGHTS)
-    save_file(_on_cpu(step.optimizer.state()), folder / _OPTIMIZER)
+    save_file(gathered.weights, folder / _WEIGHTS)
+    save_file(gathered.optimizer, folder / _OPTIMIZER)
     write_json(folder / STATE_FILE, {"format": _FORMAT, **dataclasses.asdict(state)})
 
 
@@ -95,9 +119,9 @@ def load_state(checkpoint: Path, step: TrainStep) -> None:
             "one of the two; resume with the flags of the first start"
         )
     for name, parameter in weights.items():
-        if stored[name].shape != parameter.shape:
-            raise ValueError(f"{folder}: {name} is {list(stored[name].shape)}, this run has {list(parameter.shape)}")
-        parameter.data.copy_(stored[name])
+        if stored.shape(name) != tuple(parameter.shape):
+            raise ValueError(f"{folder}: {name} is {stored.shape(name)}, this run has {tuple(parameter.shape)}")
+        local(parameter.detach()).copy_(scatter(stored[name], parameter))
     step.optimizer.load_state(_read(folder / _OPTIMIZER))
 
 
@@ -158,14 +182,28 @@ def flush(folder: Path) -> None:
                 os.close(handle)
 
 
-def _on_cpu(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for: every process of a machine reads the whole state."""
+
+    def __init__(self, file: safe_open) -> None:
+        self._file, self._names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> _Stored:
     try:
-        with safe_open(path, framework="pt"):
-            return load_file(path)
+        return _Stored(safe_open(path, framework="pt"))
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing or broken ({error}); resume from another checkpoint") from error
 

@@ -56,7 +56,7 @@ class FinetuneConfig:
 
     # Samples per process and micro-batch
     batch_size: int = 8
-    # AdamW's rate after warm-up, for everything that is trained
+    # AdamW's rate after warm-up, for everything that is trained (full fine-tuning of SpatialVLA: 2e-5)
     learning_rate: float = 5e-4
     # Updates over which the rate rises linearly from a tenth to the whole; the decay then acts as usual
     lr_warmup_steps: int = 0
@@ -76,7 +76,7 @@ class FinetuneConfig:
     save_freq: int = 10_000
     # Keep one checkpoint, in the run folder itself and named "latest", instead of a folder per step beside it
     save_latest_checkpoint_only: bool = False
-    # MultiStepLR or CosineAnnealingLR (down to a thousandth at max_steps)
+    # MultiStepLR, CosineAnnealingLR (down to a thousandth at max_steps) or LinearLR (down to 0 at max_steps)
     scheduler: str = "MultiStepLR"
     # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
     # or with resume_step from the checkpoint in vla_path
@@ -89,9 +89,9 @@ class FinetuneConfig:
     # Updates between the full denoisings that measure the L1 error of a diffusion head
     diffusion_sample_freq: int = 50
 
-    # Adapters on a frozen base; the only way to train OpenVLA here
+    # Adapters on a frozen base. False = full fine-tuning, for SpatialVLA only; several GPUs then share one copy (FSDP2)
     use_lora: bool = True
-    # Rank of the adapters; their alpha is min(rank, 16)
+    # Rank of the adapters
     lora_rank: int = 32
     # Dropout in front of the adapters
     lora_dropout: float = 0.0
@@ -118,6 +118,22 @@ class FinetuneConfig:
     device: str | None = None
     # Of the frozen base and the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
     dtype: str = "auto"
+    # AdamW's weight decay
+    weight_decay: float = 0.01
+    # Alpha of the adapters. Default: min(rank, 16) for OpenVLA, the rank for SpatialVLA
+    lora_alpha: int | None = None
+    # SpatialVLA, full fine-tuning: keep the text embeddings as they are
+    freeze_llm_embed: bool = True
+    # SpatialVLA, full fine-tuning: keep SigLIP as it is
+    freeze_vision_tower: bool = False
+    # SpatialVLA: cut the action bins from these Gaussians (scripts/fit_action_gaussians.py). Default: the checkpoint's
+    adapt_emb: Path | None = None
+    # With adapt_emb: also move the action embeddings to the new bins and train them; else token k keeps its embedding
+    adpt_feature: bool = False
+    # With adapt_emb: no Gaussian is narrower than this
+    min_sigma: float = 0.0
+    # SpatialVLA: camera of the pictures, "checkpoint" (stored for the dataset, else the authors' WidowX) or "libero"
+    intrinsics: str = "checkpoint"
     # Compile the transformer blocks (faster steps after a start of a few minutes)
     compile: bool = False
     # Decoding processes per training process. Default: this process's share of the cores, 8 at most
@@ -156,7 +172,7 @@ class FinetuneConfig:
             head=self.head,
             use_proprio=self.use_proprio,
             use_film=self.use_film,
-            lora=LoraSpec(self.lora_rank, dropout=self.lora_dropout),
+            lora=LoraSpec(self.lora_rank, self.lora_alpha, self.lora_dropout),
             diffusion_steps=self.num_diffusion_steps_train,
             film_identity_init=self.film_identity_init,
             film_exclude_padding=self.film_exclude_padding,
@@ -191,8 +207,6 @@ class FinetuneConfig:
         """
         if self.use_l1_regression and self.use_diffusion:
             raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; set one to False")
-        if not self.use_lora:
-            raise ValueError("--use_lora False: OpenVLA is trained through adapters here; leave the flag out")
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
         for flag, low in _AT_LEAST.items():
@@ -284,6 +298,9 @@ _AT_LEAST = {
     "diffusion_sample_freq": 1,
     "wandb_log_freq": 1,
     "max_grad_norm": 0,
+    "weight_decay": 0,
+    "lora_alpha": 1,
+    "min_sigma": 0,
     "num_workers": 0,
     "keep_last": 1,
     "seed": 0,

@@ -1,10 +1,10 @@
-"""OpenVLA as a `TrainingTask`, called by `prismo.training.run`. Another model family brings such a file, too."""
+"""OpenVLA as a `ModelFamily`, called by `prismo.training.run`. Another model family brings such a file, too."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,8 +31,10 @@ from prismo.training.build import build_objective, compile_blocks, policy_inputs
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.distributed import World
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
-from prismo.training.task import TrainingTask
+from prismo.training.preview import trained_parameters
+from prismo.training.task import ModelFamily, Outline, TrainingTask
 
+_TEXT_TOKENS = 95  # prompt, actions and stop token of a LIBERO sample
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
     "tokenizer.json",
@@ -59,19 +61,39 @@ class CollateText:
         result = {"input_ids": text.input_ids, "labels": text.labels}
         if text.attention_mask is not None:
             result["attention_mask"] = text.attention_mask
-        there = torch.tensor([[_has_content(view) for view in sample.images] for sample in samples])
+        there = views_present(samples)
         return result if there.all() else result | {"view_mask": there}
+
+
+def views_present(samples: Sequence[Sample]) -> Tensor:
+    """bool [B, V], False at views that are missing: datasets store them as black pictures."""
+    return torch.tensor([[_has_content(view) for view in sample.images] for sample in samples])
 
 
 def _has_content(view: Tensor) -> bool:
     return bool(view[:, ::16, ::16].any()) or bool(view.any())  # almost always the first, which is quick
 
 
-def load_collate(base: Path) -> CollateText:
+def settle(config: FinetuneConfig, base: Path, processes: int) -> FinetuneConfig:
+    """Refuse SpatialVLA's flags.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not config.use_lora:
+        raise ValueError("--use_lora False: OpenVLA is trained through adapters here; leave the flag out")
+    spatial = ("freeze_llm_embed", "freeze_vision_tower", "adapt_emb", "adpt_feature", "min_sigma", "intrinsics")
+    defaults = {field.name: field.default for field in fields(FinetuneConfig)}
+    if given := [f"--{name}" for name in spatial if getattr(config, name) != defaults[name]]:
+        raise ValueError(f"{', '.join(given)}: only for SpatialVLA, and {config.vla_path} is an OpenVLA")
+    return config
+
+
+def load_collate(config: FinetuneConfig, base: Path) -> CollateText:
     """Tokeniser and action tokens of a base model, without its weights."""
-    config = OpenVLAConfig.from_pretrained(base)
+    model = OpenVLAConfig.from_pretrained(base)
     return CollateText(
-        PrismaticProcessor.from_pretrained(base), ActionTokenizer(config.token_vocab_size, config.n_action_bins)
+        PrismaticProcessor.from_pretrained(base), ActionTokenizer(model.token_vocab_size, model.n_action_bins)
     )
 
 
@@ -81,7 +103,7 @@ def load_base(base: Path, world: World, precision: torch.dtype) -> OpenVLAForAct
     return OpenVLAForActionPrediction.from_pretrained(base, dtype=precision, attention="bidirectional", **placement)
 
 
-def load_alignment(config: FinetuneConfig, vla: OpenVLAForActionPrediction, world: World) -> SpatialForcing | None:
+def load_alignment(config: FinetuneConfig, llm_dim: int, world: World) -> SpatialForcing | None:
     """Teacher and projector, if the run has them."""
     recipe = config.align_recipe
     if recipe is None or not isinstance(config, FinetuneAlignConfig):
@@ -93,7 +115,7 @@ def load_alignment(config: FinetuneConfig, vla: OpenVLAForActionPrediction, worl
         device=world.device,
         compile=config.compile_vggt,
     )
-    return SpatialForcing(teacher, vla.llm_dim, recipe)
+    return SpatialForcing(teacher, llm_dim, recipe)
 
 
 class OpenVLATask:
@@ -205,7 +227,7 @@ def build_task(
     if config.gradient_checkpointing:
         recompute_activations(vla)
     torch.manual_seed(config.seed)  # of every new weight; the same on every process
-    alignment = load_alignment(config, vla, world)
+    alignment = load_alignment(config, vla.llm_dim, world)
     autocast = precision != torch.float32
     objective = build_objective(vla, robot, config.policy_options, alignment, autocast=autocast)
     if config.compile:
@@ -216,10 +238,48 @@ def build_task(
         robot=robot,
         inputs=task.inputs,
         predict=task.predict,
-        write=task.write,
+        write=lambda folder, step, _: task.write(folder, step),
         merge=task.merge if config.merge_lora_during_training else None,
         load_modules=task.load_modules,
         cosine_map=None if alignment is None else task.cosine_map,
         pictures=task.pictures,
         base_fingerprint=task.base_fingerprint,
     )
+
+
+def outline(config: FinetuneConfig, base: Path, robot: Embodiment) -> Outline:
+    """Sizes of a run, see `ModelFamily`."""
+    model = OpenVLAConfig.from_pretrained(base)
+    with torch.device("meta"):
+        vla = OpenVLAForActionPrediction(model)
+        frozen = sum(parameter.numel() for parameter in vla.parameters())
+        objective = build_objective(vla, robot, config.policy_options)
+    tokens = config.num_images_in_input * model.patches_per_view + _TEXT_TOKENS
+    return Outline(frozen, trained_parameters(objective, "FiLM"), model.text_config, tokens)
+
+
+def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
+    """What the model sees of a batch [B, V, 3, H, W]: normalised for the towers and back."""
+    processor = PrismaticProcessor.from_pretrained(base).image_processor
+    inputs = policy_inputs(
+        batch.images,
+        TextBatch(batch.text["input_ids"], batch.text.get("attention_mask"), batch.text["labels"]),
+        batch.actions,
+        processor=processor,
+        size=OpenVLAConfig.from_pretrained(base).towers[0].image_size,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seeds=batch.seeds if config.image_aug else None,
+    )
+    return processor.denormalize(inputs.pixel_values).clamp(0, 1)
+
+
+OPENVLA = ModelFamily(
+    settle=settle,
+    chunk=lambda base: None,
+    hidden_states=lambda base: OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers + 1,
+    load_collate=load_collate,
+    build_task=build_task,
+    outline=outline,
+    pictures=pictures,
+)

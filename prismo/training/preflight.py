@@ -15,9 +15,9 @@ from prismo.align.recipe import layer_index
 from prismo.align.vggt import read_config
 from prismo.data.specs import resolve
 from prismo.models.merge import resolve_base
-from prismo.models.openvla import OpenVLAConfig
 from prismo.training.checkpoint import check_same_run
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
+from prismo.training.families import family_of
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
 from prismo.util.files import read_json
 
@@ -52,10 +52,12 @@ def make_plan(config: C, world_size: int) -> Plan[C]:
     resume = find_resume(config, run)
     if resume is not None and resume.exact:
         config = _base_of(config, resume)
+    base = resolve_base(config.vla_path)
+    config = family_of(base).settle(config, base, world_size)
+    if resume is not None and resume.exact:
         changes = check_same_run(resume.folder, config)
         if changes:
             _LOG.warning("resumed with changed flags, so not bit for bit as uninterrupted: %s", ", ".join(changes))
-    base = resolve_base(config.vla_path)
     if resume is not None and not resume.exact:
         _check_writes_elsewhere(config, run, base)
     _check_layers(config, base)
@@ -100,7 +102,7 @@ def _check_layers(config: FinetuneConfig, base: Path) -> None:
     recipe = config.align_recipe
     if recipe is None or not isinstance(config, FinetuneAlignConfig):
         return
-    states = OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers + 1
+    states = family_of(base).hidden_states(base)
     if not -states <= recipe.vla_layers_align < states:
         raise ValueError(
             f"--vla_layers_align {recipe.vla_layers_align}: {config.vla_path} has {states} hidden states, "

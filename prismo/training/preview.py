@@ -7,16 +7,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor, nn
 
 from prismo.align.vggt import VGGTAggregator, VGGTConfig, read_config
-from prismo.data.loader import Loader
-from prismo.embodiment import Embodiment
-from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticProcessor, TextBatch
-from prismo.training.build import build_objective, policy_inputs
+from prismo.data.loader import Batch
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.pictures import contact_sheet, save_picture
-
-_TEXT_TOKENS = 95  # prompt, actions and stop token of a LIBERO sample
+from prismo.training.task import Outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +35,36 @@ class Sizes:
         return sum(self.trained.values())
 
 
-def count_parameters(config: FinetuneConfig, base: Path, robot: Embodiment) -> Sizes:
-    """Sizes from configurations alone; nothing is allocated."""
-    with torch.device("meta"):
-        vla = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(base))
-        frozen = sum(parameter.numel() for parameter in vla.parameters())
-        objective = build_objective(vla, robot, config.policy_options)
+def trained_parameters(objective: nn.Module, rest_of_model: str) -> dict[str, int]:
+    """Trained weights by part; `rest_of_model` names those of the policy that are no adapters."""
     trained: dict[str, int] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            part = "LoRA" if ".lora_" in name else "FiLM" if name.startswith("vla.") else name.split(".")[0]
+            part = "LoRA" if ".lora_" in name else rest_of_model if name.startswith("vla.") else name.split(".")[0]
             trained[part] = trained.get(part, 0) + parameter.numel()
-    teacher = 0
+    return trained
+
+
+def count_parameters(config: FinetuneConfig, outline: Outline) -> Sizes:
+    """Sizes from configurations alone; nothing is allocated."""
+    trained, teacher = dict(outline.trained), 0
     if config.align_recipe is not None and isinstance(config, FinetuneAlignConfig):
         sizes = read_config(config.vggt_path) if config.teacher == "vggt" else VGGTConfig()
         with torch.device("meta"):
             teacher = sum(parameter.numel() for parameter in VGGTAggregator(sizes).parameters())
-        hidden, width = vla.llm_dim, 2 * sizes.width
+        hidden, width = outline.llm.hidden_size, 2 * sizes.width
         norm = 2 * hidden if config.use_vlm_norm else 0
         trained["align_projector"] = (hidden + 1) * width + (width + 1) * width + norm
-    return Sizes(frozen, trained, teacher)
+    return Sizes(outline.base, trained, teacher)
 
 
-def expected_memory(config: FinetuneConfig, sizes: Sizes, base: Path, device: torch.device) -> dict[str, float]:
+def expected_memory(
+    config: FinetuneConfig, sizes: Sizes, outline: Outline, device: torch.device, processes: int
+) -> dict[str, float]:
     """GiB per process by purpose. Weights and optimizer are exact; activations are an estimate (about 20 %)."""
     bytes_of = {torch.float32: 4, torch.bfloat16: 2}
-    llm = OpenVLAConfig.from_pretrained(base).text_config
-    patches = OpenVLAConfig.from_pretrained(base).patches_per_view
-    tokens = config.batch_size * (config.num_images_in_input * patches + _TEXT_TOKENS)
+    llm, tokens = outline.llm, config.batch_size * outline.tokens
+    share = 1 if config.use_lora else processes  # of what FSDP2 spreads
     precision = bytes_of[config.precision(device)]
     # Kept for the backward pass of a decoder layer with adapters on all linear layers, in numbers per token: the inputs
     # of the norms (fp32), their outputs, q, k, v, the attention's output, and four tensors of the MLP's width.
@@ -76,7 +75,7 @@ def expected_memory(config: FinetuneConfig, sizes: Sizes, base: Path, device: to
     return {
         "base weights": sizes.base * precision / gib,
         "teacher weights": sizes.teacher * teacher / gib,
-        "trained weights, gradients, moments (fp32)": sizes.total_trained * 16 / gib,
+        "trained weights, gradients, moments (fp32)": sizes.total_trained * 16 / share / gib,
         "activations (estimate)": tokens * (llm.num_hidden_layers * kept + layer) / gib,
     }
 
@@ -94,24 +93,12 @@ def describe(config: FinetuneConfig, run: Path, sizes: Sizes, memory: dict[str, 
     return "\n".join(lines)
 
 
-def first_batch_picture(config: FinetuneConfig, base: Path, loader: Loader, path: Path) -> Path:
-    """Write the first batch as the model sees it: augmented, normalised for the towers and back."""
-    batch = next(iter(loader))
-    processor = PrismaticProcessor.from_pretrained(base).image_processor
-    inputs = policy_inputs(
-        batch.images,
-        TextBatch(batch.text["input_ids"], batch.text.get("attention_mask"), batch.text["labels"]),
-        batch.actions,
-        processor=processor,
-        size=OpenVLAConfig.from_pretrained(base).towers[0].image_size,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seeds=batch.seeds if config.image_aug else None,
-    )
+def first_batch_picture(batch: Batch, pictures: Tensor, path: Path) -> Path:
+    """Write the first batch as the model sees it: augmented, normalised and back."""
     captions = [
         f"{instruction} | {name} episode {episode} step {step}"
         for instruction, name, episode, step in zip(
             batch.instructions, batch.dataset_names, batch.episode.tolist(), batch.step.tolist(), strict=True
         )
     ]
-    return save_picture(contact_sheet(processor.denormalize(inputs.pixel_values).clamp(0, 1), captions), path)
+    return save_picture(contact_sheet(pictures, captions), path)

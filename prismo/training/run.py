@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
-from prismo.data.loader import make_loader
+from prismo.data.loader import CollateText, make_loader
 from prismo.data.normalize import dump_statistics
 from prismo.models.merge import resolve_base
 from prismo.models.openvla import SelfTestError
@@ -19,7 +19,7 @@ from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import read_state
 from prismo.training.config import FinetuneConfig, parse_config
 from prismo.training.distributed import World, start_world, stop_world
-from prismo.training.openvla import CollateText, build_task, load_collate
+from prismo.training.families import family_of
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
@@ -78,10 +78,11 @@ def _plan_on_all(config: FinetuneConfig, world: World) -> Plan:
 def _train(plan: Plan, world: World) -> None:
     config = plan.config
     base = resolve_base(config.vla_path)
-    data = _open_datasets(config)
-    collate = load_collate(base)
+    family = family_of(base)
+    data = _open_datasets(config, family.chunk(base))
+    collate = family.load_collate(config, base)
     robot = data[0].embodiment
-    task = build_task(config, base, robot, data[0].statistics, world)
+    task = family.build_task(config, base, robot, data[0].statistics, world)
     if plan.resume is not None and plan.resume.exact:
         _check_base(task.base_fingerprint, plan, base)
     if world.is_main:
@@ -98,11 +99,12 @@ def _train(plan: Plan, world: World) -> None:
         )
 
 
-def _open_datasets(config: FinetuneConfig) -> list[WindowDataset]:
-    """Training windows and, if asked, held-out ones."""
+def _open_datasets(config: FinetuneConfig, chunk: int | None) -> list[WindowDataset]:
+    """Training windows of `chunk` actions and, if asked, held-out ones."""
     fraction = config.val_fraction if config.use_val_set else 0.0
     options = {
         "num_images": config.num_images_in_input,
+        "chunk": chunk,
         "use_tail": config.use_tail,
         "val_fraction": fraction,
     }
@@ -151,9 +153,13 @@ def _dry_run(plan: Plan, world: World) -> None:
         return
     config = replace(plan.config, num_workers=0)
     base = resolve_base(config.vla_path)
-    data = _open_datasets(config)
-    sizes = count_parameters(config, base, data[0].embodiment)
-    memory = expected_memory(config, sizes, base, world.device)
-    loader = _loaders(config, data, load_collate(base), replace(world, size=1, device=torch.device("cpu")))[0]
-    picture = first_batch_picture(config, base, loader, plan.run.path / "first_batch.png")
+    family = family_of(base)
+    data = _open_datasets(config, family.chunk(base))
+    outline = family.outline(config, base, data[0].embodiment)
+    sizes = count_parameters(config, outline)
+    memory = expected_memory(config, sizes, outline, world.device, world.size)
+    collate, alone = family.load_collate(config, base), replace(world, size=1, device=torch.device("cpu"))
+    batch = next(iter(_loaders(config, data, collate, alone)[0]))
+    pictures = family.pictures(config, base, batch)
+    picture = first_batch_picture(batch, pictures, plan.run.path / "first_batch.png")
     sys.stdout.write(describe(config, plan.run.path, sizes, memory) + f"\n\nfirst batch: {picture}\n")

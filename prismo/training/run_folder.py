@@ -132,7 +132,7 @@ def run_id(config: FinetuneConfig) -> str:
     dataset = Path(config.dataset_name).stem if config.dataset_name.endswith((".yaml", ".yml")) else config.dataset_name
     batch = config.batch_size * config.grad_accumulation_steps
     name = f"{base}+{dataset.replace('/', '-')}+b{batch}+lr-{config.learning_rate}"
-    name += f"+lora-r{config.lora_rank}+dropout-{config.lora_dropout}"
+    name += f"+lora-r{config.lora_rank}+dropout-{config.lora_dropout}" if config.use_lora else "+full"
     if config.image_aug:
         name += "--image_aug"
     return f"{name}--{config.run_id_note}" if config.run_id_note else name

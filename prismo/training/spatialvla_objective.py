@@ -7,6 +7,7 @@ Shape legend: B batch, K actions per chunk, N supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,7 +180,7 @@ def policy_inputs(
     text: SpatialVLATextBatch,
     actions: Tensor,
     *,
-    camera: CameraIntrinsics,
+    cameras: Sequence[CameraIntrinsics],
     size: int,
     device: torch.device,
     seeds: Tensor | None = None,
@@ -191,7 +192,7 @@ def policy_inputs(
     Args:
         images: uint8 [B, 1, 3, H, W] as stored.
         text, actions, view_mask: as in `SpatialVLAInputs`, on the CPU.
-        camera: of the pictures, whatever crop is drawn (the authors' choice).
+        cameras: of the B pictures, whatever crop is drawn (the authors' choice).
         size: pixels per side that the model takes.
         seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
         crop: center crop, as at evaluation.
@@ -205,7 +206,7 @@ def policy_inputs(
         pictures = center_crop(pictures)
     return SpatialVLAInputs(
         images=pictures.float() / 255,
-        intrinsics=move(camera.matrix(size)).expand(len(images), 3, 3),
+        intrinsics=move(torch.stack([camera.matrix(size) for camera in cameras])),
         text=text.to(device),
         actions=move(actions),
         view_mask=move(view_mask),

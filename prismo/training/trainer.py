@@ -16,12 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prismo.data.loader import Batch, Loader
 from prismo.training.action_error import ActionErrors
-from prismo.training.checkpoint import TrainerState, flush, load_state, read_state, save_state, write_training_config
+from prismo.training.checkpoint import (
+    TrainerState,
+    WholeState,
+    flush,
+    gather_state,
+    load_state,
+    read_state,
+    save_state,
+    write_training_config,
+)
 from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World
 from prismo.training.logs import Progress, Sink, gpu_peak_flops, log_all, open_sinks
@@ -101,6 +111,7 @@ class Trainer:
             precision=config.precision(world.device),
             accumulation=config.grad_accumulation_steps,
             max_grad_norm=config.max_grad_norm,
+            weight_decay=config.weight_decay,
             seed=config.seed,
         )
         self._position = data.train.state_dict()
@@ -158,6 +169,8 @@ class Trainer:
         write_training_config(self.run.path, self.config, self.task.robot, self.world.size, self.step.precision)
         settings = {name: str(value) for name, value in asdict(self.config).items()}
         self._sinks = open_sinks(self.config, self.run.path, self.run.path.name, self.done, settings)
+        if self.done:
+            _LOG.info("resumed at update %d of %d", self.done, self.config.max_steps)
 
     def _check_space(self) -> None:
         """A disk that cannot take one checkpoint is an error now, not after an hour."""
@@ -202,7 +215,7 @@ class Trainer:
         self.done += 1
         self._position = self.data.train.state_dict()
         self._progress.update(waited)
-        if self._progress.flops_per_update == 0 and gpu_peak_flops():
+        if self._progress.flops_per_update == 0 and gpu_peak_flops() and not self.step.sharded:
             self._progress.flops_per_update = self._count_flops(taken[-1])
         return _Update(self.done, taken, before, result)
 
@@ -280,8 +293,9 @@ class Trainer:
         if update.result.refused:
             self._give_up(update)
         self._check_equal()
+        state = gather_state(self.step)
         if self.world.is_main:
-            self._write_checkpoint(self.done, self._position)
+            self._write_checkpoint(self.done, self._position, state)
             if merge and self.task.merge is not None:
                 folder = self.run.path if self.config.save_latest_checkpoint_only else self.run.step_folder(self.done)
                 self.task.merge(folder)
@@ -290,6 +304,8 @@ class Trainer:
 
     def _check_equal(self) -> None:
         """Only one process writes the weights, so they must be those of all."""
+        if self.step.sharded:
+            return
         names = zip(self.step.optimizer.names, self.step.optimizer.parameters, strict=True)
         if different := self.world.same_on_all(dict(names)):
             raise RuntimeError(
@@ -297,13 +313,21 @@ class Trainer:
                 "their gradients were not reduced. Nothing is saved; this is a bug"
             )
 
-    def _write_checkpoint(self, number: int, position: dict[str, int]) -> Path:
+    def _write_checkpoint(self, number: int, position: dict[str, int], state: WholeState) -> Path:
         latest = self.config.save_latest_checkpoint_only
-        with self.run.new_checkpoint(number, latest=latest) as (folder, name):
-            self.task.write(folder, name)
-            write_training_config(folder, self.config, self.task.robot, self.world.size, self.step.precision)
-            save_state(folder, self.step, TrainerState(number, position, self.world.size, self.task.base_fingerprint))
-            flush(folder)
+        try:
+            with self.run.new_checkpoint(number, latest=latest) as (folder, name):
+                self.task.write(folder, name, state.weights)
+                write_training_config(folder, self.config, self.task.robot, self.world.size, self.step.precision)
+                save_state(folder, state, TrainerState(number, position, self.world.size, self.task.base_fingerprint))
+                flush(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk has another name in each library
+            present = self.run.checkpoints()
+            before = f"the checkpoint before is whole: {present[0].folder}" if present else "there is none before"
+            raise OSError(
+                f"cannot write the checkpoint after update {number} ({str(error).splitlines()[0]}); {before}. "
+                "Make room and continue with --resume True"
+            ) from error
         self.run.prune(self.config.keep_last)
         return self.run.path if latest else self.run.step_folder(number)
 
@@ -320,8 +344,9 @@ class Trainer:
             named = [f"process {self.world.rank}: {_name(batch)}" for batch in update.batches]
             gathered = [line for lines in self.world.gather(named) for line in lines]
         saved = update.number - 1
+        whole = gather_state(self.step)
         if self.world.is_main and saved > 0:
-            self._write_checkpoint(saved, update.position)
+            self._write_checkpoint(saved, update.position, whole)
         self.world.barrier()
         state = f"The state after update {saved} is saved" if saved else "No update was made"
         raise NonFiniteLossError(

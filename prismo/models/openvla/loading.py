@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def check_folder(path: str | Path) -> None:
+def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) -> None:
     """One clear error for a local folder that cannot be loaded; hub ids pass.
+
+    Args:
+        model_types: what config.json may say.
 
     Raises:
         FileNotFoundError: not a folder (and no hub id), or not a checkpoint.
@@ -56,8 +60,9 @@ def check_folder(path: str | Path) -> None:
         model_type = json.loads(config.read_text()).get("model_type")
     except json.JSONDecodeError as error:
         raise ValueError(f"{config} is not valid JSON ({error}); download it again") from error
-    if model_type != "openvla":
-        raise ValueError(f"{config} is of model_type {model_type!r}, expected 'openvla'")
+    if model_type not in model_types:
+        expected = " or ".join(repr(name) for name in model_types)
+        raise ValueError(f"{config} is of model_type {model_type!r}, expected {expected}")
     for file in weight_files(folder):
         _check_whole(file)
 
