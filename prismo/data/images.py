@@ -28,6 +28,7 @@ from torch.nn.functional import embedding_bag
 from prismo.data.hashing import mix, uniform
 
 _LANCZOS_RADIUS = 3
+_FULL = 255.5  # 1.0 as a uint8: truncating x * 255.5 rounds, as `tf.image.convert_image_dtype` does
 
 
 def decode_image(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
@@ -121,17 +122,26 @@ def resize_lanczos3(images: Tensor, size: int | tuple[int, int], *, exact: bool 
             a CPU, whose other rounding moves about one value in 75,000 by one level.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    return _per_image(lambda x: _resize(x, height, width, exact), images, (height, width))
+    return _per_image(lambda x: _to_rows(_resize(x, height, width, exact)), images, (height, width))
 
 
 def _resize(images: Tensor, height: int, width: int, exact: bool) -> Tensor:
-    """uint8 [N, 3, H, W]; the result is a view of [N, width, 3, height], the layout in which a crop begins."""
+    """uint8 [N, 3, H, W] resized, as whole numbers in float32 [N, width, 3, height]: the layout where a crop begins."""
     if tuple(images.shape[-2:]) == (height, width):
-        return images
+        return _to_columns(images)
     rows = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
     rows = _filter_rows(rows, height, exact)
-    columns = _filter_rows(rows.permute(0, 2, 3, 1).contiguous(), width, exact)
-    return _truncate(columns.round_().clamp_(0, 255)).permute(0, 2, 3, 1)
+    return _filter_rows(rows.permute(0, 2, 3, 1).contiguous(), width, exact).round_().clamp_(0, 255)
+
+
+def _to_columns(images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] as float32 [N, W, 3, H]."""
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _to_rows(columns: Tensor) -> Tensor:
+    """[N, W, 3, H] as [N, 3, H, W], a view."""
+    return columns.permute(0, 2, 3, 1)
 
 
 def _filter_rows(x: Tensor, out_rows: int, exact: bool) -> Tensor:
@@ -200,21 +210,20 @@ def center_crop(images: Tensor, area: float = 0.9) -> Tensor:
     def crop(x: Tensor) -> Tensor:
         side = np.sqrt(np.float32(area))
         offset = np.full(len(x), (np.float32(1) - side) / np.float32(2), np.float32)
-        return _to_uint8(_crop_and_resize(x, offset, offset, side, exact=True))
+        return _crop_and_resize(_to_columns(x), offset, offset, side, exact=True).mul_(_FULL)
 
     return _per_image(crop, images, tuple(images.shape[-2:]))
 
 
-def _crop_and_resize(images: Tensor, top: np.ndarray, left: np.ndarray, side: np.float32, exact: bool) -> Tensor:
-    """Bilinear crop of uint8 [N, 3, H, W] to float32 in [0, 1], same size (`tf.image.crop_and_resize`).
+def _crop_and_resize(columns: Tensor, top: np.ndarray, left: np.ndarray, side: np.float32, exact: bool) -> Tensor:
+    """Bilinear crop of float32 [N, W, 3, H] in 0..255, which it consumes, to [N, 3, H, W] in [0, 1], same size.
 
     Args:
         top, left: float32 [N], offsets of each image's crop as a fraction of its height or width.
         side: height and width of the crop, likewise.
-        exact: round as TensorFlow does, see `resize_lanczos3`.
+        exact: round as `tf.image.crop_and_resize` does, see `resize_lanczos3`.
     """
-    x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    x = _interpolate_rows(x.mul_(1 / np.float32(255)), left, side, exact)  # width first, then height, as TensorFlow
+    x = _interpolate_rows(columns.mul_(1 / np.float32(255)), left, side, exact)  # width, then height, as TensorFlow
     x = _interpolate_rows(x.permute(0, 3, 2, 1).contiguous(), top, side, exact)
     return x.permute(0, 2, 1, 3).clamp_(0, 1)
 
@@ -228,8 +237,8 @@ def _interpolate_rows(x: Tensor, offset: np.ndarray, side: np.float32, exact: bo
     place = np.clip(place, 0, last)
     low = np.floor(place)
     pair = np.stack([low, np.ceil(place)], axis=-1).astype(np.int64) + rows * np.arange(count)[:, None, None]
-    index = torch.from_numpy(pair.reshape(-1, 2)).to(x.device)
-    share = torch.from_numpy((place - low).reshape(-1, 1)).to(x.device)
+    index = _send(pair.reshape(-1, 2), x.device)
+    share = _send((place - low).reshape(-1, 1), x.device)
     flat = x.reshape(count * rows, -1)
     if exact:
         below, above = (flat.index_select(0, index[:, i]) for i in range(2))
@@ -278,7 +287,7 @@ def augment(images: Tensor, seeds: Tensor, augmentation: Augmentation | None = N
     if seeds.shape != images.shape[:-3]:
         raise ValueError(f"expected one seed per image, shape {list(images.shape[:-3])}, got {list(seeds.shape)}")
     draws = _draws(seeds.reshape(-1), augmentation or Augmentation())
-    return _per_image(_augment, images, tuple(images.shape[-2:]), draws)
+    return _per_image(lambda x, d: _augment(_to_columns(x), d), images, tuple(images.shape[-2:]), draws)
 
 
 def _draws(seeds: Tensor, options: Augmentation) -> np.ndarray:
@@ -302,14 +311,17 @@ def _draws(seeds: Tensor, options: Augmentation) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _augment(images: Tensor, draws: np.ndarray) -> Tensor:
-    """The chain on uint8 [N, 3, H, W]; values are clipped to [0, 1] after every step."""
-    x = _crop_and_resize(images, draws[:, 1], draws[:, 2], draws[0, 0], exact=False)
-    brightness, contrast, saturation, hue = torch.from_numpy(draws[:, 3:].T.copy()).to(x.device)[..., None, None, None]
+def _augment(columns: Tensor, draws: np.ndarray) -> Tensor:
+    """The chain on float32 [N, W, 3, H] in 0..255, which it consumes, to [N, 3, H, W] in [0, 256).
+
+    Values are clipped to [0, 1] after every step.
+    """
+    x = _crop_and_resize(columns, draws[:, 1], draws[:, 2], draws[0, 0], exact=False)
+    brightness, contrast, saturation, hue = _send(draws[:, 3:].T.copy(), x.device)[..., None, None, None]
     x.add_(brightness).clamp_(0, 1)
     mean = x.mean((-2, -1), keepdim=True)
-    x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
-    return _to_uint8(_shift_saturation_and_hue(x, saturation[:, 0], hue[:, 0]))
+    torch.lerp(mean, x, contrast, out=x).clamp_(0, 1)
+    return _shift_saturation_and_hue(x, saturation[:, 0], hue[:, 0]).mul_(_FULL)
 
 
 def _shift_saturation_and_hue(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
@@ -337,21 +349,13 @@ def _shift_saturation_and_hue(x: Tensor, saturation: Tensor, hue: Tensor) -> Ten
     return result
 
 
-def _to_uint8(x: Tensor) -> Tensor:
-    """Float in [0, 1] to uint8 by trunc(x * 255.5), as `tf.image.convert_image_dtype` does."""
-    return _truncate(x.mul_(255.5).clamp_(0, 255))
-
-
-def _truncate(x: Tensor) -> Tensor:
-    """Float in [0, 255] to uint8, by way of int32: torch has vector code for those steps, not for the direct one."""
-    return x.to(torch.int32).to(torch.uint8)
-
-
 def _per_image(
     function: Callable[..., Tensor], images: Tensor, size: tuple[int, int], draws: np.ndarray | None = None
 ) -> Tensor:
-    """Apply `function` to [N, 3, H, W], giving [N, 3, *size]: at once on a GPU, image by image on the CPU, whose caches
-    hold only one."""
+    """Apply `function`, from uint8 [N, 3, H, W] to float [N, 3, *size], and truncate its result to uint8.
+
+    At once on a GPU; image by image on the CPU, whose caches hold only one.
+    """
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"expected images uint8 [..., 3, H, W], got {images.dtype} {list(images.shape)}")
     flat = images.reshape(-1, *images.shape[-3:])
@@ -359,8 +363,15 @@ def _per_image(
     step = 1 if images.device.type == "cpu" else max(len(flat), 1)
     for i in range(0, len(flat), step):
         part = slice(i, i + step)
-        result[part] = function(flat[part]) if draws is None else function(flat[part], draws[part])
+        values = function(flat[part]) if draws is None else function(flat[part], draws[part])
+        result[part] = values.to(torch.int32)  # torch has vector code for float to int32, not for float to uint8
     return result.view(*images.shape[:-2], *size)
+
+
+def _send(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array on `device`. Page-locked on the way to a GPU, or the copy would wait for all work queued there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
