@@ -219,7 +219,9 @@ def _component(folder: Path, stem: Stem) -> dict[str, Tensor]:
 
 
 def _family(folder: Path, config: Mapping[str, Any]) -> Family:
-    model_type = config.get("model_type", "openvla")
+    # Folders with an adapter alone have no config.json; only SpatialVLA's processor has this file.
+    unmerged = "spatialvla" if (folder / "processor_config.json").is_file() else "openvla"
+    model_type = config.get("model_type", unmerged)
     if model_type not in _FAMILIES:
         raise ValueError(
             f"{folder / 'config.json'} is of model_type {model_type!r}; this project runs {', '.join(_FAMILIES)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismo.data.images import observation_image
 from prismo.data.normalize import DatasetStats, normalize, unnormalize
@@ -181,7 +181,7 @@ def _load_vla(
         arguments["device_map"] = {"": device}  # straight from the files to the device
     vla = OpenVLAForActionPrediction.from_pretrained(folder, attention=settings.attention, self_test=False, **arguments)
     if checkpoint.adapter is not None:
-        _merge_adapter(vla, checkpoint)
+        merge_adapter(vla, checkpoint)
         vla.to(dtype)
     if settings.film:
         _load_film(vla, checkpoint)
@@ -190,8 +190,16 @@ def _load_vla(
     return vla
 
 
-def _merge_adapter(vla: OpenVLAForActionPrediction, checkpoint: Checkpoint) -> None:
-    """Fold `lora_adapter/` into the weights: `W + scale * B @ A`, rounded once, as merging to disk does."""
+def merge_adapter(vla: nn.Module, checkpoint: Checkpoint) -> None:
+    """Fold `lora_adapter/` into the weights: `W + scale * B @ A`, rounded once, as merging to disk does.
+
+    Args:
+        vla: OpenVLA or SpatialVLA, in the dtype of the stored weights.
+        checkpoint: an unmerged one.
+
+    Raises:
+        ValueError: the adapter belongs to another base model.
+    """
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415 (peft is slow to import; merged checkpoints need none of it)
 
     from prismo.models.film import add_film  # noqa: PLC0415

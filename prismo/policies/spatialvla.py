@@ -26,7 +26,8 @@ from prismo.models.spatialvla import (
     predict_actions,
 )
 from prismo.policies.base import PolicyInput
-from prismo.policies.checkpoint import Checkpoint
+from prismo.policies.checkpoint import Checkpoint, local_folder
+from prismo.policies.openvla import merge_adapter
 from prismo.policies.settings import PolicyFlags
 from prismo.util.text import did_you_mean
 
@@ -176,13 +177,19 @@ def load_spatialvla_policy(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> SpatialVLAPolicy:
-    """Load model and processor.
+    """Load model and processor, and fold an unmerged adapter in.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or does not fit.
     """
-    model = SpatialVLAForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=dtype, device=device)
-    processor = SpatialVLAProcessor.from_pretrained(checkpoint.folder)
+    if checkpoint.adapter is None:
+        model = SpatialVLAForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=dtype, device=device)
+    else:  # merged in the stored dtype, as merging to disk does
+        base = local_folder(checkpoint.adapter.base)
+        model = SpatialVLAForConditionalGeneration.from_pretrained(base, device=device)
+        merge_adapter(model, checkpoint)
+        model.to(dtype)
+    processor = SpatialVLAProcessor.from_pretrained(checkpoint.folder, model.config)
     return SpatialVLAPolicy(model.eval(), processor, settings, robot)
 
 

@@ -94,8 +94,13 @@ class SpatialVLAProcessor:
             raise ValueError('intrinsic_config has no "default" camera')
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> SpatialVLAProcessor:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, config: SpatialVLAConfig | None = None
+    ) -> SpatialVLAProcessor:
         """Read a checkpoint folder or hub id; nothing in it is executed or written.
+
+        Args:
+            config: of the model; None = that in the folder (folders with an adapter alone have none).
 
         Raises:
             FileNotFoundError: a file misses.
@@ -111,7 +116,7 @@ class SpatialVLAProcessor:
         if missing:
             raise ValueError(f"{folder / _CONFIG} lacks {', '.join(missing)}")
         return cls(
-            config=read_config(folder),
+            config=config or read_config(folder),
             tokenizer=_read_tokenizer(folder / _TOKENIZER),
             action_tokenizer=ActionTokenizer.from_bin_policy(stored.pop("bin_policy")),
             statistics=parse_statistics(stored.pop("statistics")),
