@@ -10,7 +10,8 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -180,7 +181,7 @@ class Progress:
         self._restart()
 
     def _restart(self) -> None:
-        self._began, self._waited, self._updates = time.perf_counter(), 0.0, 0
+        self._began, self._waited, self._paused, self._updates = time.perf_counter(), 0.0, 0.0, 0
 
     def update(self, waited: float) -> None:
         """Count an update that waited `waited` seconds for data."""
@@ -190,7 +191,7 @@ class Progress:
 
     def speed(self) -> dict[str, float]:
         """Figures since the last call: seconds per update, samples/s, share of time spent waiting for data, MFU."""
-        elapsed = time.perf_counter() - self._began
+        elapsed = time.perf_counter() - self._began - self._paused
         values = {
             "step_seconds": elapsed / self._updates,
             "samples_per_second": self._samples * self._updates / elapsed,
@@ -214,9 +215,12 @@ class Progress:
         parts = [f"{label} {values[name]:.3g}" for label, name in shown.items() if name in values]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
-    def pause(self) -> None:
-        """Leave time spent on a checkpoint or a validation out of the speed."""
-        self._restart()
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of this block (a checkpoint, a validation, a picture) out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def close(self) -> None:
         self._bar.close()

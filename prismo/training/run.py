@@ -22,6 +22,7 @@ from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.families import family_of
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
+from prismo.training.signals import Undisturbed
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
 
 _LOG = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: Collate
         "rank": world.rank,
         "world_size": world.size,
         "num_workers": _workers(config),
-        "collate_text": collate,
+        "collate_text": Undisturbed(collate),
         "pin_memory": world.device.type == "cuda",
     }
     train = make_loader(data[0], config.batch_size, **options)

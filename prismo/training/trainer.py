@@ -216,7 +216,8 @@ class Trainer:
         self._position = self.data.train.state_dict()
         self._progress.update(waited)
         if self._progress.flops_per_update == 0 and gpu_peak_flops() and not self.step.sharded:
-            self._progress.flops_per_update = self._count_flops(taken[-1])
+            with self._progress.pause():
+                self._progress.flops_per_update = self._count_flops(taken[-1])
         return _Update(self.done, taken, before, result)
 
     def _count_flops(self, batch: Batch) -> float:
@@ -227,7 +228,6 @@ class Trainer:
             with self.step.autocast():
                 total = self.step.objective(inputs).total
             torch.autograd.grad(total, self.step.optimizer.parameters)
-        self._progress.pause()
         return float(counter.get_total_flops() * self.config.grad_accumulation_steps)
 
     @torch.no_grad()
@@ -274,33 +274,33 @@ class Trainer:
         frequency = getattr(self.config, "align_map_freq", 0)
         if not (self.world.is_main and self.task.cosine_map and frequency and update.number % frequency == 0):
             return
-        inputs = self.task.inputs(update.batches[-1], True)
-        with self.step.autocast():
-            cosine = self.task.cosine_map(inputs)
-        picture = cosine_sheet(self.task.pictures(inputs)[:_MAP_SAMPLES], cosine[:_MAP_SAMPLES])
-        path = save_picture(picture, self.run.path / "align_maps" / f"step-{update.number:06d}.png")
-        for sink in self._sinks:
-            sink.image("Align Cosine Map", update.number, path)
+        with self._progress.pause():
+            inputs = self.task.inputs(update.batches[-1], True)
+            with self.step.autocast():
+                cosine = self.task.cosine_map(inputs)
+            picture = cosine_sheet(self.task.pictures(inputs)[:_MAP_SAMPLES], cosine[:_MAP_SAMPLES])
+            path = save_picture(picture, self.run.path / "align_maps" / f"step-{update.number:06d}.png")
+            for sink in self._sinks:
+                sink.image("Align Cosine Map", update.number, path)
 
     def _validate(self) -> None:
-        values = validate(self.task, self.step, self.data.val, self.data.errors, self.config.val_time_limit)
+        with self._progress.pause():
+            values = validate(self.task, self.step, self.data.val, self.data.errors, self.config.val_time_limit)
         self.data.val.load_state_dict({"epoch": 0, "sample": 0})
         log_all(self._sinks, "val", self.done, values)
-        self._progress.pause()
 
     def _save(self, update: _Update, merge: bool = True) -> None:
         """Write the checkpoint of the current state; on return it is complete."""
         if update.result.refused:
             self._give_up(update)
-        self._check_equal()
-        state = gather_state(self.step)
-        if self.world.is_main:
-            self._write_checkpoint(self.done, self._position, state)
-            if merge and self.task.merge is not None:
-                folder = self.run.path if self.config.save_latest_checkpoint_only else self.run.step_folder(self.done)
-                self.task.merge(folder)
-        self.world.barrier()
-        self._progress.pause()
+        with self._progress.pause():
+            self._check_equal()
+            state = gather_state(self.step)
+            if self.world.is_main:
+                folder = self._write_checkpoint(self.done, self._position, state)
+                if merge and self.task.merge is not None:
+                    self.task.merge(folder)
+            self.world.barrier()
 
     def _check_equal(self) -> None:
         """Only one process writes the weights, so they must be those of all."""

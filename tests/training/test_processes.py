@@ -104,7 +104,9 @@ def test_two_processes_killed_and_resumed(two_processes, flags, tmp_path):
     wait_until(process, log, lambda: "resumed at update" in log.read_text())
     before = logged(tmp_path)  # what the killed run logged after its checkpoint is gone
     wait_until(process, log, lambda: logged(tmp_path) > before)
-    os.kill(process.pid, signal.SIGTERM)  # the launcher passes it on to its processes
+    # As a cluster does it, to every process of the job; the launcher then passes it on once more.
+    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        member.send_signal(signal.SIGTERM)
     process.wait(TIMEOUT)
     assert "SIGTERM: finishing this update, then saving" in log.read_text()
     newest = run_folder.checkpoints()[0]

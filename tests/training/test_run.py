@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+import prismo.training.logs
+import prismo.training.trainer
 from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
 from prismo.training.config import FinetuneConfig
@@ -181,6 +183,17 @@ def test_losses_fall(flags, tmp_path):
         assert sum(e[name] for e in last) < 0.8 * sum(e[name] for e in first), name
 
 
+def test_counting_operations_changes_nothing(flags, tmp_path, monkeypatch):
+    """MFU is shown for known GPUs; its one extra pass must not disturb the run."""
+    assert train(flags(tmp_path, run_id_override="plain", max_steps=2, lora_dropout=0.1)) == 0
+    for module in (prismo.training.trainer, prismo.training.logs):
+        monkeypatch.setattr(module, "gpu_peak_flops", lambda: 1e12)
+    assert train(flags(tmp_path, max_steps=2, lora_dropout=0.1)) == 0
+    counted, plain = figures(tmp_path / "run"), figures(tmp_path / "plain")
+    assert 0 < counted[2].pop("mfu") < 1
+    assert counted[2] == plain[2]
+
+
 def test_no_alignment_needs_no_teacher(flags, tmp_path):
     """The original loads and runs VGGT even at coefficient 0 (defect 15)."""
     assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, vggt_path=tmp_path / "missing.pt")) == 0
@@ -251,6 +264,11 @@ def errors(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
         ({"vla_layers_align": 24}, "--vla_layers_align 24"),
         ({"vggt_layers_align": 24}, "vggt_layers_align=24 is out of range"),
         ({"resume": True}, "--resume True: no complete checkpoint with trainer state"),
+        pytest.param(
+            {"device": "cuda"},
+            "process 0 needs GPU 0, this machine shows 0",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         pytest.param(
             {"use_tensorboard": True},
             "pip install 'prismo[tensorboard]'",
