@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 SIMULATOR := hf-libero robosuite bddl
 
-.PHONY: setup gl test test-fast lint format clean
+.PHONY: setup gl demo test test-fast lint format clean
 
 setup: $(READY)
 
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 # Software rendering for machines without a GPU; says what to type where it may not install it.
 gl:
 	@bash scripts/install_gl.sh
+
+demo: setup gl
+	$(BIN)/python scripts/demo.py --output demo --overwrite
 
 # Two processes, a file at a time: module fixtures are shared, and the slowest part does not wait for the others.
 test: setup gl

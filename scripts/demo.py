@@ -151,7 +151,7 @@ class Demo:
             "experiments/robot/libero/run_libero_eval.py",
             *("--pretrained_checkpoint", str(self.checkpoint(run)), "--task_suite_name", "libero_object"),
             *("--task_ids", self.tasks, "--num_trials_per_task", str(self.args.trials)),
-            *("--libero_assets", self.assets, "--env_img_res", "128"),
+            *("--libero_assets", self.assets, "--env_img_res", "128", "--max_steps", str(self.args.max_steps)),
             *("--local_log_dir", str(self.folder / "eval"), "--rollout_dir", str(self.folder / "videos")),
         )
         results = json.loads(next((self.folder / "eval").glob("*/results.json")).read_text())["total"]
@@ -210,11 +210,15 @@ def main() -> None:
     parser.add_argument("--demos", type=int, default=6, help="demonstrations per task")
     parser.add_argument("--train_steps", type=int, default=200, help="updates")
     parser.add_argument("--trials", type=int, default=2, help="roll-outs per task")
+    parser.add_argument("--max_steps", type=int, default=280, help="simulator steps of a roll-out (LIBERO-Object: 280)")
     args = parser.parse_args()
-    if Path(args.output).exists():
+    folder = Path(args.output)
+    if folder.exists():
         if not args.overwrite:
-            sys.exit(f"{args.output} exists; look at {args.output}/report.md, or type --overwrite to make it anew")
-        shutil.rmtree(args.output)
+            sys.exit(f"{folder} exists; look at {folder}/report.md, or type --overwrite to make it anew")
+        if not (folder / "logs").is_dir():
+            sys.exit(f"{folder} was not made by this script; name another folder with --output")
+        shutil.rmtree(folder)
     Demo(args).run()
 
 

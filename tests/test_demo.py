@@ -1,0 +1,60 @@
+"""The chain of `make demo` at the smallest size: every entry script on the output of the one before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_smallest_demo(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    sizes = ("--tasks", "1", "--demos", "1", "--train_steps", "12", "--trials", "1", "--max_steps", "16")
+    # Without assets, whatever this machine has: a newcomer has none.
+    environment = {k: v for k, v in os.environ.items() if k != "PRISMO_LIBERO_ASSETS"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "scripts/demo.py", "--output", str(folder), *sizes],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    report = (folder / "report.md").read_text()
+    for stage in ("demonstrations", "RLDS dataset", "training", "merge", "roll-outs", "total"):
+        assert stage in report
+    assert "stand-ins" in report
+    assert (folder / "training_curve.png").stat().st_size > 10_000
+    assert len(list((folder / "videos").rglob("*.mp4"))) == 1
+
+    rows = [json.loads(line) for line in (folder / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["align_loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+
+    checkpoint = folder / "runs" / "demo--12_chkpt"
+    assert (checkpoint / "lora_adapter").is_dir()
+    assert json.loads((checkpoint / "config.json").read_text())["norm_stats"].keys() == {"libero_object_no_noops"}
+    results = json.loads(next((folder / "eval").glob("*/results.json")).read_text())
+    assert results["total"]["episodes"] == 1
+    assert results["total"]["errors"] == 0
+    assert results["versions"]["assets"] == "stand-ins"
+
+    again = subprocess.run(
+        [sys.executable, "scripts/demo.py", "--output", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
