@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from prismo.models.spatialvla.action_tokenizer import ActionTokenizer, Gaussian,
 from prismo.models.spatialvla.rediscretize import interpolate_rows
 from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 from prismo.policies import PolicyFlags, PolicyInput, prepare_policy
-from prismo.training.config import FinetuneConfig
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.optim import Schedule
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import DATASET, REPOSITORY, assert_same_state, environment, figures, metrics, state, train
@@ -332,3 +333,44 @@ def test_finetune_is_the_same_without_the_alignment_flags(svla, tmp_path):
     plain = [part for pair in pairs if pair[0][2:] not in align_flags for part in pair]
     assert train(plain, FinetuneConfig) == 0
     assert (last(tmp_path, 1) / "lora_adapter").is_dir()
+
+
+def shown(script: str, arguments: list[str], folder: Path, **environ: str) -> list[str]:
+    """What a training script would launch: with commands in front of the true ones that only show their arguments."""
+    for name, text in (
+        ("torchrun", 'printf "%s\\n" "$@"'),
+        ("python", 'echo "$@" >&2'),
+        ("scontrol", "echo node0"),
+        ("srun", '"$@"'),
+    ):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", "RUNS": str(folder), "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    command = ["bash", str(REPOSITORY / "scripts" / script), *arguments]
+    done = subprocess.run(command, env=os.environ | own | environ, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("suite", ["spatial", "10", "joint"])
+def test_the_training_script_is_accepted(mode, suite, tmp_path):
+    align = {"ALIGN": "1"} if suite == "joint" else {"ADAPT": "0"}
+    words = shown("train_libero_spatialvla.sh", [suite, "--resume", "True"], tmp_path, MODE=mode, NPROC="3", **align)
+    assert words[:5] == ["--standalone", "--nnodes", "1", "--nproc-per-node", "3"]
+    kind = FinetuneAlignConfig if suite == "joint" else FinetuneConfig
+    assert words[5] == f"vla-scripts/finetune{'_align' if suite == 'joint' else ''}.py"
+    config = parse_config(kind, words[6:])
+    assert (config.batch_size, config.scheduler, config.weight_decay, config.resume) == (32, "LinearLR", 0, True)
+    assert (config.use_lora, config.learning_rate) == ((True, 5e-4) if mode == "lora" else (False, 2e-5))
+    assert (config.adapt_emb is None) == (suite != "joint")
+    assert config.dataset_name in (f"libero_{suite}_no_noops", "libero_4_task_suites_no_noops")
+
+
+def test_the_slurm_twin_runs_the_same_command(tmp_path):
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    words = shown("train_libero_spatialvla.slurm", ["goal"], tmp_path, ADAPT="0", SLURM_RESTART_COUNT="1", **slurm)
+    assert words[:4] == ["--nnodes", "2", "--nproc-per-node", "4"]
+    assert words[words.index("--rdzv-endpoint") + 1] == "node0:20007"
+    plain = shown("train_libero_spatialvla.sh", ["goal", "--resume", "True"], tmp_path, ADAPT="0")
+    entry = "vla-scripts/finetune.py"
+    assert words[words.index(entry) :] == plain[plain.index(entry) :]
