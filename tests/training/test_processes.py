@@ -43,7 +43,7 @@ def wait_until(process: subprocess.Popen[bytes], log: Path, ready: Callable[[], 
     while not ready():
         assert process.poll() is None, f"the process ended before it was expected:\n{log.read_text()[-4000:]}"
         assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.02)
+        time.sleep(0.002)
 
 
 def kill_9(process: subprocess.Popen[bytes]) -> None:
@@ -150,17 +150,37 @@ def test_resume_with_another_number_of_processes(two_processes, flags, tmp_path)
     assert stored["data"] == {"epoch": 0, "sample": 2 * STEPS + 2}
 
 
-def test_one_process_killed_and_resumed(flags, tmp_path):
-    """Plain `python`, no torchrun: kill -9, then resume in another process."""
-    options = {"max_steps": STEPS, "save_freq": 3, "batch_size": 1}
+def stop_in_the_middle_of_a_save(process: subprocess.Popen[bytes], run_folder: RunFolder, log: Path) -> None:
+    """Freeze the process while it writes a checkpoint that is not the first."""
+
+    def caught() -> bool:
+        if not (run_folder.checkpoints() and list(run_folder.path.parent.glob(".run--*_chkpt.*"))):
+            return False
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.05)
+        if list(run_folder.path.parent.glob(".run--*_chkpt.*/lora_adapter")):
+            return True
+        process.send_signal(signal.SIGCONT)  # too early or too late: the next one
+        return False
+
+    wait_until(process, log, caught)
+
+
+def test_one_process_killed_while_saving_and_resumed(flags, tmp_path):
+    """Plain `python`, no torchrun: kill -9 in the middle of a save, then resume in another process."""
+    options = {"max_steps": STEPS, "save_freq": 1, "batch_size": 1}
     assert train(flags(tmp_path / "whole", **options)) == 0
     log = tmp_path / "log"
     process = start([sys.executable, str(SCRIPT), *flags(tmp_path, **options)], log)
     run_folder = RunFolder(tmp_path / "run")
-    wait_until(process, log, lambda: run_folder.step_folder(3).is_dir())
+    stop_in_the_middle_of_a_save(process, run_folder, log)
     kill_9(process)
-    assert run_folder.checkpoints()[0].step < STEPS
+    newest = run_folder.checkpoints()[0]
+    assert newest.resumable
+    assert newest.step < STEPS
+    assert list(tmp_path.glob(".run--*_chkpt.*")), "the kill did not hit a save"
     assert train(flags(tmp_path, resume=True, **options)) == 0
+    assert not list(tmp_path.glob(".run--*"))
     assert_same_state(run_folder.step_folder(STEPS), RunFolder(tmp_path / "whole" / "run").step_folder(STEPS))
     assert figures(run_folder.path) == figures(tmp_path / "whole" / "run")
 

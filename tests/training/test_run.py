@@ -303,6 +303,15 @@ def test_weights_and_biases_respects_the_users_mode(flags, tmp_path, monkeypatch
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_tensorboard(flags, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'prismo[tensorboard]')")
+    assert train(flags(tmp_path, max_steps=2, use_tensorboard=True, align_map_freq=1)) == 0
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    content = file.read_bytes()
+    assert content.count(b"VLA Train/Align Loss") == 2
+    assert content.count(b"Align Cosine Map") == 2
+
+
 def test_chart_names_are_the_originals():
     names = ("loss", "curr_action_l1_loss", "next_actions_l1_loss", "align_loss", "learning_rate")
     charts = ["Loss", "Curr Action L1 Loss", "Next Actions L1 Loss", "Align Loss", "Learning Rate"]
