@@ -282,7 +282,7 @@ def test_bf16(svla, tmp_path):
         "val_time_limit": 1,
     }
     assert train(svla(tmp_path, max_steps=1, **options)) == 0
-    assert train(svla(tmp_path, max_steps=1, run_id_override="full", **(FULL | ALIGN | {"dtype": "bfloat16"}))) == 0
+    assert train(svla(tmp_path, max_steps=1, run_id_override="full", **(options | FULL))) == 0
     losses = [metrics(tmp_path / name)[1]["loss"] for name in ("run", "full")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
     assert {value.dtype for value in state(last(tmp_path, 1)).values()} == {torch.float32}
