@@ -6,6 +6,7 @@ Needs 31 GB of disk and no GPU; removes everything it wrote.
 """
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,13 @@ from prismo.models.tiny import tiny_statistics
 from prismo.models.weight_files import INDEX, StoredTensor, write_shards
 from prismo.util.files import write_json
 
-_MERGE = "import sys; from prismo.models.merge import merge; print(merge(*sys.argv[1:4], verify=sys.argv[4] == '1'))"
+_MERGE = """
+import resource, sys
+from prismo.models.merge import merge
+merge(*sys.argv[1:4], verify=sys.argv[4] == "1")
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss)
+"""
 
 
 @dataclass
@@ -36,8 +43,6 @@ class BenchConfig:
     folder: Path = Path("bench_merge")
     # LoRA rank
     rank: int = 32
-    # Threads of the merge; 0 = PyTorch's default
-    threads: int = 0
 
 
 def write_base(folder: Path) -> int:
@@ -75,29 +80,34 @@ def write_adapter(checkpoint: Path, spec: LoraSpec) -> None:
     dump_statistics({"libero_spatial_no_noops": tiny_statistics(LIBERO)}, checkpoint / "dataset_statistics.json")
 
 
-def copy_files(source: Path, target: Path) -> float:
-    """Seconds of a plain copy of the weights, flushed to disk."""
+@dataclass(frozen=True)
+class Cost:
+    """Wall and processor seconds, and peak resident memory in bytes."""
+
+    seconds: float
+    cpu: float
+    peak: float | None = None
+
+
+def copy_files(source: Path, target: Path) -> Cost:
+    """A plain copy of the weights, flushed to disk."""
     target.mkdir()
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     for path in sorted(source.glob("*.safetensors")):
         with path.open("rb") as reader, (target / path.name).open("wb") as writer:
             shutil.copyfileobj(reader, writer, 2**24)
             writer.flush()
-            subprocess.run(["sync", target / path.name], check=True)
-    return time.monotonic() - began
+            os.fsync(writer.fileno())
+    return Cost(time.monotonic() - began, time.process_time() - cpu)
 
 
-def run_merge(base: Path, checkpoint: Path, output: Path, verify: bool, threads: int) -> tuple[float, float]:
-    """Seconds and peak resident memory (bytes) of a merge in a process of its own."""
-    setup = f"import torch; torch.set_num_threads({threads}); " if threads else ""
+def run_merge(base: Path, checkpoint: Path, output: Path, verify: bool) -> Cost:
+    """A merge in a process of its own, imports included."""
     began = time.monotonic()
-    arguments = [str(base), str(checkpoint), str(output), "1" if verify else "0"]
-    measured = "; import resource; print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run(
-        [sys.executable, "-c", setup + _MERGE + measured, *arguments], check=True, stdout=subprocess.PIPE, text=True
-    )
-    print(done.stdout, file=sys.stderr)
-    return time.monotonic() - began, float(done.stdout.split()[-1]) * 1024
+    command = [sys.executable, "-c", _MERGE, str(base), str(checkpoint), str(output), "1" if verify else "0"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    cpu, peak = (float(value) for value in done.stdout.split()[-2:])
+    return Cost(time.monotonic() - began, cpu, peak)
 
 
 @draccus.wrap()
@@ -107,18 +117,19 @@ def main(cfg: BenchConfig) -> None:
     try:
         size = write_base(base)
         write_adapter(checkpoint, LoraSpec(cfg.rank))
-        rows = [("plain copy of the same bytes", copy_files(base, output), None)]
+        rows = [("plain copy of the same bytes", copy_files(base, output))]
         for verify in (False, True):
             shutil.rmtree(output)
             name = "merge and verify (the default)" if verify else "merge only"
-            rows.append((name, *run_merge(base, checkpoint, output, verify, cfg.threads)))
+            rows.append((name, run_merge(base, checkpoint, output, verify)))
     finally:
         shutil.rmtree(cfg.folder)
-    print(f"{size / 1e9:.1f} GB of bf16 weights, rank {cfg.rank}, {cfg.threads or torch.get_num_threads()} threads")
-    print(f"{'':32} {'seconds':>8} {'x copy':>7} {'MB/s':>6} {'peak RSS':>10}")
-    for name, seconds, peak in rows:
-        memory = f"{peak / 1e9:.2f} GB" if peak else ""
-        print(f"{name:32} {seconds:8.1f} {seconds / rows[0][1]:7.2f} {size / 1e6 / seconds:6.0f} {memory:>10}")
+    print(f"{size / 1e9:.1f} GB of bf16 weights, rank {cfg.rank}, {os.cpu_count()} processors")
+    print(f"{'':32} {'seconds':>8} {'x copy':>7} {'cpu s':>7} {'MB/s':>6} {'peak RSS':>10}")
+    for name, cost in rows:
+        ratio, rate = cost.seconds / rows[0][1].seconds, size / 1e6 / cost.seconds
+        memory = f"{cost.peak / 1e9:.2f} GB" if cost.peak else ""
+        print(f"{name:32} {cost.seconds:8.1f} {ratio:7.2f} {cost.cpu:7.1f} {rate:6.0f} {memory:>10}")
 
 
 if __name__ == "__main__":
