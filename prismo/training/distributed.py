@@ -6,6 +6,7 @@ Every function is a no-op or the identity in a single process, so that no caller
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Rank 0 may merge and write a 7-billion-parameter model while the others wait in their next collective; the default of
 # ten minutes kills such runs.
 _TIMEOUT = timedelta(hours=2)
+_RELEASE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ def start_world(device: str | None = None) -> World:
 def stop_world() -> None:
     """Leave the process group."""
     if dist.is_initialized():
+        # gloo's threads need the interpreter to release the tensors of the last collective. Where they only get to it
+        # while the interpreter shuts down, the process aborts ("terminate called without an active exception").
+        time.sleep(_RELEASE_SECONDS)
         dist.destroy_process_group()
 
 
