@@ -53,7 +53,7 @@ def main() -> None:
     print(
         f"index built at {size / 1e6 / built['seconds']:.0f} MB/s, {built['seconds']:.1f} s; every checksum verified\n"
     )
-    print_table([{"mode": mode} | {side: run(args, root, side, mode) for side in SIDES} for mode in MODES])
+    print_table([{"mode": mode} | {side: run(args, root, side, mode) for side in SIDES} for mode in args.modes])
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10, help="length of each throughput measurement")
     parser.add_argument("--shuffle_buffer_size", type=int, default=100_000, help="tf.data only; the original's default")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="rows to measure")
     parser.add_argument("--measure", choices=sorted(MEASURES), help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     return parser.parse_args()
