@@ -24,7 +24,7 @@ from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny_tokenizer import write_tiny_tokenizer
 from prismo.models.vit import ViTConfig
-from prismo.util.files import atomic_write, read_json, write_json
+from prismo.util.files import atomic_write
 
 # openvla-7b's statistics: ImageNet's, rounded to bfloat16 (see `PrismaticImageProcessor`), then SigLIP's.
 _NORMALIZE = [
@@ -98,9 +98,6 @@ def make_tiny_openvla(
     fill_random(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size="3MB")
     PrismaticImageProcessor(tvf_normalize_params=_NORMALIZE).save_pretrained(folder)
-    preprocessor = folder / "preprocessor_config.json"
-    # The original finds its processor by this key, which transformers 5 no longer writes.
-    write_json(preprocessor, read_json(preprocessor) | {"processor_class": "PrismaticProcessor"})
     write_tiny_tokenizer(folder)
     return folder
 

@@ -160,6 +160,9 @@ def test_processor_reads_the_rounded_statistics(processor: PrismaticProcessor, t
             [0.484375, 0.455078125, 0.40625],
             [0.228515625, 0.2236328125, 0.224609375],
         )
+    stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert stored["processor_class"] == "PrismaticProcessor"
+    assert stored["image_processor_type"] == "PrismaticImageProcessor"
     images = torch.rand(2, 2, 3, 16, 16)
     back = processor.image_processor.denormalize(processor.image_processor.normalize(images))
     torch.testing.assert_close(back, images)

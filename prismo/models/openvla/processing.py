@@ -75,6 +75,11 @@ class PrismaticImageProcessor(ImageProcessingMixin):
         self.tvf_letterbox_fill = [int(v * 255) for v in self.means[0]] if self.tvf_do_letterbox else None
         super().__init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into preprocessor_config.json; the original finds its processor by `processor_class`."""
+        values = {key: value for key, value in super().to_dict().items() if not key.startswith("_")}
+        return values | {"processor_class": "PrismaticProcessor"}
+
     @property
     def statistics(self) -> list[tuple[list[float], list[float]]]:
         """(mean, std) per tower, from the lists that training used."""
@@ -166,7 +171,6 @@ class PrismaticProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the files that the original project reads (`preprocessor_config.json`, tokenizer files)."""
-        self.image_processor._processor_class = "PrismaticProcessor"
         self.image_processor.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
 
