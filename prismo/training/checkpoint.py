@@ -45,7 +45,12 @@ _FIXED = (
     "use_val_set", "val_fraction", "freeze_llm_embed", "freeze_vision_tower", "adapt_emb", "adpt_feature", "min_sigma",
     "intrinsics",
 )  # fmt: skip
-_NO_EFFECT = ("resume", "resume_step", "vla_path", "device", "num_workers", "dry_run", "use_wandb", "use_tensorboard")
+# Flags that may change, after which the run is another one than the uninterrupted.
+_CHANGES_NUMBERS = (
+    "learning_rate", "lr_warmup_steps", "num_steps_before_decay", "scheduler", "max_steps", "batch_size",
+    "grad_accumulation_steps", "max_grad_norm", "weight_decay", "lora_dropout", "image_aug", "dtype", "vggt_dtype",
+    "compile", "compile_vggt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,9 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
     fatal = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items() if name in (*_FIXED, "align_recipe")]
     if fatal:
         raise ValueError(f"--resume True with other flags than {path}: {'; '.join(fatal)}. Resume with the old values")
-    return [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in _NO_EFFECT]
+    if config.scheduler == "MultiStepLR":
+        changed.pop("max_steps", None)  # the others stretch to it
+    return [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name in _CHANGES_NUMBERS]
 
 
 def flush(folder: Path) -> None:

@@ -297,10 +297,24 @@ class Trainer:
             self._check_equal()
             state = gather_state(self.step)
             if self.world.is_main:
-                folder = self._write_checkpoint(self.done, self._position, state)
-                if merge and self.task.merge is not None:
-                    self.task.merge(folder)
+                self._merge(self._write_checkpoint(self.done, self._position, state), now=merge)
             self.world.barrier()
+
+    def _merge(self, folder: Path, now: bool) -> None:
+        """Write the merged model into a complete checkpoint. If it cannot be, training goes on: the adapter is safe."""
+        if self.task.merge is None:
+            return
+        later = (
+            f"merge it later: python vla-scripts/merge_lora_weights_and_save.py --base_checkpoint "
+            f"{self.config.vla_path} --lora_finetuned_checkpoint_dir {folder}"
+        )
+        if not now:
+            _LOG.info("%s is not merged; %s", folder, later)
+            return
+        try:
+            self.task.merge(folder)
+        except OSError as error:
+            _LOG.error("%s is saved, but not merged: %s; %s", folder, error, later)
 
     def _check_equal(self) -> None:
         """Only one process writes the weights, so they must be those of all."""
