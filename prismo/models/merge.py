@@ -19,8 +19,6 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,6 +38,7 @@ from prismo.models.lora import (
     read_adapter_spec,
     saved_keys,
 )
+from prismo.models.merge_check import MergeChecks, compare
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from prismo.models.openvla.loading import check_folder
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration
@@ -55,6 +54,7 @@ from prismo.models.weight_files import (
     write_shards,
 )
 from prismo.util.files import read_json, write_json
+from prismo.util.hub import local_folder
 
 _LOG = logging.getLogger(__name__)
 MARKER = "merge.json"
@@ -73,20 +73,6 @@ _BESIDE_WEIGHTS = (
     "*.py",  # the original's model code, which config.json may name; copied, never run
 )
 _OF_CHECKPOINT = ("*_checkpoint.pt", "dataset_statistics.json")
-
-
-@dataclass(frozen=True)
-class MergeChecks:
-    """How far a merged checkpoint is from base + adapter, as measured by `verify_merge`.
-
-    Attributes:
-        weight_error: largest error of a sampled weight in units of the rounding of its dtype (at most 1 is perfect).
-        output_error: largest error of a layer's output on a random input, in standard deviations of what rounding the
-            weights may cause (10 is the limit).
-    """
-
-    weight_error: float
-    output_error: float
 
 
 @dataclass(frozen=True)
@@ -260,21 +246,9 @@ def verify_merge(
 
 def resolve_base(base: str | Path) -> Path:
     """Folder of a base model: `base` itself, or the local copy of a hub id (downloaded if it is not in the cache)."""
-    check_folder(base, tuple(_FAMILIES))
-    if Path(base).is_dir():
-        return Path(base)
-    patterns = ["*.json", "*.safetensors", "*.py", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(str(base), allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        _LOG.info("%s is not in the local cache, downloading it", base)
-    try:
-        return Path(snapshot_download(str(base), allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {base}, and no hub repository of that name could be fetched ({type(error).__name__}); "
-            "give the path of the base model's folder, or check the id and the network"
-        ) from error
+    folder = local_folder(base, ("*.json", "*.safetensors", "*.py", "tokenizer.model"))
+    check_folder(folder, tuple(_FAMILIES))
+    return folder
 
 
 @contextmanager
@@ -403,7 +377,7 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
     def check(name: str) -> MergeChecks:
         before, after = tensors[name].read(), written[name].read()
         if name in adapter.keys:
-            return _compare(before, after, *adapter.factors(name), adapter.spec.scale, seed=crc32(name.encode()))
+            return compare(before, after, *adapter.factors(name), adapter.spec.scale, seed=crc32(name.encode()))
         before = adapter.apply(name, before)
         if not torch.equal(before.view(-1).view(torch.uint8), after.view(-1).view(torch.uint8)):
             raise ValueError(f"{merged}: {name} differs from the base model, but no adapter changes it")
@@ -422,32 +396,6 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
             )
             read(tensors[name].size)
     return worst
-
-
-def _compare(before: Tensor, after: Tensor, a: Tensor, b: Tensor, scale: float, seed: int) -> MergeChecks:
-    """Error of one merged weight.
-
-    Rounding changes a weight by at most `unit` times itself. With independent normal inputs x the error of an output
-    is then normal with a deviation of at most `unit * norm(row)`.
-    """
-    before, after, a, b = before.flatten(1), after.flatten(1), a.flatten(1).double(), b.flatten(1).double()
-    # Differences of 16-bit weights are exact enough in fp32, and twice as fast.
-    wide = torch.float32 if after.element_size() <= 2 else torch.float64
-    unit, tiny = torch.finfo(after.dtype).eps / 2, torch.finfo(after.dtype).tiny
-    x = torch.randn(before.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    change = scale * (b @ (a @ x))
-    x = x.to(wide)
-    weight_errors, output_errors = [], []
-    rows = max(1, 2**18 // before.shape[1])
-    for block in range(0, len(before), rows):
-        old, new = before[block : block + rows].to(wide), after[block : block + rows].to(wide)
-        error = (new - old) @ x - change[block : block + rows]
-        output_errors.append((error.abs() / (unit * new.norm(dim=1) + tiny)).max())
-        sample = slice(block, min(block + 4, len(before)))
-        exact = before[sample].double() + scale * (b[sample] @ a)
-        weight_errors.append(((after[sample].double() - exact).abs() / (unit * exact.abs() + tiny)).max())
-    # torch's maximum, unlike Python's, passes NaN on.
-    return MergeChecks(torch.stack(weight_errors).max().item(), torch.stack(output_errors).max().item())
 
 
 def _same_kind(left: StoredTensor, right: StoredTensor) -> bool:

@@ -20,6 +20,7 @@ from prismo.models.component_files import TRAINING_CONFIG, Stem, find_component,
 from prismo.models.openvla import AttentionKind
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.files import read_json
+from prismo.util.hub import local_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         FileNotFoundError: neither folder nor hub id, or files are missing (naming them).
         ValueError: files contradict each other or cannot be read.
     """
-    folder = local_folder(source)
+    folder = checkpoint_folder(source)
     merged = any(folder.glob("model*.safetensors")) and (folder / "config.json").is_file()
     adapter = None if merged else _read_adapter(folder, base)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -134,33 +135,9 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     )
 
 
-def local_folder(source: str | Path) -> Path:
-    """A folder as it is; a hub id (`owner/name`) is downloaded to the hub's cache, or found there.
-
-    A folder wins over a hub repository of the same name. HF_HUB_OFFLINE=1 never asks the network.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a repository.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder.resolve()
-    name = str(source)
-    if not name or folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.suffix:
-        raise FileNotFoundError(
-            f"{name!r} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b-finetuned-libero-spatial"
-        )
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 (local folders need no hub client)
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {name}, and the hub repository of that name could not be fetched "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Give the path of a checkpoint folder, or "
-            "check the id and the network"
-        ) from error
+def checkpoint_folder(source: str | Path) -> Path:
+    """Folder of a policy; a hub id is found in the hub's cache or downloaded (see `prismo.util.hub`)."""
+    return local_folder(source, _HUB_FILES).resolve()
 
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
@@ -169,7 +146,7 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
     The big weight files enter by names, shapes and the first bytes of every tensor, the small files whole.
     """
     digest = hashlib.sha256()
-    weights = checkpoint.folder if checkpoint.adapter is None else local_folder(checkpoint.adapter.base)
+    weights = checkpoint.folder if checkpoint.adapter is None else checkpoint_folder(checkpoint.adapter.base)
     digest.update(fingerprint(stored_tensors(weights)).encode())
     names = (
         "*.pt",

@@ -9,6 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from prismo.util.hub import is_hub_id
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -47,7 +49,7 @@ def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) ->
     """
     folder = Path(path)
     if not folder.is_dir():
-        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        if not is_hub_id(path):
             raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b")
         return
     config = folder / "config.json"

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prismo.models.openvla.loading import weight_files
 from prismo.util.files import atomic_write, write_json
+from prismo.util.hub import local_folder
 
 _LISTED = 8  # names per kind of problem in an error
 
@@ -47,19 +48,8 @@ def official_name(name: str) -> str:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """A local folder as it is; a hub id (`IPEC-COMMUNITY/spatialvla-4b-224-pt`) is downloaded to the hub's cache.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise FileNotFoundError(
-            f"{path} is neither a checkpoint folder nor a hub id such as IPEC-COMMUNITY/spatialvla-4b-224-pt"
-        )
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    """A local folder as it is; a hub id (`IPEC-COMMUNITY/spatialvla-4b-224-pt`) as its copy in the hub's cache."""
+    return local_folder(path, ("*.json", "*.safetensors"))
 
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
