@@ -53,10 +53,9 @@ def predict_actions(
     """Predict normalised actions.
 
     Args:
-        vla, modules: the policy's parts.
+        vla, modules, embodiment: the policy's parts and robot.
         text: `PrismaticProcessor.query_text` (OFT), or `prompt_batch` for a causal (vanilla) model.
         pixel_values: [B, V * 6, H, W].
-        embodiment: chunk and action size.
         proprio: normalised state [B, proprio_dim]; required with a proprio projector, an error without one.
         diffusion_steps: denoising steps.
         start: noise to denoise [B, K, A]; drawn from N(0, 1) by default.
@@ -80,8 +79,7 @@ def predict_actions(
             return modules.head.predict(states).float()
         return _decode(vla, vla.logits(states).argmax(dim=-1)).unflatten(1, shape)
 
-    embeddings = vla.get_input_embeddings()(text.input_ids)
-    condition = vla.language_condition(embeddings, mask, text.attention_mask)
+    condition = vla.language_condition(vla.get_input_embeddings()(text.input_ids), mask, text.attention_mask)
     vision = vla.project_vision(pixel_values, condition)  # the same at every denoising step
 
     def action_hidden(noisy: Tensor, time_token: Tensor) -> Tensor:
