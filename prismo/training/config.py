@@ -36,7 +36,7 @@ class FinetuneConfig:
     data_root_dir: Path = Path("datasets/rlds")
     # Dataset, mixture (libero_4_task_suites_no_noops) or the path of a YAML description of your own data
     dataset_name: str = "aloha_scoop_x_into_bowl"
-    # Folder of the run folders
+    # Folder of the run folders; with several machines, one that all of them see
     run_root_dir: Path = Path("runs")
     # Accepted for old commands; nothing is buffered here, any window is read directly and the order is fully shuffled
     shuffle_buffer_size: int = 100_000

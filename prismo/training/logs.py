@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -129,6 +130,8 @@ class TensorBoard:
     """TensorBoard files in the run folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
+        # TensorBoard takes the whole of TensorFlow for its file access where it finds it, unless this module is there.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (needs the extra `tensorboard`)
 
         self._writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import prismo.training.logs
 import prismo.training.trainer
 from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
+from prismo.models.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
 from prismo.training.logs import chart_name
 from prismo.training.run_folder import RunFolder
@@ -305,7 +307,9 @@ def test_weights_and_biases_respects_the_users_mode(flags, tmp_path, monkeypatch
 
 def test_tensorboard(flags, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'prismo[tensorboard]')")
+    before = "tensorflow" in sys.modules
     assert train(flags(tmp_path, max_steps=2, use_tensorboard=True, align_map_freq=1)) == 0
+    assert ("tensorflow" in sys.modules) == before
     (file,) = (tmp_path / "run" / "tensorboard").iterdir()
     content = file.read_bytes()
     assert content.count(b"VLA Train/Align Loss") == 2
@@ -330,6 +334,13 @@ def test_a_new_run_does_not_overwrite_another(long_run, flags, errors):
 def test_resume_with_other_structure_is_refused(long_run, flags, errors):
     assert train(flags(long_run.parent, max_steps=9, resume=True, lora_rank=8, lora_dropout=0.1)) == 2
     assert "--lora_rank 4 -> 8" in errors.text
+
+
+def test_resume_on_another_base_is_refused(long_run, flags, errors, tmp_path):
+    other = make_tiny_openvla(tmp_path / "base", seed=1)
+    options = {"max_steps": 9, "resume": True, "lora_dropout": 0.1}
+    assert train(flags(long_run.parent, vla_path=other, **options)) == 2
+    assert "was trained on other weights than those in" in errors.text
 
 
 def test_resume_says_which_changes_alter_the_run(long_run, flags, tmp_path, caplog):

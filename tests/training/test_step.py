@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +200,15 @@ def test_noise_depends_on_seed_update_and_process_only():
 
     assert draw(0, 5) == draw(0, 5)
     assert len({draw(0, 5), draw(1, 5), draw(0, 6), draw(0, 5, seed=8)}) == 4
+
+
+def test_benchmark_script_measures_our_step(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "bench_train.py"
+    results = tmp_path / "bench.jsonl"
+    arguments = ["--tiny", "--steps", "2", "--warmup", "1", "--batch_size", "1", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    row = json.loads(results.read_text())
+    assert row["samples_per_s"] == pytest.approx(1 / row["step_s"])
+    assert 0 < row["vggt_s"]
+    assert "| CPU, batch 1, 2 images, VGGT bfloat16, tiny | 1 |" in capsys.readouterr().out
