@@ -58,7 +58,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny model on the CPU, to test this script")
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of one step to this file")
     parser.add_argument("--results", type=Path, help="append to this JSONL file and print all of its rows")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tiny:
+        args.vggt_dtype = "float32"
+    return args
 
 
 def build_teacher(args: argparse.Namespace, world: World) -> VGGTAggregator:

@@ -130,6 +130,11 @@ def test_accumulation_saves_once_and_counts_updates(flags, tmp_path):
     assert sorted(metrics(run.path)) == [1, 2, 3, 4]
     stored = json.loads((run.step_folder(4) / "trainer_state" / "state.json").read_text())
     assert stored["data"] == {"epoch": 0, "sample": 8}
+    assert train(flags(tmp_path, run_id_override="double", max_steps=2, batch_size=2)) == 0
+    micro, double = metrics(run.path), metrics(tmp_path / "double")
+    for step in (1, 2):  # the same samples, here padded to a common length and there not
+        for name in ("loss", "align_loss", "gradient_norm", "epoch"):
+            assert micro[step][name] == pytest.approx(double[step][name], rel=2e-4), (step, name)
 
 
 def test_latest_only_can_be_resumed(flags, tmp_path, long_run):

@@ -210,5 +210,5 @@ def test_benchmark_script_measures_our_step(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     row = json.loads(results.read_text())
     assert row["samples_per_s"] == pytest.approx(1 / row["step_s"])
-    assert 0 < row["vggt_s"]
-    assert "| CPU, batch 1, 2 images, VGGT bfloat16, tiny | 1 |" in capsys.readouterr().out
+    assert row["vggt_s"] > 0
+    assert "| CPU, batch 1, 2 images, VGGT float32, tiny | 1 |" in capsys.readouterr().out
