@@ -320,7 +320,7 @@ def _augment(columns: Tensor, draws: np.ndarray) -> Tensor:
     brightness, contrast, saturation, hue = _send(draws[:, 3:].T.copy(), x.device)[..., None, None, None]
     x.add_(brightness).clamp_(0, 1)
     mean = x.mean((-2, -1), keepdim=True)
-    torch.lerp(mean, x, contrast, out=x).clamp_(0, 1)
+    x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
     return _shift_saturation_and_hue(x, saturation[:, 0], hue[:, 0]).mul_(_FULL)
 
 
