@@ -147,11 +147,8 @@ def _to_rows(columns: Tensor) -> Tensor:
 def _filter_rows(x: Tensor, out_rows: int, exact: bool) -> Tensor:
     """Lanczos filter of float32 [N, rows, ...] along its rows."""
     count, rows = x.shape[:2]
-    starts, weights = _lanczos3_taps(rows, out_rows, x.device)
-    # The last taps may point behind the image; their weight is 0 there.
-    index = (starts[:, None] + torch.arange(weights.shape[1], device=x.device)).clamp_(max=rows - 1)
-    index = (index + rows * torch.arange(count, device=x.device)[:, None, None]).reshape(-1, weights.shape[1])
-    weights, flat = weights.repeat(count, 1), x.reshape(count * rows, -1)
+    index, weights = _taps_of_batch(count, rows, out_rows, x.device)
+    flat = x.reshape(count * rows, -1)
     if exact:
         total = flat.index_select(0, index[:, 0]).mul_(weights[:, :1])
         for tap in range(1, weights.shape[1]):
@@ -162,7 +159,16 @@ def _filter_rows(x: Tensor, out_rows: int, exact: bool) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _lanczos3_taps(in_size: int, out_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _taps_of_batch(count: int, in_size: int, out_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row numbers and weights [count * out, taps] of all images, whose rows follow each other."""
+    first, weights = _lanczos3_taps(in_size, out_size)
+    # The last taps may point behind the image; their weight is 0 there.
+    index = np.minimum(first[:, None] + np.arange(weights.shape[1]), in_size - 1)
+    index = (index + in_size * np.arange(count)[:, None, None]).reshape(-1, weights.shape[1])
+    return torch.from_numpy(index).to(device), torch.from_numpy(np.tile(weights, (count, 1))).to(device)
+
+
+def _lanczos3_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray]:
     """First input index [out] and weights [out, taps] of every output, in float32 like TensorFlow's kernel."""
     f32 = np.float32
     inverse_scale = f32(1) / (f32(out_size) / f32(in_size))
@@ -179,7 +185,7 @@ def _lanczos3_taps(in_size: int, out_size: int, device: torch.device) -> tuple[T
     for tap in taps:
         total += weights[:, tap]
     weights *= (f32(1) / total)[:, None]
-    return torch.from_numpy(first).to(device), torch.from_numpy(weights).to(device)
+    return first, weights
 
 
 def _lanczos3(u: np.ndarray) -> np.ndarray:
