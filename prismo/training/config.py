@@ -6,20 +6,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-import draccus
 import torch
-import yaml
 
 from prismo.align import TEACHERS, AlignRecipe
 from prismo.models.lora import LoraSpec
 from prismo.training.optim import Schedule
 from prismo.training.options import HeadKind, PolicyOptions
+from prismo.util.flags import parse_flags
 from prismo.util.text import did_you_mean
 
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -310,37 +308,14 @@ C = TypeVar("C", bound=FinetuneConfig)
 
 
 def parse_config(kind: type[C], arguments: Sequence[str] | None = None) -> C:
-    """Read `--flag value` arguments, over those of `--config_path file.yaml` if given, and validate them.
+    """Read the flags as `prismo.util.flags.parse_flags` does, and validate them.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest one), or a value that cannot be.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    known = [field.name for field in fields(kind)]
-    for argument in arguments:
-        name = argument.removeprefix("--").split("=", 1)[0]
-        if argument.startswith("--") and name not in (*known, "config_path", "help"):
-            raise ValueError(did_you_mean("flag", f"--{name}", [f"--{flag}" for flag in known]))
-    _check_yaml(arguments, known)
-    try:
-        config = draccus.parse(kind, args=arguments, preferred_help="above")
-    except draccus.utils.DecodingError as error:
-        raise ValueError(f"a flag has a value of another type: {error}") from error
+    config = parse_flags(kind, arguments)
     config.validate()
     return config
-
-
-def _check_yaml(arguments: Sequence[str], known: Sequence[str]) -> None:
-    """The file of --config_path exists and has known keys only."""
-    joined = [part for argument in arguments for part in argument.split("=", 1)]
-    if "--config_path" not in joined[:-1]:
-        return
-    path = Path(joined[joined.index("--config_path") + 1])
-    if not path.is_file():
-        raise ValueError(f"--config_path: there is no file {path}")
-    for key in yaml.safe_load(path.read_text(encoding="utf-8")) or {}:
-        if key not in known:
-            raise ValueError(f"{path}: {did_you_mean('key', str(key), known)}")
 
 
 def _check_choice(flag: str, value: str, options: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from prismo.eval.config import EvalConfig
 from prismo.eval.plan import plan_episodes
 from prismo.sim import load_tasks
+from prismo.util.flags import parse_flags
 
 pytest.importorskip("libero", reason="the tasks are read from the installed LIBERO package")
 
@@ -68,3 +69,8 @@ def test_custom_initial_states_leave_out_failed_demonstrations(tmp_path: Path) -
 def test_wrong_flags(flags: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         EvalConfig(**flags).validate()
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown flag '--task_suite'\. Did you mean '--task_suite_name'"):
+        parse_flags(EvalConfig, ["--task_suite", "libero_goal"])

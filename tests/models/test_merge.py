@@ -299,7 +299,14 @@ def test_film_runs_keep_the_vision_lora_in_the_backbone_file(base, trained, tmp_
 def test_the_script_with_the_original_flags(base, checkpoint):
     script = Path(__file__).resolve().parents[2] / "vla-scripts" / "merge_lora_weights_and_save.py"
     flags = ["--base_checkpoint", str(base), "--lora_finetuned_checkpoint_dir", str(checkpoint)]
-    done = subprocess.run([sys.executable, script, *flags], check=True, capture_output=True, text=True, timeout=300)
-    assert "weights merged" in done.stdout
+    first, again = (
+        subprocess.run([sys.executable, script, *flags], check=False, capture_output=True, text=True, timeout=300)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert "weights merged" in first.stdout
+    assert again.returncode == 2
+    assert "overwrite" in again.stderr.splitlines()[-1]
+    assert "Traceback" not in again.stderr
     assert load_statistics(checkpoint / "config.json").keys() == {"libero_spatial_no_noops"}
     assert OpenVLAForActionPrediction.from_pretrained(checkpoint).config.attention == "bidirectional"

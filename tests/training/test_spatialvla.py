@@ -231,22 +231,35 @@ def test_sharded_training_equals_one_process_and_resumes_exactly(svla, tmp_path)
     assert train(svla(tmp_path, max_steps=3, run_id_override="alone", batch_size=2, **options)) == 0
     two_processes(svla(tmp_path, max_steps=3, run_id_override="whole", batch_size=1, **options))
     two_processes(svla(tmp_path, max_steps=2, batch_size=1, **options))
+    shutil.copytree(tmp_path, tmp_path / "copy")
     two_processes(svla(tmp_path, max_steps=3, batch_size=1, resume=True, **options))
     whole = last(tmp_path, 3, "whole")
     assert_same_state(last(tmp_path, 3), whole)
-    alone, sharded = state(last(tmp_path, 3, "alone")), state(whole)
-    assert alone.keys() == sharded.keys()
-    for name, value in alone.items():
-        assert value.shape == sharded[name].shape, name
-    losses = [[entry["loss"] for entry in metrics(tmp_path / name).values()] for name in ("alone", "whole")]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
-    for name in (name for name in alone if name.startswith("optimizer:exp_avg.")):  # Adam amplifies rounding in weights
-        # Some gradients are zero but for rounding: a shift of all keys changes no softmax.
-        tolerance = max(0.02 * alone[name].abs().max().item(), 1e-8)
-        torch.testing.assert_close(sharded[name], alone[name], rtol=0.02, atol=tolerance, msg=name)
-    models = [load_file(last(tmp_path, 3, name) / "model.safetensors") for name in ("alone", "whole")]
-    assert models[0].keys() == models[1].keys()
+    assert_nearly_the_same(tmp_path, "whole", tmp_path, "alone")
     assert np.isfinite(act(whole)).all()
+    # Another number of processes: what two left, one continues, and what one left, two do.
+    assert train(svla(tmp_path / "copy", max_steps=3, batch_size=2, resume=True, **options)) == 0
+    assert_nearly_the_same(tmp_path / "copy", "run", tmp_path, "alone")
+    assert train(svla(tmp_path / "copy", max_steps=2, run_id_override="back", batch_size=2, **options)) == 0
+    two_processes(svla(tmp_path / "copy", max_steps=3, run_id_override="back", batch_size=1, resume=True, **options))
+    assert_nearly_the_same(tmp_path / "copy", "back", tmp_path, "alone")
+
+
+def assert_nearly_the_same(root: Path, name: str, other_root: Path, other_name: str) -> None:
+    """Three steps of two runs: losses, Adam's first moments and the names in the checkpoint."""
+    found, expected = last(root, 3, name), last(other_root, 3, other_name)
+    losses = [[entry["loss"] for entry in metrics(path).values()] for path in (root / name, other_root / other_name)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
+    ours, theirs = state(found), state(expected)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert value.shape == ours[key].shape, key
+        if key.startswith("optimizer:exp_avg."):  # Adam amplifies rounding in weights
+            # Some gradients are zero but for rounding: a shift of all keys changes no softmax.
+            tolerance = max(0.02 * value.abs().max().item(), 1e-8)
+            torch.testing.assert_close(ours[key], value, rtol=0.02, atol=tolerance, msg=key)
+    names = [load_file(folder / "model.safetensors").keys() for folder in (found, expected)]
+    assert names[0] == names[1]
 
 
 def test_true_camera_is_trained_with_and_stored(svla, svla_base, tmp_path):

@@ -10,14 +10,12 @@ with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 i
 import logging
 import sys
 
-import draccus
-from draccus.utils import DecodingError
-
 from prismo.eval.config import EvalConfig
 from prismo.eval.run import prepare
 from prismo.models.openvla import SelfTestError
 from prismo.sim import SimulatorError
 from prismo.sim.gl import GLUnavailableError
+from prismo.util.flags import parse_flags
 
 _WRONG_INPUT = (ValueError, OSError, ModuleNotFoundError, SelfTestError, SimulatorError, GLUnavailableError)
 
@@ -26,8 +24,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        evaluation = prepare(draccus.parse(EvalConfig))
-    except (DecodingError, *_WRONG_INPUT) as error:
+        evaluation = prepare(parse_flags(EvalConfig))
+    except _WRONG_INPUT as error:
         logging.getLogger(__name__).error("%s", error)
         return 2
     with evaluation:
