@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,11 +25,13 @@ from prismo.models.lora import LoraSpec, add_lora, lora_parameters, published_co
 from prismo.models.openvla import OpenVLAConfig
 from prismo.models.tiny import tiny_statistics
 from prismo.models.weight_files import INDEX, StoredTensor, write_shards
+from prismo.util.cli import run_command
 from prismo.util.files import write_json
 
 _MERGE = """
 import resource, sys
 from prismo.models.merge import merge
+from prismo.util.cli import run_command
 merge(*sys.argv[1:4], verify=sys.argv[4] == "1")
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss)
@@ -110,7 +111,6 @@ def run_merge(base: Path, checkpoint: Path, output: Path, verify: bool) -> Cost:
     return Cost(time.monotonic() - began, cpu, peak)
 
 
-@draccus.wrap()
 def main(cfg: BenchConfig) -> None:
     cfg.folder.mkdir(parents=True)
     base, checkpoint, output = (cfg.folder / name for name in ("base", "checkpoint", "output"))
@@ -133,4 +133,4 @@ def main(cfg: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, BenchConfig))

@@ -6,14 +6,15 @@
 Needs no TensorFlow. The HDF5 files come from scripts/regenerate_libero_dataset.py.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 from tqdm import tqdm
 
 from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
 from prismo.data.writer import libero_features, write_rlds
+from prismo.util.cli import run_command
 
 
 @dataclass
@@ -30,7 +31,6 @@ class BuildConfig:
     overwrite: bool = False
 
 
-@draccus.wrap()
 def main(cfg: BuildConfig) -> None:
     folder = cfg.data_root_dir / cfg.dataset_name / "1.0.0"
     if folder.exists() and not cfg.overwrite:
@@ -44,4 +44,4 @@ def main(cfg: BuildConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, BuildConfig))

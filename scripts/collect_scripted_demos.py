@@ -7,17 +7,17 @@ Writes {output_dir}/{task}_demo.hdf5 for scripts/build_rlds_dataset.py; an inter
 `--dry_run true` draws and writes nothing and prints the success rates only.
 """
 
-import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 from tqdm import tqdm
 
 from prismo.sim import SimWorker
 from prismo.sim.assets import Assets, resolve_assets
 from prismo.sim.collect import expert_items, run_expert, success_table
 from prismo.sim.collection import Collection, Finished, Item
+from prismo.util.cli import run_command
 
 
 @dataclass
@@ -48,15 +48,10 @@ class CollectConfig:
     dry_run: bool = False
 
 
-@draccus.wrap()
 def main(cfg: CollectConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        items = expert_items(cfg.task_suite_name, cfg.task_ids, cfg.num_demos_per_task)
-        assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
-        collection = None if cfg.dry_run else open_collection(cfg, items, assets)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+    items = expert_items(cfg.task_suite_name, cfg.task_ids, cfg.num_demos_per_task)
+    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+    collection = None if cfg.dry_run else open_collection(cfg, items, assets)
 
     def make_worker() -> SimWorker:
         return SimWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
@@ -89,4 +84,4 @@ def open_collection(cfg: CollectConfig, items: list[Item], assets: Assets) -> Co
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, CollectConfig))

@@ -6,15 +6,16 @@
 Training computes the same statistics by itself; this script is for looking at them.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 import numpy as np
 from matplotlib.figure import Figure
 
 from prismo.data.dataset import Source, open_dataset
 from prismo.data.normalize import FieldStats, dump_statistics, load_statistics, resolve_unnorm_key
+from prismo.util.cli import run_command
 
 COLUMNS = ("mean", "std", "min", "q01", "q99", "max")
 
@@ -31,7 +32,6 @@ class StatsConfig:
     compare: Path | None = None
 
 
-@draccus.wrap()
 def main(cfg: StatsConfig) -> None:
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     output = cfg.output_dir or Path("runs/statistics") / Path(cfg.dataset_name).stem
@@ -97,4 +97,4 @@ def compare(sources: tuple[Source, ...], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, StatsConfig))

@@ -8,14 +8,14 @@ converted to spherical coordinates; the file holds mean and deviation of each va
 to fine-tuning as `--adapt_emb`.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import draccus
 
 from prismo.data.dataset import open_dataset
 from prismo.data.normalize import normalize
 from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, fit_gaussians, save_gaussians
+from prismo.util.cli import run_command
 
 
 @dataclass
@@ -28,7 +28,6 @@ class FitConfig:
     output: Path
 
 
-@draccus.wrap()
 def main(cfg: FitConfig) -> None:
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name)
     gaussians = fit_gaussians(
@@ -47,4 +46,4 @@ def main(cfg: FitConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, FitConfig))

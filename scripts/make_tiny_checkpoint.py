@@ -5,12 +5,12 @@
 They run every command of the project on a laptop; the actions are noise.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
-
 from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
+from prismo.util.cli import run_command
 
 
 @dataclass
@@ -23,7 +23,6 @@ class TinyConfig:
     dataset: str = "libero_spatial_no_noops"
 
 
-@draccus.wrap()
 def main(cfg: TinyConfig) -> None:
     for path in (
         make_tiny_openvla(cfg.output / "base", cfg.seed),
@@ -34,4 +33,4 @@ def main(cfg: TinyConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, TinyConfig))

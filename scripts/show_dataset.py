@@ -7,11 +7,11 @@ Check here that pictures are upright, that the first camera is the outside one, 
 0 = closed when the robot grasps.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 import imageio.v2 as imageio
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from prismo.data.dataset import Source, open_dataset
+from prismo.util.cli import run_command
 
 NO_OP = 1e-4  # movement (norm of the first six action numbers) below which a step counts as idle
 
@@ -59,7 +60,6 @@ class Episode:
         return [self.source.index.image(self.number, self.rows[step], camera) for camera in cameras]
 
 
-@draccus.wrap()
 def main(cfg: ShowConfig) -> None:
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     for source in dataset.sources:
@@ -160,4 +160,4 @@ def film_frames(episode: Episode) -> Iterator[np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, ShowConfig))

@@ -8,13 +8,12 @@ The merged weights are written beside `lora_adapter/`, or to `--output`. No GPU 
 result is compared with base + adapter before it appears. Ends with 2 if something was wrong.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.models.merge import merge
-from prismo.util.flags import parse_flags
+from prismo.util.cli import run_command
 
 
 @dataclass
@@ -29,22 +28,14 @@ class MergeConfig:
     overwrite: bool = False
 
 
-def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        cfg = parse_flags(MergeConfig)
-        report = merge(cfg.base_checkpoint, cfg.lora_finetuned_checkpoint_dir, cfg.output, overwrite=cfg.overwrite)
-    except (ValueError, OSError) as error:
-        logging.getLogger(__name__).error("%s", error)
-        return 2
+def main(cfg: MergeConfig) -> None:
+    report = merge(cfg.base_checkpoint, cfg.lora_finetuned_checkpoint_dir, cfg.output, overwrite=cfg.overwrite)
     print(
         f"{report.folder}: {report.adapted_tensors} weights merged, {report.copied_tensors} copied, "
         f"{report.bytes / 1e9:.1f} GB in {report.seconds:.0f} s; largest error of a weight "
         f"{report.checks.weight_error:.2f} times its rounding"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, MergeConfig))

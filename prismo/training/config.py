@@ -17,7 +17,7 @@ from prismo.align import TEACHERS, AlignRecipe
 from prismo.models.lora import LoraSpec
 from prismo.training.optim import Schedule
 from prismo.training.options import HeadKind, PolicyOptions
-from prismo.util.flags import parse_flags
+from prismo.util.cli import parse_flags
 from prismo.util.text import did_you_mean
 
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -308,7 +308,7 @@ C = TypeVar("C", bound=FinetuneConfig)
 
 
 def parse_config(kind: type[C], arguments: Sequence[str] | None = None) -> C:
-    """Read the flags as `prismo.util.flags.parse_flags` does, and validate them.
+    """Read the flags as `prismo.util.cli.parse_flags` does, and validate them.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest one), or a value that cannot be.

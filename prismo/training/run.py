@@ -24,6 +24,7 @@ from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
 from prismo.training.signals import Undisturbed
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
+from prismo.util.cli import log_error, set_up_logging
 
 _LOG = logging.getLogger(__name__)
 _WRONG_INPUT = (ValueError, OSError, SelfTestError)
@@ -32,8 +33,7 @@ _WRONG_INPUT = (ValueError, OSError, SelfTestError)
 def main(kind: type[FinetuneConfig], arguments: Sequence[str] | None = None) -> int:
     """Run a training; returns the process's exit code: 0 done or stopped by a signal, 1 broken off, 2 wrong input."""
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging(logging.INFO if is_main else logging.ERROR)
     try:
         config = parse_config(kind, arguments)
         world = start_world(config.device)
@@ -56,24 +56,25 @@ def main(kind: type[FinetuneConfig], arguments: Sequence[str] | None = None) -> 
 
 def _fail(error: Exception, code: int, show: bool) -> int:
     if show:
-        _LOG.error("%s", error)
+        log_error(error)
     return code
 
 
 def _plan_on_all(config: FinetuneConfig, world: World) -> Plan:
     """The main process looks at the files; all processes get its result, or stop with its error."""
-    result: Plan | str | None = None
+    plan: Plan | None = None
+    failure: Exception | None = None
     if world.is_main:
         try:
-            result = make_plan(config, world.size)
+            plan = make_plan(config, world.size)
         except _WRONG_INPUT as error:
-            result = str(error)
-    result = world.broadcast(result)
-    if isinstance(result, str):
-        if world.is_main:
-            raise ValueError(result)
+            failure = error
+    plan = world.broadcast(plan)
+    if failure:
+        raise failure
+    if plan is None:
         sys.exit(2)
-    return result
+    return plan
 
 
 def _train(plan: Plan, world: World) -> None:

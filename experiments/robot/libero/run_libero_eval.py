@@ -7,7 +7,6 @@ The kind of policy (head, images, proprio, crop, attention) is read from the che
 with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 if something was wrong before the first.
 """
 
-import logging
 import sys
 
 from prismo.eval.config import EvalConfig
@@ -15,18 +14,17 @@ from prismo.eval.run import prepare
 from prismo.models.openvla import SelfTestError
 from prismo.sim import SimulatorError
 from prismo.sim.gl import GLUnavailableError
-from prismo.util.flags import parse_flags
+from prismo.util.cli import log_error, parse_flags, set_up_logging
 
 _WRONG_INPUT = (ValueError, OSError, ModuleNotFoundError, SelfTestError, SimulatorError, GLUnavailableError)
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging()
     try:
         evaluation = prepare(parse_flags(EvalConfig))
     except _WRONG_INPUT as error:
-        logging.getLogger(__name__).error("%s", error)
+        log_error(error)
         return 2
     with evaluation:
         try:
