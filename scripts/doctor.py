@@ -30,7 +30,7 @@ from prismo.sim.gl import GLUnavailableError, egl_devices, physical_cuda_index
 from prismo.sim.probes import probe_floor, probe_settling
 from prismo.sim.suites import package_folder
 
-MINIMUM = {"torch": "2.6", "transformers": "5.10", "peft": "0.17"}
+MINIMUM = {"torch": "2.6", "transformers": "5.10", "peft": "0.18"}
 GIGABYTE = 1 << 30
 
 

@@ -20,6 +20,19 @@ from prismo.training.distributed import World
 from prismo.training.objective import Losses
 
 
+def check_torch() -> None:
+    """Whether this torch can leave frozen weights whole.
+
+    Raises:
+        ValueError: it is older than 2.7.
+    """
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(
+            f"--use_lora False on several GPUs needs torch 2.7 or newer, found {torch.__version__}: upgrade torch, "
+            "train adapters, or use one GPU"
+        )
+
+
 def shard(objective: nn.Module, blocks: Iterable[nn.Module], world: World, precision: torch.dtype) -> None:
     """Spread the trained weights of `objective` over all processes, in place; frozen ones stay whole everywhere.
 
@@ -28,12 +41,7 @@ def shard(objective: nn.Module, blocks: Iterable[nn.Module], world: World, preci
         blocks: modules inside it whose weights are collected, used and dropped together. What is in none of them is
             collected once per update.
         precision: of computation and of the collected weights. Gradients are reduced in fp32.
-
-    Raises:
-        RuntimeError: torch is older than 2.7.
     """
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise RuntimeError(f"full fine-tuning on several GPUs needs torch 2.7 or newer, found {torch.__version__}")
     if Losses not in pytree.SUPPORTED_NODES:
         # FSDP2 looks for tensors with gradients in what the module returns, and sees only registered containers.
         pytree.register_pytree_node(Losses, _flatten_losses, lambda values, _: Losses(*values))

@@ -43,7 +43,7 @@ from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.distributed import World
 from prismo.training.openvla import load_alignment, views_present
 from prismo.training.preview import trained_parameters
-from prismo.training.sharding import is_sharded, local, scatter
+from prismo.training.sharding import check_torch, is_sharded, local, scatter
 from prismo.training.spatialvla_objective import (
     SpatialVLAInputs,
     SpatialVLAObjective,
@@ -78,6 +78,8 @@ def settle(config: FinetuneConfig, base: Path, processes: int) -> FinetuneConfig
         raise ValueError(did_you_mean("value of --intrinsics", config.intrinsics, get_args(Intrinsics)))
     if config.adpt_feature and config.adapt_emb is None:
         raise ValueError("--adpt_feature True needs --adapt_emb, a file of scripts/fit_action_gaussians.py")
+    if not config.use_lora and processes > 1:
+        check_torch()
     if not config.use_lora and processes > 1 and config.use_val_set:
         raise ValueError(
             "--use_val_set True: a sharded model is validated on one process only; leave the flag out and evaluate the "

@@ -73,7 +73,8 @@ def train(arguments: list[str], kind: type[FinetuneConfig] = FinetuneAlignConfig
 
 def environment() -> dict[str, str]:
     """For training processes: this checkout, one thread each."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
 
 
 def metrics(run: Path, split: str = "train") -> dict[int, dict[str, float]]:

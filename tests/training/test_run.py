@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -70,7 +71,7 @@ def test_checkpoint_has_the_published_layout(long_run):
     config = json.loads((folder / "training_config.json").read_text())
     assert config["align_recipe"]["vla_layers_align"] == 2
     assert (config["chunk"], config["num_images_in_input"], config["image_aug"]) == (8, 2, True)
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_only_the_newest_checkpoint_carries_trainer_state(long_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 
 from prismo.data.normalize import load_statistics
 from prismo.embodiment import LIBERO
@@ -218,13 +220,29 @@ def test_losses_fall(svla, tmp_path, options):
     assert sum(e["align_loss"] for e in later) < 0.97 * sum(e["align_loss"] for e in first)
 
 
+OLD_TORCH = "ignored_params" not in inspect.signature(fully_shard).parameters
+
+
+@pytest.mark.skipif(not OLD_TORCH, reason="this torch can shard")
+def test_sharding_with_an_old_torch_is_refused_before_any_work(svla, tmp_path):
+    done = run_two_processes(svla(tmp_path, max_steps=1, **FULL))
+    assert done.returncode != 0
+    assert "needs torch 2.7 or newer" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def two_processes(arguments: list[str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(REPOSITORY / "vla-scripts" / "finetune_align.py"), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    done = run_two_processes(arguments)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def run_two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(REPOSITORY / "vla-scripts" / "finetune_align.py"), *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.skipif(OLD_TORCH, reason="sharding needs torch 2.7")
 def test_sharded_training_equals_one_process_and_resumes_exactly(svla, tmp_path):
     """FSDP2 over two processes. Each sees one sample of two, so their mean gradient is that of one process."""
     options = FULL | ALIGN | {"learning_rate": 1e-3, "grad_accumulation_steps": 2}
