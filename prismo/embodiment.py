@@ -73,5 +73,5 @@ def embodiment_for(dataset: str) -> Embodiment:
             return embodiment
     raise ValueError(
         did_you_mean("robot of dataset", dataset, _DATASET_PREFIXES)
-        + ". For your own robot describe the dataset in a YAML file (README, 'Your own data')."
+        + ". For your own robot describe the dataset in a YAML file (data/README.md, 'Your own data')."
     )

@@ -85,12 +85,13 @@ class _Slots:
     the kernel clears and maps each page anew. A fixed number of slots also bounds the use of /dev/shm.
     """
 
-    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
-        needed, free = count * math.prod(shape), shutil.disk_usage("/dev/shm").free
+    def __init__(self, count: int, shape: tuple[int, ...], ranks: int) -> None:
+        # Memory is taken when it is first written, so what the other ranks will need still counts as free.
+        needed, free = ranks * count * math.prod(shape), shutil.disk_usage("/dev/shm").free
         if needed > free:
             raise ValueError(
-                f"the workers need {needed >> 20} MB of shared memory, /dev/shm has {free >> 20} MB: start the "
-                "container with a larger --shm-size, or use fewer workers or a smaller batch"
+                f"the workers of {ranks} processes need {needed >> 20} MB of shared memory, /dev/shm has {free >> 20} "
+                "MB: start the container with a larger --shm-size, or use fewer workers or a smaller batch"
             )
         self.pixels = torch.empty((count, *shape), dtype=torch.uint8).share_memory_()
         self._free = torch.multiprocessing.get_context().SimpleQueue()
@@ -191,7 +192,8 @@ class Loader:
         slots = None
         if self.num_workers:
             in_flight = self.num_workers * _PREFETCH + 1
-            slots = _Slots(in_flight, (self.batch_size, *self.dataset.pixel_shape))
+            shape = (self.batch_size, *self.dataset.pixel_shape)
+            slots = _Slots(in_flight, shape, _local_ranks(self.world_size))
         for slot, batch in self._fetch(slots):
             images = batch.images if slots is None else _channels_first(slots.take(slot, len(batch)))
             complete = replace(batch, images=images)
@@ -222,6 +224,11 @@ class Loader:
         self._position = Position(int(state["epoch"]), int(state["sample"]))
 
 
+def _local_ranks(world_size: int) -> int:
+    """Ranks on this machine, as torchrun says; without it all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+
+
 def make_loader(
     dataset: WindowDataset,
     batch_size: int,
@@ -238,15 +245,15 @@ def make_loader(
     """Batches of `batch_size` for one rank.
 
     Args:
-        num_workers: decoding processes of this rank; None takes this rank's share of the cores that it may use (all
-            ranks being on one machine), 8 at most. 0 decodes in the calling process, which is for debugging.
+        num_workers: decoding processes of this rank; None takes this rank's share of the machine's cores that it may
+            use, 8 at most. 0 decodes in the calling process, which is for debugging.
         collate_text: called in the workers with the samples of a batch, for example to tokenise.
         epochs: None never ends (training); 1 gives every window once (validation), where the last batch may be
             smaller and one rank may get one sample less than another.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
     """
     if num_workers is None:
-        num_workers = max(1, min(8, len(os.sched_getaffinity(0)) // world_size))
+        num_workers = max(1, min(8, len(os.sched_getaffinity(0)) // _local_ranks(world_size)))
     order = EpochOrder(
         tuple(source.num_windows for source in dataset.sources),
         tuple(source.weight for source in dataset.sources),

@@ -123,21 +123,13 @@ def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: Collate
         "seed": config.seed,
         "rank": world.rank,
         "world_size": world.size,
-        "num_workers": _workers(config),
+        "num_workers": config.num_workers,
         "collate_text": Undisturbed(collate),
         "pin_memory": world.device.type == "cuda",
     }
     train = make_loader(data[0], config.batch_size, **options)
     val = make_loader(data[1], config.batch_size, epochs=1, **options) if len(data) > 1 else None
     return [train, val]
-
-
-def _workers(config: FinetuneConfig) -> int:
-    """Decoding processes of this process: its share of this machine's cores."""
-    if config.num_workers is not None:
-        return config.num_workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, min(8, (os.cpu_count() or 1) // processes))
 
 
 def _check_base(found: str, plan: Plan, base: object) -> None:

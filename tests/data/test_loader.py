@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -146,9 +147,16 @@ if __name__ == "__main__":
     assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
-def test_too_little_shared_memory_is_an_error_not_a_crash(small: WindowDataset) -> None:
-    with pytest.raises(ValueError, match=r"MB of shared memory, /dev/shm has .* MB.*--shm-size"):
-        next(iter(make_loader(small, 10**9, num_workers=1)))
+@pytest.mark.parametrize(("ranks", "share"), [(1, 1.5), (4, 0.5)])
+def test_too_little_shared_memory_is_an_error_not_a_crash(
+    small: WindowDataset, monkeypatch: pytest.MonkeyPatch, ranks: int, share: float
+) -> None:
+    """Also where each rank alone would fit: a write into missing shared memory ends a process without a word."""
+    slots, free = 3, shutil.disk_usage("/dev/shm").free
+    batch_size = int(share * free / slots / math.prod(small.pixel_shape))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError, match=rf"{ranks} processes need .* MB of shared memory, /dev/shm has .*--shm-size"):
+        next(iter(make_loader(small, batch_size, num_workers=1, world_size=ranks)))
 
 
 def test_batches_move_to_a_device(small: WindowDataset) -> None:
