@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -103,9 +103,7 @@ def prepare_images(
     """
     if seeds is None:
         return resize_lanczos3(images, size, exact=False)
-    views = torch.arange(images.shape[1])
-    draws = _draws(_seeds(seeds[:, None], views).reshape(-1), augmentation or Augmentation())
-    return _per_image(lambda x, d: _augment(_resize(x, size, size, exact=False), d), images, (size, size), draws)
+    return augment(images, _seeds(seeds[:, None], torch.arange(images.shape[1])), augmentation, size=(size, size))
 
 
 # --- resize ----------------------------------------------------------------------------------------------------------
@@ -131,12 +129,18 @@ def _resize(images: Tensor, height: int, width: int, exact: bool) -> Tensor:
         return _to_columns(images)
     rows = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
     rows = _filter_rows(rows, height, exact)
-    return _filter_rows(rows.permute(0, 2, 3, 1).contiguous(), width, exact).round_().clamp_(0, 255)
+    columns = _transpose(rows.flatten(2)).view(-1, images.shape[-1], 3, height)
+    return _filter_rows(columns, width, exact).round_().clamp_(0, 255)
 
 
 def _to_columns(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] as float32 [N, W, 3, H]."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _transpose(x: Tensor) -> Tensor:
+    """[N, R, C] as contiguous [N, C, R]. torch moves a single matrix in cache blocks, a stack of them line by line."""
+    return x[0].t().contiguous()[None] if len(x) == 1 else x.transpose(1, 2).contiguous()
 
 
 def _to_rows(columns: Tensor) -> Tensor:
@@ -154,8 +158,20 @@ def _filter_rows(x: Tensor, out_rows: int, exact: bool) -> Tensor:
         for tap in range(1, weights.shape[1]):
             total.add_(flat.index_select(0, index[:, tap]).mul_(weights[:, tap, None]))
     else:
-        total = embedding_bag(index, flat, per_sample_weights=weights, mode="sum")
+        total = _mix_rows(flat, index, weights)
     return total.view(count, out_rows, *x.shape[2:])
+
+
+def _mix_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums [M, C] of float32 rows [R, C], chosen by `index` [M, taps], in one fused kernel."""
+    offsets = _offsets(*index.shape, rows.device)
+    return embedding_bag(index.reshape(-1), rows, offsets, per_sample_weights=weights.reshape(-1), mode="sum")
+
+
+@lru_cache(maxsize=64)
+def _offsets(count: int, taps: int, device: torch.device) -> Tensor:
+    """Where the taps of each sum begin; torch would make this anew in every call."""
+    return torch.arange(0, count * taps, taps, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -212,45 +228,77 @@ def _sine(angle: np.ndarray) -> np.ndarray:
 
 def center_crop(images: Tensor, area: float = 0.9) -> Tensor:
     """The central `area` of uint8 [..., 3, H, W], stretched back to H x W (bilinear), as OpenVLA does at evaluation."""
+    size = (images.shape[-2], images.shape[-1])
+    side = np.sqrt(np.float32(area))
+    offset = np.full(max(math.prod(images.shape[:-3]), 1), (np.float32(1) - side) / np.float32(2), np.float32)
+    window = _crop_window(offset, offset, side, size)
+    return _per_image(
+        lambda x, w: _crop_and_resize(_to_columns(x), w, exact=True).clamp_(0, 1).mul_(_FULL), images, size, window
+    )
 
-    def crop(x: Tensor) -> Tensor:
-        side = np.sqrt(np.float32(area))
-        offset = np.full(len(x), (np.float32(1) - side) / np.float32(2), np.float32)
-        return _crop_and_resize(_to_columns(x), offset, offset, side, exact=True).mul_(_FULL)
 
-    return _per_image(crop, images, tuple(images.shape[-2:]))
+Window = tuple[Tensor, Tensor, Tensor, Tensor]  # columns and their weights, rows and their weights
 
 
-def _crop_and_resize(columns: Tensor, top: np.ndarray, left: np.ndarray, side: np.float32, exact: bool) -> Tensor:
-    """Bilinear crop of float32 [N, W, 3, H] in 0..255, which it consumes, to [N, 3, H, W] in [0, 1], same size.
+def _crop_window(top: np.ndarray, left: np.ndarray, side: np.float32, size: tuple[int, int]) -> Window:
+    """Which pixels, and how much of them, make each pixel of N crops.
 
     Args:
         top, left: float32 [N], offsets of each image's crop as a fraction of its height or width.
         side: height and width of the crop, likewise.
-        exact: round as `tf.image.crop_and_resize` does, see `resize_lanczos3`.
+        size: height and width of the images, and of the result.
+
+    Returns:
+        int64 [N, W, 2] and float32 [N, W, 2]: the two columns on either side and their shares; [N, 3, H, 2] twice: the
+        same for rows, channel by channel, counted in an image of 3 * H rows.
     """
-    x = _interpolate_rows(columns.mul_(1 / np.float32(255)), left, side, exact)  # width, then height, as TensorFlow
-    x = _interpolate_rows(x.permute(0, 3, 2, 1).contiguous(), top, side, exact)
-    return x.permute(0, 2, 1, 3).clamp_(0, 1)
+    columns, column_weights = _neighbours(left, side, size[1])
+    rows, row_weights = (np.repeat(x[:, None], 3, axis=1) for x in _neighbours(top, side, size[0]))
+    rows += size[0] * np.arange(3)[:, None, None]
+    return tuple(map(torch.from_numpy, (columns, column_weights, rows, row_weights)))
 
 
-def _interpolate_rows(x: Tensor, offset: np.ndarray, side: np.float32, exact: bool) -> Tensor:
-    """Sample float32 [N, rows, ...] at `rows` places from `offset` [N] to `offset + side` (fractions of rows - 1)."""
-    count, rows = x.shape[:2]
-    last = np.float32(rows - 1)
+def _neighbours(offset: np.ndarray, side: np.float32, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours of `count` places from `offset` [N] to `offset + side` (fractions of count - 1), and their shares."""
+    last = np.float32(count - 1)
     step = (offset + side - offset) * last / last
-    place = (offset * last)[:, None] + np.arange(rows, dtype=np.float32) * step[:, None]
+    place = (offset * last)[:, None] + np.arange(count, dtype=np.float32) * step[:, None]
     place = np.clip(place, 0, last)
     low = np.floor(place)
-    pair = np.stack([low, np.ceil(place)], axis=-1).astype(np.int64) + rows * np.arange(count)[:, None, None]
-    index = _send(pair.reshape(-1, 2), x.device)
-    share = _send((place - low).reshape(-1, 1), x.device)
-    flat = x.reshape(count * rows, -1)
+    share = place - low
+    return np.stack([low, np.ceil(place)], -1).astype(np.int64), np.stack([1 - share, share], -1)
+
+
+def _crop_and_resize(columns: Tensor, window: Sequence[Tensor], exact: bool) -> Tensor:
+    """Bilinear crop of float32 [N, W, 3, H] in 0..255, which it consumes, to [N, 3, H, W] in 0..1, same size.
+
+    Args:
+        window: of `_crop_window`.
+        exact: round as `tf.image.crop_and_resize` does, see `resize_lanczos3`.
+    """
+    count, width, _, height = columns.shape
+    index, weights, row_index, row_weights = window
+    scale = float(1 / np.float32(255))
+    if exact:
+        columns.mul_(scale)
+    else:
+        row_weights = row_weights * scale
+    x = _interpolate(columns.view(count, width, -1), index, weights, exact)  # width, then height, as TensorFlow
+    x = _interpolate(_transpose(x).view(count, -1, width), row_index.flatten(1, 2), row_weights.flatten(1, 2), exact)
+    return x.view(count, 3, height, width)
+
+
+def _interpolate(x: Tensor, index: Tensor, weights: Tensor, exact: bool) -> Tensor:
+    """Mix float32 rows of [N, R, C] by pairs: `index` [N, R, 2] and `weights` [N, R, 2]."""
+    count, rows = x.shape[:2]
+    if count > 1:
+        index = index + rows * torch.arange(count, device=x.device)[:, None, None]
+    flat, index, weights = x.reshape(count * rows, -1), index.view(-1, 2), weights.reshape(-1, 2)
     if exact:
         below, above = (flat.index_select(0, index[:, i]) for i in range(2))
-        result = above.sub_(below).mul_(share).add_(below)
+        result = above.sub_(below).mul_(weights[:, 1:]).add_(below)
     else:
-        result = embedding_bag(index, flat, per_sample_weights=torch.cat([1 - share, share], 1), mode="sum")
+        result = _mix_rows(flat, index, weights)
     return result.view(x.shape)
 
 
@@ -278,7 +326,9 @@ class Augmentation:
     hue: float = 0.05
 
 
-def augment(images: Tensor, seeds: Tensor, augmentation: Augmentation | None = None) -> Tensor:
+def augment(
+    images: Tensor, seeds: Tensor, augmentation: Augmentation | None = None, *, size: tuple[int, int] | None = None
+) -> Tensor:
     """Random crop, brightness, contrast, saturation and hue, each image by its own seed.
 
     The same image and seed give the same pixels wherever the image stands in a batch.
@@ -286,52 +336,53 @@ def augment(images: Tensor, seeds: Tensor, augmentation: Augmentation | None = N
     Args:
         images: uint8 [..., 3, H, W].
         seeds: int64 [...], one per image, on the CPU (their draws become arguments of the kernels).
+        size: resize to this height and width first (the quick way of `resize_lanczos3`).
 
     Returns:
-        uint8 of the same shape.
+        uint8 of the same shape, or [..., 3, *size].
     """
     if seeds.shape != images.shape[:-3]:
         raise ValueError(f"expected one seed per image, shape {list(images.shape[:-3])}, got {list(seeds.shape)}")
-    draws = _draws(seeds.reshape(-1), augmentation or Augmentation())
-    return _per_image(lambda x, d: _augment(_to_columns(x), d), images, tuple(images.shape[-2:]), draws)
+    options = augmentation or Augmentation()
+    height, width = size or tuple(images.shape[-2:])
+    draws = _applied(_draws(seeds.reshape(-1), options), options.crop_area, (height, width))
+    return _per_image(lambda x, d: _augment(_resize(x, height, width, exact=False), d), images, (height, width), draws)
 
 
 def _draws(seeds: Tensor, options: Augmentation) -> np.ndarray:
-    """float32 [N, 7]: crop side, top, left, brightness, contrast, saturation, hue in turns."""
+    """float32 [N, 6]: top and left of the crop as fractions, brightness, contrast, saturation, hue in turns."""
     u = np.stack([uniform(mix(seeds.numpy(), draw)) for draw in range(6)], axis=1)
-    side = np.sqrt(np.float32(options.crop_area))
-    room = np.float32(1) - side
-
-    def between(value: np.ndarray, low: float, high: float) -> np.ndarray:
-        return np.float32(low) + value * np.float32(high - low)
-
-    columns = [
-        np.full(len(u), side),
-        u[:, 0] * room,
-        u[:, 0 if options.diagonal_crop else 1] * room,
-        between(u[:, 2], -options.brightness, options.brightness),
-        between(u[:, 3], *options.contrast),
-        between(u[:, 4], *options.saturation),
-        between(u[:, 5], -options.hue, options.hue),
-    ]
-    return np.stack(columns, axis=1).astype(np.float32)
+    u[:, 1] = u[:, 0] if options.diagonal_crop else u[:, 1]
+    room = np.float32(1) - np.sqrt(np.float32(options.crop_area))
+    ranges = (
+        *((0, room), (0, room), (-options.brightness, options.brightness)),
+        *(options.contrast, options.saturation, (-options.hue, options.hue)),
+    )
+    low, high = np.array(ranges, np.float32).T
+    return low + u.astype(np.float32) * (high - low)
 
 
-def _augment(columns: Tensor, draws: np.ndarray) -> Tensor:
+def _applied(draws: np.ndarray, crop_area: float, size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """What `_augment` needs for images of `size`: the windows of the crops, and the rest as float32 [N, 4, 1, 1, 1]."""
+    window = _crop_window(draws[:, 0], draws[:, 1], np.sqrt(np.float32(crop_area)), size)
+    return *window, torch.from_numpy(draws[:, 2:, None, None, None].copy())
+
+
+def _augment(columns: Tensor, draws: Sequence[Tensor]) -> Tensor:
     """The chain on float32 [N, W, 3, H] in 0..255, which it consumes, to [N, 3, H, W] in [0, 256).
 
     Values are clipped to [0, 1] after every step.
     """
-    x = _crop_and_resize(columns, draws[:, 1], draws[:, 2], draws[0, 0], exact=False)
-    brightness, contrast, saturation, hue = _send(draws[:, 3:].T.copy(), x.device)[..., None, None, None]
+    x = _crop_and_resize(columns, draws[:4], exact=False)
+    brightness, contrast, saturation, hue = draws[4].unbind(1)
     x.add_(brightness).clamp_(0, 1)
     mean = x.mean((-2, -1), keepdim=True)
-    x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
+    x.mul_(contrast).add_(mean - mean * contrast).clamp_(0, 1)
     return _shift_saturation_and_hue(x, saturation[:, 0], hue[:, 0]).mul_(_FULL)
 
 
 def _shift_saturation_and_hue(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """Scale the HSV saturation of float32 [N, 3, H, W] in [0, 1] (clipped to 1) and turn its hue.
+    """Scale the HSV saturation of float32 [N, 3, H, W] in [0, 1] (clipped to 1) and turn its hue, in place.
 
     Both keep V = max(r, g, b), so one conversion serves the two steps. With the range C = V - min, the angle from red
     in sixths of a turn is (V - 2 min - r + g + b) / C, positive on the green side and negative on the blue one; this
@@ -339,44 +390,44 @@ def _shift_saturation_and_hue(x: Tensor, saturation: Tensor, hue: Tensor) -> Ten
     ramp of the distance d = |angle - a| falls from 1 at d = 1 to 0 at d = 2, and rises again beyond half a turn.
     """
     red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    low = torch.minimum(torch.minimum(red, green), blue)
+    value, low = x.amax(1), x.amin(1)
     spread = value - low
     divisor = spread.clamp(min=torch.finfo(x.dtype).tiny)
-    angle = (value - 2 * low).sub_(red).add_(green).add_(blue).div_(divisor)
+    angle = torch.sub(value, low, alpha=2).sub_(red).add_(green).add_(blue).div_(divisor)
     angle = torch.copysign(angle, green - blue).add_(6 * hue)
     # S = C / V, so S * factor <= 1 means factor <= V / C.
     spread.mul_(torch.minimum(value / divisor, saturation))
     low = value.sub_(spread)
-    result = torch.empty_like(x)
-    for channel, place in enumerate((0, 2, -2)):
-        ramp = (angle - place).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
-        torch.addcmul(low, spread, ramp, out=result[:, channel])
-    return result
+    x.copy_(angle[:, None])  # all channels have been read
+    x[:, 1].sub_(2)
+    x[:, 2].add_(2)
+    x.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return torch.addcmul(low[:, None], spread[:, None], x, out=x)
 
 
 def _per_image(
-    function: Callable[..., Tensor], images: Tensor, size: tuple[int, int], draws: np.ndarray | None = None
+    function: Callable[..., Tensor], images: Tensor, size: tuple[int, int], arguments: tuple[Tensor, ...] = ()
 ) -> Tensor:
     """Apply `function`, from uint8 [N, 3, H, W] to float [N, 3, *size], and truncate its result to uint8.
 
-    At once on a GPU; image by image on the CPU, whose caches hold only one.
+    At once on a GPU; image by image on the CPU, whose caches hold only one. `arguments` have one row per image and are
+    given to `function` likewise.
     """
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"expected images uint8 [..., 3, H, W], got {images.dtype} {list(images.shape)}")
     flat = images.reshape(-1, *images.shape[-3:])
+    arguments = tuple(_send(argument, images.device) for argument in arguments)
     result = torch.empty((len(flat), 3, *size), dtype=torch.uint8, device=images.device)
     step = 1 if images.device.type == "cpu" else max(len(flat), 1)
     for i in range(0, len(flat), step):
         part = slice(i, i + step)
-        values = function(flat[part]) if draws is None else function(flat[part], draws[part])
+        values = function(flat[part], [argument[part] for argument in arguments]) if arguments else function(flat[part])
         result[part] = values.to(torch.int32)  # torch has vector code for float to int32, not for float to uint8
     return result.view(*images.shape[:-2], *size)
 
 
-def _send(array: np.ndarray, device: torch.device) -> Tensor:
-    """A small array on `device`. Page-locked on the way to a GPU, or the copy would wait for all work queued there."""
-    tensor = torch.from_numpy(array)
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on `device`. Page-locked on the way to a GPU, or the copy would wait for all work queued there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
