@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from dataclasses import dataclass
+import re
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
 from prismo.data.specs import resolve
+from prismo.eval.config import EvalConfig
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.util.cli import parse_flags, run_command
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -18,6 +25,12 @@ class Flags:
     number: int = 0
     # A file
     path: Path | None = None
+
+
+@dataclass
+class Needs:
+    # A folder
+    output: Path
 
 
 def run(main, monkeypatch, *arguments: str) -> int:
@@ -60,3 +73,35 @@ def test_a_command_that_works(monkeypatch, caplog):
     assert run(seen.append, monkeypatch, "--number", "5") == 0
     assert seen == [Flags(5)]
     assert not caplog.records
+
+
+def test_a_missing_flag_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing --output; --help lists all flags"):
+        parse_flags(Needs, [])
+    file = tmp_path / "flags.yaml"
+    file.write_text("output: there\n")
+    assert parse_flags(Needs, ["--config_path", str(file)]) == Needs(Path("there"))
+
+
+SCRIPTS = [path for path in REPOSITORY.glob("*scripts/*.py") if "sys.exit(run_command(" in path.read_text()]
+
+
+def flags_of(script: Path) -> type:
+    """The dataclass of a script's flags."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module
+    spec.loader.exec_module(module)
+    return getattr(module, re.search(r"run_command\(main, (\w+)\)", script.read_text()).group(1))
+
+
+@pytest.mark.parametrize("kind", [FinetuneAlignConfig, FinetuneConfig, EvalConfig, *SCRIPTS])
+def test_every_command_has_help(kind, capsys):
+    """argparse takes a percent sign in a flag's comment for a format."""
+    kind = flags_of(kind) if isinstance(kind, Path) else kind
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit) as stopped:
+            parse_flags(kind, [flag])
+        assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{field.name} " in shown for field in fields(kind))

@@ -230,17 +230,17 @@ def center_crop(images: Tensor, area: float = 0.9) -> Tensor:
     """The central `area` of uint8 [..., 3, H, W], stretched back to H x W (bilinear), as OpenVLA does at evaluation."""
     size = (images.shape[-2], images.shape[-1])
     side = np.sqrt(np.float32(area))
-    offset = np.full(max(math.prod(images.shape[:-3]), 1), (np.float32(1) - side) / np.float32(2), np.float32)
+    offset = np.full(math.prod(images.shape[:-3]), (np.float32(1) - side) / np.float32(2), np.float32)
     window = _crop_window(offset, offset, side, size)
     return _per_image(
         lambda x, w: _crop_and_resize(_to_columns(x), w, exact=True).clamp_(0, 1).mul_(_FULL), images, size, window
     )
 
 
-Window = tuple[Tensor, Tensor, Tensor, Tensor]  # columns and their weights, rows and their weights
+_Window = tuple[Tensor, Tensor, Tensor, Tensor]  # columns and their weights, rows and their weights
 
 
-def _crop_window(top: np.ndarray, left: np.ndarray, side: np.float32, size: tuple[int, int]) -> Window:
+def _crop_window(top: np.ndarray, left: np.ndarray, side: np.float32, size: tuple[int, int]) -> _Window:
     """Which pixels, and how much of them, make each pixel of N crops.
 
     Args:

@@ -50,7 +50,7 @@ class PolicyFlags:
     num_images_in_input: int | None = None
     # Feed the proprioceptive state (original default: True). Default: from the checkpoint
     use_proprio: bool | None = None
-    # Take the central 90 % of the image area; right for models trained with --image_aug (original default: True)
+    # Take the central 0.9 of the image area; right for models trained with --image_aug (original default: True)
     center_crop: bool | None = None
     # LoRA rank (original default: 32; used with FiLM). Always read from the checkpoint; given, it must agree
     lora_rank: int | None = None

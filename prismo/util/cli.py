@@ -6,7 +6,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def run_command(main: Callable[[C], None], kind: type[C]) -> int:
-    """Run `main` with the flags of the process; returns the exit code: 0, or 2 after wrong input, which is logged."""
+    """Run `main` with the flags of the process; returns the exit code: 0, or 2 after an error (see `log_error`)."""
     set_up_logging()
     try:
         main(parse_flags(kind))
@@ -56,7 +56,7 @@ def parse_flags(kind: type[C], arguments: Sequence[str] | None = None) -> C:
         arguments: None takes those of the process.
 
     Raises:
-        ValueError: an unknown flag or key (with the nearest one), or a value of another type.
+        ValueError: an unknown flag or key (with the nearest one), a missing one, or a value of another type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     description: Any = kind
@@ -65,21 +65,28 @@ def parse_flags(kind: type[C], arguments: Sequence[str] | None = None) -> C:
         name = argument.removeprefix("--").split("=", 1)[0]
         if argument.startswith("--") and name not in (*known, "config_path", "help"):
             raise ValueError(did_you_mean("flag", f"--{name}", [f"--{flag}" for flag in known]))
-    _check_yaml(arguments, known)
+    given = [argument.removeprefix("--").split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    given += _yaml_keys(arguments, known)
+    required = [field.name for field in fields(description) if field.default is field.default_factory is MISSING]
+    missing = [f"--{name}" for name in required if name not in given]
+    if missing and not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"missing {', '.join(missing)}; --help lists all flags")
     try:
         return draccus.parse(kind, args=arguments, preferred_help="above")
     except draccus.utils.DecodingError as error:
         raise ValueError(f"a flag has a value of another type: {error}") from error
 
 
-def _check_yaml(arguments: Sequence[str], known: Sequence[str]) -> None:
-    """The file of --config_path exists and has known keys only."""
+def _yaml_keys(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Keys of the file of --config_path, all of them known; none without that flag."""
     joined = [part for argument in arguments for part in argument.split("=", 1)]
     if "--config_path" not in joined[:-1]:
-        return
+        return []
     path = Path(joined[joined.index("--config_path") + 1])
     if not path.is_file():
         raise ValueError(f"--config_path: there is no file {path}")
-    for key in yaml.safe_load(path.read_text(encoding="utf-8")) or {}:
+    keys = list(map(str, yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    for key in keys:
         if key not in known:
-            raise ValueError(f"{path}: {did_you_mean('key', str(key), known)}")
+            raise ValueError(f"{path}: {did_you_mean('key', key, known)}")
+    return keys
