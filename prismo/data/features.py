@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prismo.util.files import read_json
+from prismo.util.schema import JsonObject, read_json
 
 _PACKAGE = "tensorflow_datasets.core.features"
 _DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -88,7 +88,7 @@ def read_dataset_info(path: Path) -> DatasetInfo:
     path = find_version_folder(path)
     if not (path / "features.json").is_file():
         raise FileNotFoundError(f"{path} has no features.json; the download is not complete")
-    info = read_json(path / "dataset_info.json")
+    info = read_json(path / "dataset_info.json", JsonObject)
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
         raise ValueError(f"{path}: shards are {file_format}; only tfrecord is read. Convert with tfds.data_sources")
@@ -96,7 +96,7 @@ def read_dataset_info(path: Path) -> DatasetInfo:
     if not splits:
         raise ValueError(f"{path / 'dataset_info.json'} lists no splits")
     features: dict[str, Feature] = {}
-    _collect(read_json(path / "features.json"), "", features)
+    _collect(read_json(path / "features.json", JsonObject), "", features)
     if not any(name.startswith("steps/") for name in features):
         raise ValueError(f"{path / 'features.json'} describes no 'steps'; this is not an RLDS (episode) dataset")
     return DatasetInfo(path, info["name"], splits, features)

@@ -7,13 +7,11 @@ another one.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ from prismo.data.features import DatasetInfo
 from prismo.data.rlds import EPISODE, EpisodeIndex, numbers, row_type
 from prismo.data.specs import DatasetSpec, find_feature, split_slice, standardize
 from prismo.data.tfrecord import FOOTER, HEADER, Record, crc32c, parse_example, read_records
-from prismo.util.files import atomic_folder, read_json, write_json
+from prismo.util.files import atomic_folder, write_json
+from prismo.util.locks import exclusive
+from prismo.util.schema import JsonObject, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def open_index(info: DatasetInfo, spec: DatasetSpec) -> EpisodeIndex:
 
 
 def _load(info: DatasetInfo, spec: DatasetSpec, path: Path) -> EpisodeIndex:
-    instructions = read_json(path / "index.json")["instructions"]
+    instructions = read_json(path / "index.json", JsonObject)["instructions"]
     return EpisodeIndex(info, spec, path, np.fromfile(path / "episodes.bin", EPISODE), instructions)
 
 
@@ -85,20 +85,6 @@ def _writable_root(info: DatasetInfo) -> Path:
             return root
     places = " nor ".join(map(str, _roots(info)))
     raise OSError(f"neither {places} can be written; set XDG_CACHE_HOME to a folder that can")
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock on the file `path`. Where the file system has no locks, go on: writing is atomic anyway."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for the process that holds %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            logger.warning("%s has no file locks; several processes may do the same work", path.parent)
-        yield
 
 
 # --- the scan ---------------------------------------------------------------------------------------------------------

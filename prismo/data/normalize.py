@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from prismo.embodiment import Normalization
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import did_you_mean
 
 _EPSILON = 1e-8
@@ -131,7 +132,7 @@ def load_statistics(path: str | Path) -> dict[str, DatasetStats]:
             "`python scripts/compute_norm_stats.py` makes one from a dataset)"
         )
     try:
-        return parse_statistics(read_json(path))
+        return parse_statistics(read_json(path, JsonObject))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

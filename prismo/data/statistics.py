@@ -7,9 +7,9 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from prismo.data.index import exclusive
 from prismo.data.normalize import DatasetStats, FieldStats, dump_statistics, load_statistics
 from prismo.data.rlds import EpisodeIndex
+from prismo.util.locks import exclusive
 
 _BYTES_AT_ONCE = 256 << 20
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from prismo.eval.results import EpisodeLog
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class RunFolder:
     @property
     def description(self) -> dict[str, Any]:
         """Content of run.json."""
-        return read_json(self.path / _RUN)
+        return read_json(self.path / _RUN, JsonObject)
 
     def close(self) -> None:
         """Let others have it."""
@@ -109,7 +110,7 @@ def open_run(
 
 def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> RunFolder | None:
     """The run in `path`, if it is ours to go on with."""
-    stored = read_json(path / _RUN)
+    stored = read_json(path / _RUN, JsonObject)
     if stored.get("settings") != identity.settings or stored.get("note") != identity.note:
         return None
     lock = _lock(path)

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prismo.util.files import atomic_folder, read_json, write_json
+from prismo.util.files import atomic_folder, write_json
+from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 ADAPTER_FOLDER = "lora_adapter"
@@ -262,7 +263,7 @@ def read_adapter_spec(folder: str | Path) -> LoraSpec:
         raise FileNotFoundError(
             f"no LoRA adapter: {path} does not exist. Give the checkpoint folder that holds {ADAPTER_FOLDER}/"
         )
-    config = read_json(path)
+    config = read_json(path, JsonObject)
     plain: dict[str, tuple[Any, ...]] = {
         "peft_type": ("LORA",),
         "use_dora": (False, None),

@@ -53,8 +53,9 @@ from prismo.models.weight_files import (
     total_bytes,
     write_shards,
 )
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
 from prismo.util.hub import local_folder
+from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 MARKER = "merge.json"
@@ -132,7 +133,7 @@ class _Adapter:
 def _openvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
     """config.json of the merged model: the base's, with the statistics of the run."""
     statistics = load_statistics(checkpoint / "dataset_statistics.json")
-    return read_json(base / "config.json") | {"norm_stats": statistics_to_json(statistics)}
+    return read_json(base / "config.json", JsonObject) | {"norm_stats": statistics_to_json(statistics)}
 
 
 def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{checkpoint} has no processor_config.json, which holds the statistics and action bins of the run"
         )
-    return read_json(base / "config.json")
+    return read_json(base / "config.json", JsonObject)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ _FAMILIES = {
 
 def _family(base_folder: Path) -> _Family:
     check_folder(base_folder, tuple(_FAMILIES))
-    return _FAMILIES[read_json(base_folder / "config.json")["model_type"]]
+    return _FAMILIES[read_json(base_folder / "config.json", JsonObject)["model_type"]]
 
 
 def merge(
@@ -305,7 +306,9 @@ def _marker(
     """
     path = checkpoint_dir / ADAPTER_FOLDER / "adapter_model.safetensors"
     digest = _sha256(path)
-    contained = list(read_json(base_folder / MARKER)["adapters"]) if (base_folder / MARKER).is_file() else []
+    contained = (
+        list(read_json(base_folder / MARKER, JsonObject)["adapters"]) if (base_folder / MARKER).is_file() else []
+    )
     beside = base_folder / ADAPTER_FOLDER / path.name
     if digest in contained or (beside.is_file() and _sha256(beside) == digest):
         raise ValueError(
@@ -315,7 +318,7 @@ def _marker(
     identity = fingerprint(tensors)
     trained_on = (adapter.file.metadata() or {}).get("base_fingerprint")
     if trained_on not in (None, identity):
-        name = read_json(path.with_name("adapter_config.json")).get("base_model_name_or_path")
+        name = read_json(path.with_name("adapter_config.json"), JsonObject).get("base_model_name_or_path")
         raise ValueError(
             f"{path} was trained on other weights than those in {base_folder} (training started from {name!r}); "
             "pass that model as --base_checkpoint"

@@ -19,8 +19,8 @@ from prismo.data.normalize import DatasetStats, load_statistics
 from prismo.models.component_files import TRAINING_CONFIG, Stem, find_component, read_component
 from prismo.models.openvla import AttentionKind
 from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.util.files import read_json
 from prismo.util.hub import local_folder
+from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     folder = checkpoint_folder(source)
     merged = any(folder.glob("model*.safetensors")) and (folder / "config.json").is_file()
     adapter = None if merged else _read_adapter(folder, base)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json", JsonObject) if (folder / "config.json").is_file() else {}
     family = _family(folder, config)
     training = _read_training_config(folder)
     head_state = _component(folder, "action_head")
@@ -171,7 +171,7 @@ def _read_adapter(folder: Path, base: str | None) -> AdapterInfo:
             f"{folder} is not a checkpoint: expected config.json and model*.safetensors (merged), or {ADAPTER_FOLDER}/ "
             f"(unmerged); found {found}"
         )
-    config = read_json(path)
+    config = read_json(path, JsonObject)
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path} does not name its base model; give it as --base_checkpoint")
@@ -180,7 +180,7 @@ def _read_adapter(folder: Path, base: str | None) -> AdapterInfo:
 
 def _read_training_config(folder: Path) -> dict[str, Any]:
     path = folder / TRAINING_CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, JsonObject) if path.is_file() else {}
 
 
 def _component_file(folder: Path, stem: Stem) -> Path | None:
@@ -253,7 +253,7 @@ def _center_crop(folder: Path, source: str | Path, training: Mapping[str, Any]) 
 
 def _chunk(folder: Path, family: Family, training: Mapping[str, Any]) -> int | None:
     if family == "svla":
-        return read_json(folder / "processor_config.json").get("action_chunk_size")
+        return read_json(folder / "processor_config.json", JsonObject).get("action_chunk_size")
     return training.get("chunk")
 
 
@@ -262,7 +262,7 @@ def _statistics(folder: Path, family: Family) -> dict[str, DatasetStats]:
     names = _STATISTICS[family]
     for name in names:
         path = folder / name
-        if path.is_file() and (name != "config.json" or read_json(path).get("norm_stats")):
+        if path.is_file() and (name != "config.json" or read_json(path, JsonObject).get("norm_stats")):
             return load_statistics(path)
     raise FileNotFoundError(
         f"{folder} has no statistics ({' or '.join(names)}), so actions cannot be un-normalised; copy the file from "

@@ -14,7 +14,8 @@ from typing import Any
 from prismo.sim.demos import assemble, demo_file_name
 from prismo.sim.interface import EpisodeOutcome, SimInfo
 from prismo.sim.suites import Task
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Collection:
                 raise FileExistsError(
                     f"{file} is finished; give --overwrite to make the folder anew, or choose another"
                 )
-        if note.exists() and read_json(note) != settings:
+        if note.exists() and read_json(note, JsonObject) != settings:
             raise ValueError(
-                f"{folder} was made with {read_json(note)}; the flags now say {settings}. Choose another folder"
+                f"{folder} was made with {read_json(note, JsonObject)}; the flags now say {settings}. "
+                "Choose another folder"
             )
         write_json(note, settings)
 
@@ -73,7 +75,7 @@ class Collection:
     def finished(self, items: Sequence[Item]) -> list[Finished]:
         """The items that an earlier run finished."""
         return [
-            Finished(item, EpisodeOutcome(**read_json(note))) for item in items if (note := self._note(item)).exists()
+            Finished(item, read_json(note, EpisodeOutcome)) for item in items if (note := self._note(item)).exists()
         ]
 
     def note(self, done: Finished) -> None:

@@ -101,7 +101,7 @@ class LiberoEnv:
         for _ in range(_RESET_ATTEMPTS):
             try:
                 return attempt()
-            except RandomizationError:  # noqa: PERF203 (a handful of attempts)
+            except RandomizationError:
                 continue
         raise SimulatorError(f"no free place for the objects of {self.task.name} in {_RESET_ATTEMPTS} attempts")
 

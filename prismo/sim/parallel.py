@@ -73,7 +73,7 @@ def _attempt(run: Callable[[SimWorker, Job], Result], worker: SimWorker, job: Jo
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return run(worker, job)
-        except (SimulatorCrashed, SimulatorTimeout) as error:  # noqa: PERF203 (three attempts)
+        except (SimulatorCrashed, SimulatorTimeout) as error:
             if attempt == _ATTEMPTS:
                 raise
             log.warning("%s; repeating the job with a new simulator", error)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prismo.util.files import read_json
+from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import did_you_mean
 
 # Policy steps before an episode counts as failed, after the longest human demonstration of each suite: 193, 254, 270,
@@ -175,7 +175,7 @@ def read_custom_init_states(path: str | Path, task: Task) -> dict[int, np.ndarra
     Raises:
         ValueError: the task is not in the file, or none of its demonstrations succeeded.
     """
-    content = read_json(path)
+    content = read_json(path, JsonObject)
     key = task.language.replace(" ", "_")
     if key not in content:
         raise ValueError(f"{path}: {did_you_mean('task', key, content)}")

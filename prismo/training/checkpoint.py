@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ from prismo.training.config import FinetuneConfig
 from prismo.training.run_folder import STATE_FILE, STATE_FOLDER, TRAINING_CONFIG
 from prismo.training.sharding import local, scatter, whole
 from prismo.training.step import TrainStep
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 
 _FORMAT = 1
 _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
@@ -103,7 +103,7 @@ def save_state(checkpoint: Path, gathered: WholeState, state: TrainerState) -> N
 def read_state(checkpoint: Path) -> TrainerState:
     """The small part of a trainer state."""
     path = checkpoint / STATE_FOLDER / STATE_FILE
-    content = read_json(path)
+    content = read_json(path, JsonObject)
     if content.pop("format", None) != _FORMAT:
         raise ValueError(f"{path} is of another version of this project; resume with that version")
     return TrainerState(**content)
@@ -161,7 +161,7 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
         ValueError: a flag differs that the stored state depends on.
     """
     path = checkpoint / TRAINING_CONFIG
-    before = read_json(path)
+    before = read_json(path, JsonObject)
     recipe = config.align_recipe
     now = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     now |= {"align_recipe": None if recipe is None else dataclasses.asdict(recipe)}
@@ -176,17 +176,6 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
     if config.scheduler == "MultiStepLR":
         changed.pop("max_steps", None)  # the others stretch to it
     return [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name in _CHANGES_NUMBERS]
-
-
-def flush(folder: Path) -> None:
-    """Bring every file below `folder` to the disk, so that a power cut after the rename cannot empty it."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 class _Stored(Mapping[str, Tensor]):

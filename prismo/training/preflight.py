@@ -19,7 +19,7 @@ from prismo.training.checkpoint import check_same_run
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.families import family_of
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
-from prismo.util.files import read_json
+from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 _USUAL_BATCH = 32
@@ -78,7 +78,7 @@ def make_plan(config: C, world_size: int) -> Plan[C]:
 
 def _base_of(config: C, resume: Resume) -> C:
     """The flags with the base model of the checkpoint, where vla_path names the checkpoint itself."""
-    recorded = read_json(resume.folder / TRAINING_CONFIG)["vla_path"]
+    recorded = read_json(resume.folder / TRAINING_CONFIG, JsonObject)["vla_path"]
     given = Path(config.vla_path)
     if given.is_dir() and ((given / TRAINING_CONFIG).is_file() or given.resolve() == resume.folder.resolve()):
         return replace(config, vla_path=recorded)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from prismo.models.component_files import Step
 from prismo.training.config import FinetuneConfig
-from prismo.util.files import atomic_folder, read_json
+from prismo.util.files import atomic_folder
+from prismo.util.schema import JsonObject, read_json
 
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "state.json"
@@ -65,7 +66,7 @@ class RunFolder:
                 continue
             state = folder / STATE_FOLDER / STATE_FILE
             if state.is_file():
-                found.append(Checkpoint(folder, int(read_json(state)["step"]), True))
+                found.append(Checkpoint(folder, int(read_json(state, JsonObject)["step"]), True))
             elif match:
                 found.append(Checkpoint(folder, int(match[1]), False))
         return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
@@ -185,7 +186,9 @@ def find_resume(config: FinetuneConfig, run: RunFolder) -> Resume | None:
     given, wanted = Path(config.vla_path), config.resume_step
     candidates = list(present)
     if (given / STATE_FOLDER / STATE_FILE).is_file():
-        candidates.append(Checkpoint(given, int(read_json(given / STATE_FOLDER / STATE_FILE)["step"]), True))
+        candidates.append(
+            Checkpoint(given, int(read_json(given / STATE_FOLDER / STATE_FILE, JsonObject)["step"]), True)
+        )
     for checkpoint in candidates:
         if checkpoint.resumable and wanted in (None, checkpoint.step):
             return Resume(checkpoint.folder, checkpoint.step, exact=True)

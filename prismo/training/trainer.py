@@ -25,7 +25,6 @@ from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import (
     TrainerState,
     WholeState,
-    flush,
     gather_state,
     load_state,
     read_state,
@@ -334,7 +333,6 @@ class Trainer:
                 self.task.write(folder, name, state.weights)
                 write_training_config(folder, self.config, self.task.robot, self.world.size, self.step.precision)
                 save_state(folder, state, TrainerState(number, position, self.world.size, self.task.base_fingerprint))
-                flush(folder)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk has another name in each library
             present = self.run.checkpoints()
             before = f"the checkpoint before is whole: {present[0].folder}" if present else "there is none before"

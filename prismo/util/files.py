@@ -1,15 +1,20 @@
-"""Atomic writes: a reader (or a resumed run) sees the old file or the new one, never half of it."""
+"""Atomic writes: a reader (or a resumed run) sees the old file or the new one, never half of it, never none."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_OLD = ".old."
 
 
 @contextmanager
@@ -20,17 +25,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Not mkstemp: its files are private, and a shared cluster folder needs the usual mode.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; a shared cluster folder needs the usual mode
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        _flush(temporary)
         temporary.replace(path)
+        _flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -38,36 +40,75 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path` (an old folder is replaced)."""
+    """Yield a temporary folder beside `path`; on success flush it and put it in the place of `path`.
+
+    An old folder is exchanged with the new one in one step and then deleted. File systems that cannot do this (NFS)
+    move the old one aside first and back if that fails; after a kill in between the next call does it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _restore(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old.parent)
-        else:
-            temporary.replace(path)
+        flush_folder(temporary)
+        _put_in_place(temporary, path)
+        _flush(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Have every file of a folder on the disk before anything calls it complete."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            _flush(path)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.replace(path)
+        return
+    if _exchange(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)  # the old content
+        return
+    aside = path.with_name(f".{path.name}{_OLD}{secrets.token_hex(4)}")
+    path.replace(aside)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        aside.replace(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _restore(path: Path) -> None:
+    """Give a folder its name back that a killed process had moved aside."""
+    if not path.exists():
+        for aside in sorted(path.parent.glob(f".{path.name}{_OLD}*"))[:1]:
+            aside.replace(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # not Linux
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON with an indent of 2, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; the error of a broken one names the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or fetch it again") from error

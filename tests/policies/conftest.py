@@ -12,7 +12,8 @@ from prismo.embodiment import LIBERO
 from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
 from prismo.policies import OpenVLAPolicy, PolicyFlags, PolicyInput, prepare_policy
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 
 SUITE = "libero_spatial"
 
@@ -30,7 +31,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("discrete", "vanilla"):
         prefer_action_tokens(made[kind])
         # Published files do not state how they attend.
-        config = read_json(made[kind] / "config.json")
+        config = read_json(made[kind] / "config.json", JsonObject)
         del config["attention"]
         write_json(made[kind] / "config.json", config)
     # What the original copies into its checkpoints; the only thing that tells these two apart.

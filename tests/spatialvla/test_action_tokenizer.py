@@ -23,7 +23,7 @@ from prismo.models.spatialvla.action_tokenizer import (
 )
 from prismo.models.spatialvla.modeling import SpatialVLAForConditionalGeneration
 from prismo.models.spatialvla.rediscretize import interpolate_rows, rediscretize
-from prismo.util.files import read_json
+from prismo.util.schema import JsonObject, read_json
 
 # Gaussians that the authors ship for the fractal dataset (gs_fractal.json).
 FRACTAL = {
@@ -75,7 +75,7 @@ def test_layout(tokens: ActionTokenizer) -> None:
 
 
 def test_published_bins_come_from_the_gaussians(tokens: ActionTokenizer, published: Path) -> None:
-    stored = ActionTokenizer.from_bin_policy(read_json(published / "processor_config.json")["bin_policy"])
+    stored = ActionTokenizer.from_bin_policy(read_json(published / "processor_config.json", JsonObject)["bin_policy"])
     for name in VARIABLES:
         np.testing.assert_allclose(stored.edges[name], tokens.edges[name], atol=1e-7)
 
@@ -101,7 +101,7 @@ def test_encode(
     ],
 )
 def test_published_statistics(tokens: ActionTokenizer, published: Path, key: str, physical: tuple[float, ...]) -> None:
-    statistics = parse_statistics(read_json(published / "processor_config.json"))
+    statistics = parse_statistics(read_json(published / "processor_config.json", JsonObject))
     assert len(statistics) == 28
     action = unnormalize(tokens.decode(np.array([1443, 5772, 8193])), statistics[key].action, "bounds_q99")
     np.testing.assert_allclose(action, physical, atol=2e-6)

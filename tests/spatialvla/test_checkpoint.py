@@ -15,7 +15,7 @@ from prismo.models.spatialvla import SpatialVLAConfig, SpatialVLAForConditionalG
 from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.spatialvla.tiny import tiny_config
-from prismo.util.files import read_json
+from prismo.util.schema import JsonObject, read_json
 
 PARAMETERS_4B = 4_027_854_731
 
@@ -25,7 +25,7 @@ def official_shapes(model: SpatialVLAForConditionalGeneration) -> dict[str, list
 
 
 def test_published_index_matches_name_by_name(published: Path) -> None:
-    index = read_json(published / "model.safetensors.index.json")
+    index = read_json(published / "model.safetensors.index.json", JsonObject)
     model = SpatialVLAForConditionalGeneration.empty(read_config(published))
     shapes = official_shapes(model)
     assert len(shapes) == 1382
@@ -65,7 +65,7 @@ def test_published_config_round_trip(published: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config.to_diff_dict()))
     again = read_config(tmp_path)
     assert again.to_diff_dict() == config.to_diff_dict()
-    stored, original = read_json(tmp_path / "config.json"), read_json(published / "config.json")
+    stored, original = read_json(tmp_path / "config.json", JsonObject), read_json(published / "config.json", JsonObject)
     for key, value in original.items():
         if isinstance(value, dict) and key != "auto_map":
             for name, inner in value.items():
@@ -104,7 +104,7 @@ def test_round_trip_is_bit_exact_and_leaves_the_source_alone(tiny_spatialvla: Pa
     source, saved = load_file(tiny_spatialvla / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert saved.keys() == source.keys() == official_shapes(model).keys()
     assert all(torch.equal(saved[name], source[name]) for name in source)
-    assert read_json(tmp_path / "config.json") == read_json(tiny_spatialvla / "config.json")
+    assert read_json(tmp_path / "config.json", JsonObject) == read_json(tiny_spatialvla / "config.json", JsonObject)
     rows = saved["language_model.model.embed_tokens.weight"][model.config.action_token_begin_idx :]
     assert torch.equal(rows, saved["spatial_embed_tokens.weight"])
 
@@ -121,7 +121,7 @@ def test_shards_and_a_given_state_dict(
 ) -> None:
     half = {name: value.bfloat16() for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=half, max_shard_size="2MB")
-    index = read_json(tmp_path / "model.safetensors.index.json")
+    index = read_json(tmp_path / "model.safetensors.index.json", JsonObject)
     assert len(set(index["weight_map"].values())) > 2
     loaded = SpatialVLAForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16

@@ -17,7 +17,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 
 VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
 RANGES = {
@@ -226,7 +227,7 @@ def fit_gaussians(batches: Iterable[np.ndarray]) -> dict[str, Gaussian]:
 
 def load_gaussians(path: str | Path) -> dict[str, Gaussian]:
     """Read `{variable: {"mu": ..., "sigma": ...}}`, the authors' format of `gs_*.json`."""
-    stored = read_json(path)
+    stored = read_json(path, JsonObject)
     try:
         return {name: Gaussian(float(entry["mu"]), float(entry["sigma"])) for name, entry in stored.items()}
     except (AttributeError, KeyError, TypeError) as error:

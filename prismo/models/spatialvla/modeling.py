@@ -26,7 +26,8 @@ from prismo.models.spatialvla.checkpoint import checkpoint_folder, load_weights,
 from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
 from prismo.models.spatialvla.depth import depth_at_image, freeze_zoe, predict_depth
 from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
-from prismo.util.files import read_json, write_json
+from prismo.util.files import write_json
+from prismo.util.schema import JsonObject, read_json
 
 IGNORE_INDEX = -100
 
@@ -400,7 +401,7 @@ def read_config(
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: no config.json")
-    stored = read_json(path)
+    stored = read_json(path, JsonObject)
     if stored.get("model_type") != "spatialvla":
         raise ValueError(f"{path} is of model_type {stored.get('model_type')!r}, expected 'spatialvla'")
     switches = {"geometry": geometry, "prefix_mask": prefix_mask}

@@ -30,7 +30,8 @@ from prismo.models.spatialvla.checkpoint import checkpoint_folder
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
 from prismo.models.spatialvla.ego3d import CameraIntrinsics
 from prismo.models.spatialvla.modeling import IGNORE_INDEX, read_config
-from prismo.util.files import atomic_write, read_json, write_json
+from prismo.util.files import atomic_write, write_json
+from prismo.util.schema import JsonObject, read_json
 
 _CONFIG = "processor_config.json"
 _TOKENIZER = "tokenizer.json"
@@ -111,7 +112,7 @@ class SpatialVLAProcessor:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}; expected a SpatialVLA checkpoint with its processor")
         # Published files hold the literal `Infinity`, which Python's JSON reader accepts.
-        stored = read_json(folder / _CONFIG)
+        stored = read_json(folder / _CONFIG, JsonObject)
         missing = [key for key in ("statistics", "bin_policy", "intrinsic_config") if not stored.get(key)]
         if missing:
             raise ValueError(f"{folder / _CONFIG} lacks {', '.join(missing)}")

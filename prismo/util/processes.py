@@ -1,0 +1,50 @@
+"""No process outlives its parent, whatever it waits for. Called first thing in every child process that we start."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import threading
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with(parent: int, *, by_kernel: bool = True) -> None:
+    """Kill this process as soon as its parent is gone.
+
+    The kernel does it at once, also where this process hangs or is stopped. It counts the death of the *thread* that
+    started the process, so a child of a short-lived thread leaves it to a thread of its own (`by_kernel=False`).
+
+    Args:
+        parent: process id of the parent, which that told its child: it may be dead by now.
+    """
+    if by_kernel and signal_at_death_of(parent, signal.SIGKILL):
+        return
+    threading.Thread(target=_wait_for_end, args=(parent,), daemon=True, name="ends with its parent").start()
+
+
+def signal_at_death_of(parent: int, number: signal.Signals) -> bool:
+    """Ask the kernel for a signal when the parent dies, sent at once if it is dead; False where it cannot."""
+    try:
+        if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+            return False
+    except (AttributeError, OSError):  # not Linux
+        return False
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+    return True
+
+
+def _wait_for_end(parent: int) -> None:
+    try:
+        handle = os.pidfd_open(parent)
+    except (AttributeError, OSError):  # already gone, or a system without: looked for below
+        handle = None
+    while os.getppid() == parent:
+        if handle is None:
+            select.select([], [], [], 1.0)
+        else:
+            select.select([handle], [], [], 1.0)
+    os.kill(os.getpid(), signal.SIGKILL)

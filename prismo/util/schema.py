@@ -1,0 +1,117 @@
+"""JSON and YAML files with types and bounds: who reads one says what it must hold, and a wrong one is one sentence.
+
+A kind is anything that pydantic understands: a dataclass, a TypedDict, `dict[str, Any]`, `list[float]`, with bounds as
+`Annotated[int, Ge(1)]`, numbers that are neither NaN nor infinite as pydantic's `FiniteFloat`. Types are strict: "5" is
+no number, "False" is no truth value, 1.5 is no integer. Keys that a dataclass does not know are ignored, because other
+people's files have more; `own_keys` refuses them in files of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from prismo.util.text import did_you_mean
+
+T = TypeVar("T")
+JsonObject = dict[str, Any]  # a file of other people's, of which the reader looks at a few keys
+
+_BROKEN = "restore it or fetch it again"
+_MISTYPED = "correct it"
+_LONGEST_YAML = 1 << 20  # bytes; descriptions are written by hand, and YAML's aliases let a small file grow without end
+_SHOWN = 60  # characters of a wrong value in an error
+
+
+def own_keys(kind: type[T]) -> type[T]:
+    """Class decorator: a file of this kind with a key that is no field is refused, with the nearest one."""
+    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return kind
+
+
+def read_json(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> T:
+    """Read a JSON file as `kind`.
+
+    Args:
+        advice: end of the error: what to do with a wrong file.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested without end, or not of this kind; names the file and the first place.
+        OSError: the file cannot be read.
+    """
+    return _validate(Path(path).read_bytes(), kind, str(path), advice)
+
+
+def read_yaml(path: str | Path, kind: type[T], *, advice: str = _MISTYPED) -> T:
+    """Read a YAML file as `kind`, without ever making an object of another class. Raises as `read_json` does."""
+    path = Path(path)
+    if path.stat().st_size > _LONGEST_YAML:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a description has at most {_LONGEST_YAML:,}")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = json.dumps(value, default=str)
+        if len(text) > 16 * _LONGEST_YAML:
+            raise ValueError("its aliases make it too long")
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not valid YAML ({reason}); {advice}") from error
+    return _validate(text.encode(), kind, str(path), advice)
+
+
+def check(value: Any, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
+    """A value of JSON types (dictionaries, lists, strings, numbers) as `kind`; `where` names it in the error."""
+    return _validate(json.dumps(value).encode(), kind, where, advice)
+
+
+def read_json_lines(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> list[T]:
+    """Every line of a file as `kind`; raises as `read_json` does and names the line."""
+    lines = Path(path).read_bytes().splitlines()
+    return [_validate(line, kind, f"{path} line {number}", advice) for number, line in enumerate(lines, 1) if line]
+
+
+def _validate(text: bytes, kind: Any, where: str, advice: str) -> Any:
+    try:
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{where}: {_sentence(problems[0], kind)}{more}; {advice}") from error
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    try:
+        return _cached_adapter(kind)
+    except TypeError:  # a kind with an unhashable bound
+        return TypeAdapter(kind)
+
+
+@functools.cache
+def _cached_adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _sentence(problem: ErrorDetails, kind: Any) -> str:
+    """One problem in words: where, what was expected, what was found."""
+    place, what = problem["loc"], problem["type"]
+    if what == "json_invalid":
+        return f"not valid JSON ({problem.get('ctx', {}).get('error', problem['msg'])})"
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "its content"
+    if what in ("unexpected_keyword_argument", "extra_forbidden"):
+        return did_you_mean("key", name, _fields(kind) if len(place) == 1 else ())
+    if what in ("missing", "missing_argument"):
+        return f"{name} is missing"
+    expected = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    found = repr(problem["input"])
+    return f"{name} {expected}, found {found if len(found) <= _SHOWN else found[:_SHOWN] + '...'}"
+
+
+def _fields(kind: Any) -> tuple[str, ...]:
+    try:
+        return tuple(get_type_hints(kind))
+    except TypeError:
+        return ()
