@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from prismo.data.dataset import Sample, WindowDataset
 from prismo.data.images import sample_seeds
 from prismo.data.order import EpochOrder, Position, RankSampler
+from prismo.util.processes import end_with
 
 _PREFETCH = 2  # batches that a worker is ahead
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CollateText = Callable[[Sequence[Sample]], dict[str, Tensor]]
 
 
@@ -194,11 +200,12 @@ class Loader:
             in_flight = self.num_workers * _PREFETCH + 1
             shape = (self.batch_size, *self.dataset.pixel_shape)
             slots = _Slots(in_flight, shape, _local_ranks(self.world_size))
-        for slot, batch in self._fetch(slots):
-            images = batch.images if slots is None else _channels_first(slots.take(slot, len(batch)))
-            complete = replace(batch, images=images)
-            self._position = self.order.after(self._position, self.batch_size * self.world_size)
-            yield complete.pin_memory() if self.pin_memory else complete
+        with _started(self._fetch(slots)) as fetched:
+            for slot, batch in fetched:
+                images = batch.images if slots is None else _channels_first(slots.take(slot, len(batch)))
+                complete = replace(batch, images=images)
+                self._position = self.order.after(self._position, self.batch_size * self.world_size)
+                yield complete.pin_memory() if self.pin_memory else complete
 
     def _fetch(self, slots: _Slots | None) -> DataLoader[tuple[int, Batch]]:
         sampler = RankSampler(
@@ -215,6 +222,7 @@ class Loader:
             num_workers=self.num_workers,
             collate_fn=_as_fetched,
             prefetch_factor=_PREFETCH if self.num_workers else None,
+            worker_init_fn=functools.partial(_set_up_worker, os.getpid()),
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -222,6 +230,39 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self._position = Position(int(state["epoch"]), int(state["sample"]))
+
+
+@contextmanager
+def _started(loader: DataLoader[tuple[int, Batch]]) -> Iterator[Iterator[tuple[int, Batch]]]:
+    """The loader's batches; its workers are gone when the block ends, however it ends."""
+    others = set(multiprocessing.active_children())
+    # A signal in the instant before a worker ignores it would kill it, perhaps with a lock that the others wait for.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        yield batches
+    finally:
+        if workers:
+            batches._shutdown_workers()  # as its __del__ does, which an exception's traceback would put off
+        for worker in workers:  # the interpreter would wait at its exit for one that hangs
+            worker.kill()
+            worker.join()
+
+
+def _set_up_worker(parent: int, number: int) -> None:
+    """First thing in a data worker: it ends with the training process, and with nothing else.
+
+    Terminals and clusters send SIGTERM and SIGINT to every process of a job; a worker that dies of it takes the update
+    along that the training process is about to finish.
+    """
+    end_with(parent)
+    for name in _STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def _local_ranks(world_size: int) -> int:

@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prismo.util.processes import end_with
+
 log = logging.getLogger(__name__)
 
 INSTALL_HINT = "apt-get install -y --no-install-recommends libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
 _PROBE_TIMEOUT_S = 120.0
+_IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
 _EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the CUDA ordinal of an EGL device
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 
@@ -137,9 +140,10 @@ def _candidates(cuda_device: int | None, failures: list[str]) -> Iterator[tuple[
 def _run_probe(what: str, **variables: str) -> tuple[Any, str]:
     """Run this file as a script; return its JSON answer and "", or None and the reason."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_IMPORT_ROOT, environment.get("PYTHONPATH"))))
     try:
         child = subprocess.run(
-            [sys.executable, str(Path(__file__)), what],
+            [sys.executable, str(Path(__file__)), what, str(os.getpid())],
             env=environment | variables,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -202,6 +206,7 @@ def _draw() -> str:
 
 def _main() -> None:
     """`list` prints the CUDA ordinals of EGL's devices, `draw` the name of the renderer, as JSON; errors to stderr."""
+    end_with(int(sys.argv[2]), by_kernel=False)
     try:
         print(json.dumps(_egl_cuda_ordinals() if sys.argv[1] == "list" else _draw()))
     except Exception as error:  # whatever a driver throws: the parent goes on to the next candidate and reports this

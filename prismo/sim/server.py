@@ -1,7 +1,7 @@
 """The simulator process: answers `prismo.sim.worker.SimWorker` over a pipe until the pipe closes.
 
-Started as `python -m prismo.sim.server <file descriptor>`. Each request is (command, arguments); each answer is
-("ok", result) or ("error", message). An error leaves the process usable.
+Started as `python -m prismo.sim.server <file descriptor> <parent> main|thread`. Each request is (command, arguments);
+each answer is ("ok", result) or ("error", message). An error leaves the process usable.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimulatorError
 from prismo.sim.suites import package_folder
 from prismo.util.files import atomic_write
+from prismo.util.processes import end_with
 
 
 def prepare_process(assets: Assets, backend: GLBackend | None) -> None:
@@ -124,4 +125,5 @@ def main(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]), by_kernel=sys.argv[3] == "main")
     main(Connection(int(sys.argv[1])))

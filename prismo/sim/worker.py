@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -178,7 +179,7 @@ class SimWorker:
             "PYTHONSAFEPATH": "1",  # a folder called `libero` where the user stands must not hide the package
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "prismo.sim.server", str(child.fileno())],
+            [sys.executable, "-m", "prismo.sim.server", str(child.fileno()), str(os.getpid()), _starter()],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -238,6 +239,11 @@ class SimWorker:
         except subprocess.TimeoutExpired:
             log.debug("simulator %d did not leave by itself", self._process.pid)
         self._kill()
+
+
+def _starter() -> str:
+    """The thread that starts a simulator: the kernel ends a process with the *thread* that it was started by."""
+    return "main" if threading.current_thread() is threading.main_thread() else "thread"
 
 
 def _version(package: str) -> str:

@@ -22,9 +22,9 @@ from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.families import family_of
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
-from prismo.training.signals import Undisturbed
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
 from prismo.util.cli import log_error, set_up_logging
+from prismo.util.processes import end_with_launcher, sigterm_as_exit
 
 _LOG = logging.getLogger(__name__)
 _WRONG_INPUT = (ValueError, OSError, SelfTestError)
@@ -34,6 +34,12 @@ def main(kind: type[FinetuneConfig], arguments: Sequence[str] | None = None) -> 
     """Run a training; returns the process's exit code: 0 done or stopped by a signal, 1 broken off, 2 wrong input."""
     is_main = os.environ.get("RANK", "0") == "0"
     set_up_logging(logging.INFO if is_main else logging.ERROR)
+    end_with_launcher()
+    with sigterm_as_exit():
+        return _run(kind, arguments, is_main)
+
+
+def _run(kind: type[FinetuneConfig], arguments: Sequence[str] | None, is_main: bool) -> int:
     try:
         config = parse_config(kind, arguments)
         world = start_world(config.device)
@@ -124,7 +130,7 @@ def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: Collate
         "rank": world.rank,
         "world_size": world.size,
         "num_workers": config.num_workers,
-        "collate_text": Undisturbed(collate),
+        "collate_text": collate,
         "pin_memory": world.device.type == "cuda",
     }
     train = make_loader(data[0], config.batch_size, **options)

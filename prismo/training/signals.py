@@ -6,36 +6,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-
-from torch import Tensor
-from torch.utils.data import get_worker_info
-
-from prismo.data.dataset import Sample
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ECHO_SECONDS = 2
-
-
-class Undisturbed:
-    """A collate function whose data worker ignores SIGTERM and SIGINT from its first batch on.
-
-    Terminals and clusters send them to every process of a job; a worker that dies of it takes the update along that the
-    training process is about to finish. Workers end with their training process anyway.
-    """
-
-    def __init__(self, collate: Callable[[Sequence[Sample]], dict[str, Tensor]]) -> None:
-        self.collate = collate
-        self._ready = False
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        if not self._ready and get_worker_info() is not None:
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-            self._ready = True
-        return self.collate(samples)
 
 
 class StopSignals:

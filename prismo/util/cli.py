@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import draccus
 import yaml
 
+from prismo.util.processes import sigterm_as_exit
 from prismo.util.text import did_you_mean
 
 C = TypeVar("C")
@@ -24,11 +25,12 @@ _LOG = logging.getLogger(__name__)
 def run_command(main: Callable[[C], None], kind: type[C]) -> int:
     """Run `main` with the flags of the process; returns the exit code: 0, or 2 after an error (see `log_error`)."""
     set_up_logging()
-    try:
-        main(parse_flags(kind))
-    except (ValueError, OSError) as error:
-        log_error(error)
-        return 2
+    with sigterm_as_exit():
+        try:
+            main(parse_flags(kind))
+        except (ValueError, OSError) as error:
+            log_error(error)
+            return 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""No process outlives its parent, whatever it waits for. Called first thing in every child process that we start."""
+"""How processes end: none outlives its parent, whatever it waits for, and SIGTERM leaves no half-written folders."""
 
 from __future__ import annotations
 
@@ -7,8 +7,42 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Context of a command in which SIGTERM is SystemExit(143): children are ended, temporary folders removed.
+
+    By default the process would be gone at once and leave these. A second SIGTERM means nothing: launchers pass on one
+    that every process of a job has already got.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a data worker in the instant before it sets its own
+            return
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    owner = os.getpid()
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_with_launcher() -> None:
+    """As a process of torchrun: get SIGTERM when the launcher dies, which would leave this one without anybody."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_at_death_of(os.getppid(), signal.SIGTERM)
 
 
 def end_with(parent: int, *, by_kernel: bool = True) -> None:

@@ -15,12 +15,18 @@ from prismo.models.openvla import SelfTestError
 from prismo.sim import SimulatorError
 from prismo.sim.gl import GLUnavailableError
 from prismo.util.cli import log_error, parse_flags, set_up_logging
+from prismo.util.processes import sigterm_as_exit
 
 _WRONG_INPUT = (ValueError, OSError, ModuleNotFoundError, SelfTestError, SimulatorError, GLUnavailableError)
 
 
 def main() -> int:
     set_up_logging()
+    with sigterm_as_exit():
+        return _evaluate()
+
+
+def _evaluate() -> int:
     try:
         evaluation = prepare(parse_flags(EvalConfig))
     except _WRONG_INPUT as error:
