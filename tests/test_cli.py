@@ -8,13 +8,15 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from prismo.data.specs import resolve
 from prismo.eval.config import EvalConfig
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.util.cli import parse_flags, run_command
+from prismo.util.cli import run_command
+from prismo.util.flags import parse_flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -105,3 +107,87 @@ def test_every_command_has_help(kind, capsys):
         assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{field.name} " in shown for field in fields(kind))
+
+
+@dataclass(frozen=True)
+class Kinds:
+    # Truth
+    switch: bool = False
+    # --- more
+    # Tasks
+    tasks: list[int] | None = None
+    # A rate
+    rate: float = 1.0
+    # How
+    how: bool | Literal["auto"] = False
+    # Words
+    text: str = "x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--switch"], Kinds(switch=True)),
+        (["--switch", "True", "--rate", "5e-4"], Kinds(switch=True, rate=5e-4)),
+        (["--switch=false"], Kinds()),
+        (["--tasks", "0"], Kinds(tasks=[0])),
+        (["--tasks", "[0, 5]"], Kinds(tasks=[0, 5])),
+        (["--tasks", "[0,", "5]"], Kinds(tasks=[0, 5])),
+        (["--tasks", "0", "5"], Kinds(tasks=[0, 5])),
+        (["--tasks", "None"], Kinds()),
+        (["--rate", "-1"], Kinds(rate=-1.0)),
+        (["--how", "auto"], Kinds(how="auto")),
+        (["--how", "True"], Kinds(how=True)),
+        (["--text", "a b", "--text", "c"], Kinds(text="c")),
+    ],
+)
+def test_values(arguments, expected):
+    assert parse_flags(Kinds, arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--switch", "maybe"], "--switch maybe: another type than bool"),
+        (["--tasks", "[0"], "--tasks"),
+        (["--tasks", "[a]"], "--tasks"),
+        (["--rate"], "--rate needs a value"),
+        (["--rate", "1", "2"], "--rate takes one value, found '1 2'"),
+        (["rate", "1"], "found 'rate' where a flag was expected"),
+        (["--how", "perhaps"], "--how perhaps"),
+        (["--swich"], r"unknown flag '--swich'\. Did you mean '--switch'\? --help lists all flags"),
+    ],
+)
+def test_wrong_values_name_their_flag(arguments, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        parse_flags(Kinds, arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rate: [4\n",
+        "- a\n- b\n",
+        "just a string\n",
+        "base: !include other.yaml\n",
+        "rate: [1]\n",
+        "rate: null\n",
+        "\xff",
+    ],
+)
+def test_a_broken_file_of_flags_is_one_sentence(text, tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"flags\.yaml") as raised:
+        parse_flags(Kinds, ["--config_path", str(file)])
+    assert "\n" not in str(raised.value)
+
+
+def test_help_has_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(Kinds, ["--help"])
+    shown = capsys.readouterr().out
+    assert (
+        shown.index("flags:") < shown.index("--switch bool") < shown.index("more:") < shown.index("--tasks [int, ...]")
+    )

@@ -1,6 +1,6 @@
 """Flags of `vla-scripts/finetune.py` and `finetune_align.py`: the original's names, defaults and meanings, and our own.
 
-`parse_config` reads the command line (draccus); `validate` finds everything that can be wrong without opening a file,
+`parse_config` reads the command line; `validate` finds everything that can be wrong without opening a file,
 `prismo.training.preflight` what needs a look at files.
 """
 
@@ -17,7 +17,7 @@ from prismo.align import TEACHERS, AlignRecipe
 from prismo.models.lora import LoraSpec
 from prismo.training.optim import Schedule
 from prismo.training.options import HeadKind, PolicyOptions
-from prismo.util.cli import parse_flags
+from prismo.util.flags import parse_flags
 from prismo.util.text import did_you_mean
 
 Precision = Literal["auto", "bfloat16", "float32"]

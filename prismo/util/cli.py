@@ -1,20 +1,15 @@
-"""What commands share: flags as a dataclass, and errors that a user can act on instead of tracebacks."""
+"""What commands share: how they start and end, and errors that a user can act on instead of tracebacks."""
 
 from __future__ import annotations
 
 import logging
-import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import draccus
-import yaml
-
+from prismo.util.flags import parse_flags
 from prismo.util.processes import sigterm_as_exit
-from prismo.util.text import did_you_mean
 
 C = TypeVar("C")
 
@@ -48,47 +43,3 @@ def log_error(error: Exception) -> None:
     place = traceback.extract_tb(error.__traceback__)[-1]
     on_purpose = _PACKAGE in Path(place.filename).resolve().parents and (place.line or "").startswith("raise ")
     _LOG.error("%s", error, exc_info=None if on_purpose or isinstance(error, OSError) else error)
-
-
-def parse_flags(kind: type[C], arguments: Sequence[str] | None = None) -> C:
-    """Read `--flag value` arguments, over those of `--config_path file.yaml` if given.
-
-    Args:
-        kind: dataclass of the flags.
-        arguments: None takes those of the process.
-
-    Raises:
-        ValueError: an unknown flag or key (with the nearest one), a missing one, or a value of another type.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    description: Any = kind
-    known = [field.name for field in fields(description)]
-    for argument in arguments:
-        name = argument.removeprefix("--").split("=", 1)[0]
-        if argument.startswith("--") and name not in (*known, "config_path", "help"):
-            raise ValueError(did_you_mean("flag", f"--{name}", [f"--{flag}" for flag in known]))
-    given = [argument.removeprefix("--").split("=", 1)[0] for argument in arguments if argument.startswith("--")]
-    given += _yaml_keys(arguments, known)
-    required = [field.name for field in fields(description) if field.default is field.default_factory is MISSING]
-    missing = [f"--{name}" for name in required if name not in given]
-    if missing and not {"-h", "--help"} & set(arguments):
-        raise ValueError(f"missing {', '.join(missing)}; --help lists all flags")
-    try:
-        return draccus.parse(kind, args=arguments, preferred_help="above")
-    except draccus.utils.DecodingError as error:
-        raise ValueError(f"a flag has a value of another type: {error}") from error
-
-
-def _yaml_keys(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Keys of the file of --config_path, all of them known; none without that flag."""
-    joined = [part for argument in arguments for part in argument.split("=", 1)]
-    if "--config_path" not in joined[:-1]:
-        return []
-    path = Path(joined[joined.index("--config_path") + 1])
-    if not path.is_file():
-        raise ValueError(f"--config_path: there is no file {path}")
-    keys = list(map(str, yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
-    for key in keys:
-        if key not in known:
-            raise ValueError(f"{path}: {did_you_mean('key', key, known)}")
-    return keys

@@ -6,9 +6,14 @@ import difflib
 from collections.abc import Iterable
 
 
+def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
+    """The options that look most like `name`, if any does."""
+    return difflib.get_close_matches(name, sorted(options), n=count, cutoff=0.5)
+
+
 def did_you_mean(kind: str, name: str, options: Iterable[str]) -> str:
     """Error text for an unknown `name`: the closest option first, then all of them."""
     known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = nearest(name, known)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or '(none)'}"

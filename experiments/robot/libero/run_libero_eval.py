@@ -14,7 +14,8 @@ from prismo.eval.run import prepare
 from prismo.models.openvla import SelfTestError
 from prismo.sim import SimulatorError
 from prismo.sim.gl import GLUnavailableError
-from prismo.util.cli import log_error, parse_flags, set_up_logging
+from prismo.util.cli import log_error, set_up_logging
+from prismo.util.flags import parse_flags
 from prismo.util.processes import sigterm_as_exit
 
 _WRONG_INPUT = (ValueError, OSError, ModuleNotFoundError, SelfTestError, SimulatorError, GLUnavailableError)
