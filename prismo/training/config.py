@@ -160,6 +160,11 @@ class FinetuneConfig:
         return None
 
     @property
+    def compiles(self) -> bool:
+        """Whether anything is compiled, for which torch starts processes of its own."""
+        return self.compile
+
+    @property
     def head(self) -> HeadKind:
         """How actions are predicted."""
         return "diffusion" if self.use_diffusion else "l1" if self.use_l1_regression else "discrete"
@@ -270,6 +275,10 @@ class FinetuneAlignConfig(FinetuneConfig):
             align_loss_coeff=self.align_loss_coeff,
             gain_feat_1move=self.gain_feat_1move,
         )
+
+    @property
+    def compiles(self) -> bool:
+        return self.compile or self.compile_vggt
 
     def teacher_precision(self, device: torch.device) -> torch.dtype:
         """Of the teacher's weights on `device`."""

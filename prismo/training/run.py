@@ -25,6 +25,7 @@ from prismo.training.preview import count_parameters, describe, expected_memory,
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
 from prismo.util.cli import log_error, set_up_logging
 from prismo.util.processes import end_with_launcher, sigterm_as_exit
+from prismo.util.reaper import end_descendants_of_this_process
 
 _LOG = logging.getLogger(__name__)
 _WRONG_INPUT = (ValueError, OSError, SelfTestError)
@@ -85,6 +86,8 @@ def _plan_on_all(config: FinetuneConfig, world: World) -> Plan:
 
 def _train(plan: Plan, world: World) -> None:
     config = plan.config
+    if config.compiles:
+        end_descendants_of_this_process()
     base = resolve_base(config.vla_path)
     family = family_of(base)
     data = _open_datasets(config, family.chunk(base))

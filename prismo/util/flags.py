@@ -169,7 +169,11 @@ def _comments(kind: type) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for owner in reversed(kind.__mro__[:-1]):
         group, lines = "", list[str]()
-        for line in map(str.strip, inspect.getsource(owner).splitlines()):
+        try:
+            source = inspect.getsource(owner)
+        except OSError:  # typed into an interpreter, or stripped from an installation
+            continue
+        for line in map(str.strip, source.splitlines()):
             name = line.partition(":")[0]
             if line.startswith(_GROUP):
                 group, lines = line.removeprefix(_GROUP).strip(), []

@@ -1,4 +1,4 @@
-"""Simulators end with the process that started them, whatever they are doing."""
+"""Processes end with the one that started them, whatever they are doing; SIGTERM cleans up."""
 
 from __future__ import annotations
 
@@ -92,3 +92,38 @@ def test_sigterm_ends_a_command_cleanly(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+JOB = """
+import subprocess, sys, time
+from prismo.util.reaper import end_descendants_of_this_process
+
+end_descendants_of_this_process()
+child = "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN)\\n"
+grandchild = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)']); print(1, flush=True)\\n"
+subprocess.Popen([sys.executable, "-c", child + grandchild + "time.sleep(1000)"], start_new_session=True)
+time.sleep(1000)
+"""
+
+
+def test_children_that_others_started_end_with_a_job():
+    """As torch's compile workers, which look once a minute: deaf ones, in a group of their own, and their children."""
+    mark = uuid.uuid4().hex
+    job = subprocess.Popen(
+        [sys.executable, "-c", JOB],
+        stdout=subprocess.PIPE,
+        env=environment() | {MARK: mark},
+        cwd=REPOSITORY,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        job.stdout.readline()
+        time.sleep(1.5)
+        assert len(members(mark)) == 4  # job, reaper, child, grandchild
+        os.killpg(job.pid, signal.SIGKILL)
+        assert ended(job, 5)
+        assert not left_after(5, mark)
+    finally:
+        for pid in members(mark):
+            os.kill(pid, signal.SIGKILL)
