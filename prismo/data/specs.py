@@ -58,8 +58,11 @@ class DatasetSpec:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content of an index."""
+        robot = self.embodiment
         return {key: value for key, value in asdict(self).items() if key not in ("name", "embodiment")} | {
-            "gripper_dims": self.embodiment.gripper_dims
+            "gripper_dims": robot.gripper_dims,
+            "action_dim": robot.action_dim,
+            "proprio_dim": robot.proprio_dim,
         }
 
     def action_mask(self) -> np.ndarray:
@@ -202,7 +205,7 @@ def resolve(data_root: str | Path, name: str | Path) -> list[MixtureEntry]:
         )
     info = read_dataset_info(_folder(Path(data_root), name))
     spec = replace(SPECS[base], name=name)
-    _check_features(spec, info)
+    check_features(spec, info)
     return [MixtureEntry(spec, info)]
 
 
@@ -262,7 +265,7 @@ def _resolve_yaml(data_root: Path, file: Path) -> list[MixtureEntry]:
     folder = Path(str(content.get("path", content["name"])))
     info = read_dataset_info(folder if folder.is_absolute() else _folder(data_root, str(folder)))
     spec = _spec_from_yaml(content, info)
-    _check_features(spec, info)
+    check_features(spec, info)
     if any(not -spec.embodiment.action_dim <= dim < spec.embodiment.action_dim for dim in spec.embodiment.gripper_dims):
         raise ValueError(f"{file}: gripper_dims lie outside the {spec.embodiment.action_dim} numbers of an action")
     return [MixtureEntry(spec, info)]
@@ -337,8 +340,8 @@ def _total_width(names: tuple[str, ...], info: DatasetInfo) -> int:
     return total
 
 
-def _check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
-    """Every feature of `spec` exists and the widths are the embodiment's."""
+def check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
+    """Every feature of `spec` exists and the widths are the embodiment's; else ValueError."""
     for camera in spec.cameras:
         find_feature(camera, "image", info)
     find_feature(spec.instruction, "text", info)
