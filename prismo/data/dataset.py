@@ -204,8 +204,8 @@ def open_dataset(
 def _statistics(index: EpisodeIndex, given: Mapping[str, DatasetStats] | None) -> DatasetStats:
     if given is None:
         return dataset_statistics(index)
-    found = given[resolve_unnorm_key(given, index.spec.name)]
     robot = index.spec.embodiment
+    found = given[resolve_unnorm_key(given, index.spec.name, robot.normalization)]
     dims = (found.action.dim, found.proprio.dim if found.proprio else None)
     if dims != (robot.action_dim, robot.proprio_dim):
         raise ValueError(
