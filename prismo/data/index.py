@@ -30,7 +30,7 @@ from prismo.data.index_files import (
     write_sealed,
 )
 from prismo.data.rlds import EPISODE, EpisodeIndex, numbers, row_type
-from prismo.data.specs import DatasetSpec, find_feature, split_slice, standardize
+from prismo.data.specs import DatasetSpec, Trajectory, find_feature, split_slice, standardize
 from prismo.data.tfrecord import FOOTER, HEADER, Record, crc32c, parse_example, read_records
 from prismo.util.files import atomic_folder
 from prismo.util.locks import exclusive
@@ -159,7 +159,10 @@ def _build(info: DatasetInfo, spec: DatasetSpec, folder: Path) -> None:
     ):
         first_row = 0
         for split, shard, file, record in _records(info):
-            rows, named = _index_episode(info, spec, file, record, texts)
+            try:
+                rows, named = _index_episode(info, spec, record, texts)
+            except ValueError as error:
+                raise ValueError(f"{file}: episode {len(episodes)} (at byte {record.offset}): {error}") from error
             out.write(rows.tobytes())
             size = len(record.data)
             episodes.append((split, shard, record.offset, size, record.crc, first_row, len(rows), named))
@@ -172,36 +175,39 @@ def _build(info: DatasetInfo, spec: DatasetSpec, folder: Path) -> None:
 
 
 def _records(info: DatasetInfo) -> Iterator[tuple[int, int, Path, Record]]:
-    """(split, shard, file, record) of every episode; the count of each shard is checked."""
+    """(split, shard, file, record) of every episode; the count of each shard is checked, and that none comes twice."""
+    seen: dict[tuple[tuple[int, int], ...], Path] = {}
     for number, split in enumerate(info.splits):
         for shard, (file, expected) in enumerate(zip(split.files, split.episodes, strict=True)):
-            found = 0
+            content = []
             for record in read_records(file):
-                found += 1
+                content.append((record.crc, len(record.data)))
                 yield number, shard, file, record
-            if found != expected:
+            if len(content) != expected:
                 raise ValueError(
-                    f"{file} holds {found} episodes, dataset_info.json says {expected}: the file is cut off or belongs "
-                    "to another version; fetch it again"
+                    f"{file} holds {len(content)} episodes, dataset_info.json says {expected}: the file is cut off or "
+                    "belongs to another version; fetch it again"
+                )
+            if content and (twin := seen.setdefault(tuple(content), file)) != file:
+                raise ValueError(
+                    f"{file} holds the very episodes of {twin}: one is a copy of the other; fetch both again"
                 )
 
 
 def _index_episode(
-    info: DatasetInfo, spec: DatasetSpec, file: Path, record: Record, texts: dict[str, int]
+    info: DatasetInfo, spec: DatasetSpec, record: Record, texts: dict[str, int]
 ) -> tuple[np.ndarray, bool]:
     """Rows of one episode, and whether any of its steps has an instruction. New texts are added to `texts`."""
-    try:
-        entries = parse_example(record.data)
-        action, proprio = (_vectors(names, info, record, entries) for names in (spec.action, spec.proprio))
-        images = [_find(camera, "image", info, entries) for camera in spec.cameras]
-        phrases = [record.data[a:b].decode() for a, b in _find(spec.instruction, "text", info, entries)]
-        phrases = phrases * len(action) if len(phrases) == 1 else phrases  # one text for the whole episode
-        lengths = {len(proprio), len(action), len(phrases), *map(len, images)}
-        if len(lengths) > 1:
-            raise ValueError(f"its features have different numbers of steps: {sorted(lengths)}")
-    except ValueError as error:
-        raise ValueError(f"{file}: the episode at byte {record.offset}: {error}") from error
+    entries = parse_example(record.data)
+    action, proprio = (_vectors(names, info, record, entries) for names in (spec.action, spec.proprio))
+    images = [_find(camera, "image", info, entries) for camera in spec.cameras]
+    phrases = [record.data[a:b].decode() for a, b in _find(spec.instruction, "text", info, entries)]
+    phrases = phrases * len(action) if len(phrases) == 1 else phrases  # one text for the whole episode
+    lengths = {len(proprio), len(action), len(phrases), *map(len, images)}
+    if len(lengths) > 1:
+        raise ValueError(f"its features have different numbers of steps: {sorted(lengths)}")
     trajectory = standardize(spec, action, proprio)
+    _check_finite(trajectory)
     steps = slice(trajectory.start, trajectory.start + len(trajectory.action))
     rows = np.zeros(len(trajectory.action), row_type(spec))
     rows["action"], rows["proprio"] = trajectory.action, trajectory.proprio
@@ -211,6 +217,16 @@ def _index_episode(
         rows["offset"][:, camera], rows["length"][:, camera] = record.offset + start, stop - start
         rows["crc"][:, camera] = [crc32c(record.data[a:b]) for a, b in ranges[steps]]
     return rows, any(phrases[steps])
+
+
+def _check_finite(trajectory: Trajectory) -> None:
+    """A single one would take the quantiles from a whole dataset, and stop training wherever it is met."""
+    for name, values in (("action", trajectory.action), ("proprio", trajectory.proprio)):
+        for step, dim in np.argwhere(~np.isfinite(values)):
+            raise ValueError(
+                f"step {trajectory.start + step}: {name} number {dim} is {values[step, dim]}; mend or leave out this "
+                "episode and build the dataset again"
+            )
 
 
 def _find(name: str, kind: str, info: DatasetInfo, entries: Mapping[str, Any]) -> Any:

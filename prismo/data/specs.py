@@ -88,10 +88,14 @@ class Trajectory:
 
 
 def standardize(spec: DatasetSpec, action: np.ndarray, proprio: np.ndarray) -> Trajectory:
-    """Apply the conventions of `spec` to the stored action [T, A] and proprio [T, P] of a whole episode."""
+    """Apply the conventions of `spec` to the stored action [T, A] and proprio [T, P] of a whole episode.
+
+    Numbers that are not finite stay so where they are used.
+    """
     action, proprio = action[spec.skip_first :].copy(), proprio[spec.skip_first :]
     for dim in spec.embodiment.gripper_dims if spec.gripper != "as_stored" else ():
-        action[:, dim] = _absolute_gripper(action[:, dim], spec.gripper)
+        command = action[:, dim]
+        action[:, dim] = np.where(np.isfinite(command), _absolute_gripper(command, spec.gripper), command)
     if spec.actions_from_state and len(action):
         action[:-1, :6] = proprio[1:, :6] - proprio[:-1, :6]
         action, proprio = action[:-1], proprio[:-1]

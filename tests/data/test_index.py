@@ -22,6 +22,7 @@ from prismo.data.specs import resolve
 from prismo.data.statistics import dataset_statistics
 from prismo.embodiment import ALOHA
 from prismo.util.files import atomic_folder
+from tests.data.conftest import made_up_episode, write_episodes
 
 NAME = "libero_spatial_no_noops"
 
@@ -175,6 +176,38 @@ def test_an_index_that_cannot_be_replaced_is_named(
     monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.raises(OSError, match=f"{index.path.name} is damaged and cannot be replaced.*delete it"):
         index_of(root)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("entry", "dim", "name"),
+    [("steps/action", 2, "action"), ("steps/action", 6, "action"), ("steps/observation/state", 7, "proprio")],
+)
+def test_a_number_that_is_not_finite_is_named(tmp_path: Path, entry: str, dim: int, name: str, value: float) -> None:
+    """It ended in statistics without quantiles, and training stopped at its first update and blamed another sample."""
+    episodes = [made_up_episode(number) for number in range(3)]
+    episodes[1][entry][5, dim] = value
+    write_episodes(tmp_path, episodes)
+    found = rf"00000-of-00001: episode 1 \(at byte \d+\): step 5: {name} number {dim} is {value}; mend or leave"
+    with pytest.raises(ValueError, match=found):
+        index_of(tmp_path)
+    assert not list(tmp_path.rglob("index.json"))
+
+
+def test_numbers_that_nobody_uses_may_be_anything(tmp_path: Path) -> None:
+    episode = made_up_episode(0)
+    episode["steps/observation/joint_state"][:] = np.nan
+    write_episodes(tmp_path, [episode])
+    assert index_of(tmp_path).num_rows == 12
+
+
+def test_a_shard_that_is_the_copy_of_another_is_named(tmp_path: Path) -> None:
+    """Of the same number of episodes and with right checksums: some episodes twice, others not at all."""
+    folder = write_episodes(tmp_path, [made_up_episode(number) for number in range(3)], shard_bytes=1)
+    first, _, third = sorted(folder.glob("*.tfrecord*"))
+    shutil.copy(first, third)
+    with pytest.raises(ValueError, match=f"{third.name} holds the very episodes of .*{first.name}.*fetch both again"):
+        index_of(tmp_path)
 
 
 def test_another_robot_gets_another_index(synthetic: Path) -> None:

@@ -68,6 +68,15 @@ def test_bridge_derives_movements_from_states() -> None:
     np.testing.assert_array_equal(result.proprio, state[1:5])
 
 
+def test_a_gripper_that_is_not_a_number_stays_one() -> None:
+    """So that it is refused; carrying the next clear value over it would hide a broken recording."""
+    for convention in ("open_low", "open_high", "binarize", "relative", "as_stored"):
+        for value in (np.nan, np.inf):
+            result = gripper(convention, [1, value, 0, 1])
+            assert np.isfinite(result).tolist() == [True, False, True, True], convention
+            assert np.delete(result, 1).tolist() == np.delete(gripper(convention, [1, 0.5, 0, 1]), 1).tolist()
+
+
 def made_up_info(features: dict[str, Feature]) -> DatasetInfo:
     return DatasetInfo(Path("nowhere"), "x", (), features)
 
