@@ -232,7 +232,7 @@ def test_movements_from_states_need_six_numbers(synthetic: Path, tmp_path: Path)
     description.write_text(text)
     assert open_dataset(synthetic, description)
     description.write_text(text.replace("observation/joint_state, ", ""))
-    with pytest.raises(ValueError, match="actions_from_state needs at least 6 numbers .*found 7 and 1"):
+    with pytest.raises(ValueError, match=r"actions_from_state needs at least 6 numbers .*found 7 and 1"):
         open_dataset(synthetic, description)
 
 
