@@ -29,7 +29,7 @@ from prismo.data.index_files import (
     read_sealed,
     write_sealed,
 )
-from prismo.data.rlds import EPISODE, EpisodeIndex, numbers, row_type
+from prismo.data.rlds import EPISODE, EpisodeIndex, byte_strings, numbers, row_type
 from prismo.data.specs import DatasetSpec, Trajectory, find_feature, split_slice, standardize
 from prismo.data.tfrecord import FOOTER, HEADER, Record, crc32c, parse_example, read_records
 from prismo.util.files import atomic_folder
@@ -200,8 +200,9 @@ def _index_episode(
     """Rows of one episode, and whether any of its steps has an instruction. New texts are added to `texts`."""
     entries = parse_example(record.data)
     action, proprio = (_vectors(names, info, record, entries) for names in (spec.action, spec.proprio))
-    images = [_find(camera, "image", info, entries) for camera in spec.cameras]
-    phrases = [record.data[a:b].decode() for a, b in _find(spec.instruction, "text", info, entries)]
+    images = [byte_strings(camera, _find(camera, "image", info, entries)) for camera in spec.cameras]
+    texts_at = byte_strings(spec.instruction, _find(spec.instruction, "text", info, entries))
+    phrases = [record.data[a:b].decode() for a, b in texts_at]
     phrases = phrases * len(action) if len(phrases) == 1 else phrases  # one text for the whole episode
     lengths = {len(proprio), len(action), len(phrases), *map(len, images)}
     if len(lengths) > 1:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from prismo.data.features import DatasetInfo, Feature
+from prismo.data.features import DatasetInfo, Feature, number_type, step_size
 from prismo.data.images import decode_image
 from prismo.data.index_files import ROWS_PER_PIECE
 from prismo.data.specs import DatasetSpec, find_feature
@@ -147,8 +147,8 @@ class EpisodeIndex:
 
     def image_size(self, camera: int) -> tuple[int, int] | None:
         """(height, width) of a camera as features.json declares it, None if it may vary."""
-        height, width, *_ = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
-        return (height, width) if height > 0 and width > 0 else None
+        shape = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
+        return (shape[0], shape[1]) if len(shape) > 1 and min(shape[:2]) > 0 else None
 
     def image(self, episode: int, row: np.void, camera: int, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 [H, W, 3] of one camera in one of the `rows`; black where the dataset stores an empty image.
@@ -201,16 +201,39 @@ def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray 
     if feature.kind == "tensor":
         return numbers(name, feature, data, entry)
     if feature.kind == "text":
-        return [data[a:b].decode() for a, b in entry]
-    images = [decode_image(data[a:b]) for a, b in entry]
+        return [data[a:b].decode() for a, b in byte_strings(name, entry)]
+    images = [decode_image(data[a:b]) for a, b in byte_strings(name, entry)]
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
+def byte_strings(name: str, entry: Any) -> list[tuple[int, int]]:
+    """Where the texts or images of one entry of a record are; ValueError where it holds numbers."""
+    if not isinstance(entry, list):
+        raise ValueError(f"{name} holds numbers, features.json promises texts or images")
+    return entry
+
+
 def numbers(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray:
-    """Numbers [T, *shape] of one entry of a record."""
-    if min(feature.shape, default=1) < 0:
-        raise ValueError(f"{name} has the open shape {list(feature.shape)} and cannot be read step by step")
+    """Numbers [T, *shape] of one entry of a record.
+
+    Raises:
+        ValueError: the entry is not what the feature promises.
+    """
+    dtype, size = number_type(name, feature), step_size(name, feature)
     if isinstance(entry, list):  # tensors stored as bytes, one string per step
-        pieces = [zlib.decompress(data[a:b]) if feature.encoding == "zlib" else data[a:b] for a, b in entry]
-        entry = np.frombuffer(b"".join(pieces), feature.dtype)
-    return entry.reshape(-1, *feature.shape).astype(feature.dtype)
+        entry = _from_bytes(name, dtype, [data[a:b] for a, b in entry], feature.encoding == "zlib")
+    elif (entry.dtype.kind == "f") != (dtype.kind == "f"):
+        raise ValueError(f"{name} holds {entry.dtype} numbers, features.json says {dtype}")
+    if not size or len(entry) % size:
+        raise ValueError(f"{name} holds {len(entry)} numbers, which do not make steps of shape {list(feature.shape)}")
+    return entry.reshape(-1, *feature.shape).astype(dtype)
+
+
+def _from_bytes(name: str, dtype: np.dtype, pieces: list[bytes], zipped: bool) -> np.ndarray:
+    try:
+        raw = b"".join(map(zlib.decompress, pieces) if zipped else pieces)
+    except zlib.error as error:
+        raise ValueError(f"{name} cannot be decompressed: {error}") from error
+    if len(raw) % dtype.itemsize:
+        raise ValueError(f"{name} holds {len(raw)} bytes, which are no whole {dtype} numbers")
+    return np.frombuffer(raw, dtype)

@@ -6,7 +6,6 @@ builds the index. A new public dataset is one entry of `SPECS`; own data need on
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator
 
-from prismo.data.features import DatasetInfo, Feature, read_dataset_info
+from prismo.data.features import DatasetInfo, Feature, number_type, read_dataset_info, step_size
 from prismo.embodiment import (
     BRIDGE,
     EMBODIMENTS,
@@ -378,10 +377,9 @@ def _total_width(names: Sequence[str], info: DatasetInfo) -> int:
 
 def _width(name: str, info: DatasetInfo) -> int:
     key, part = split_slice(name)
-    shape = find_feature(key, "tensor", info)[1].shape
-    if min(shape, default=1) < 0:
-        raise ValueError(f"{key} has the open shape {list(shape)} and cannot be read step by step")
-    count = math.prod(shape)
+    feature = find_feature(key, "tensor", info)[1]
+    number_type(key, feature)
+    count = step_size(key, feature)
     if any(not -count <= bound <= count for bound in (part.start, part.stop) if bound is not None):
         raise ValueError(f"{name!r} reaches beyond the {count} numbers of {key}")
     width = len(range(count)[part])
