@@ -7,11 +7,17 @@ an output folder could silently change the action size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
 
 from prismo.util.text import did_you_mean
 
 Normalization = Literal["bounds_q99", "bounds", "normal"]
+# Bounds for files that describe a robot (`prismo.util.schema`); the upper ones only keep out what cannot be meant.
+Count = Annotated[int, Ge(1), Le(10_000)]
+Rate = Annotated[float, Gt(0), Le(10_000)]
+Sign = Literal[-1, 1]
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,13 @@ class Embodiment:
     """
 
     name: str
-    action_dim: int
-    proprio_dim: int
-    chunk: int
+    action_dim: Count
+    proprio_dim: Count
+    chunk: Count
     normalization: Normalization
-    control_hz: float
+    control_hz: Rate
     gripper_dims: tuple[int, ...] = (-1,)
-    gripper_env_sign: int = -1
+    gripper_env_sign: Sign = -1
 
     @property
     def action_tokens(self) -> int:

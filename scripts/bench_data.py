@@ -249,7 +249,7 @@ def measure_tfdata(args: argparse.Namespace) -> dict[str, float]:
     import torch  # noqa: PLC0415
 
     folder = version_folder(Path(args.data_root_dir), args.dataset_name)
-    stats = next(iter(json.loads(Path(args.statistics).read_text()).values()))
+    stats = next(iter(json.loads(Path(args.statistics).read_text())["content"].values()))
 
     def batches() -> Iterator[Any]:
         frames = tf_frames(tf, tfds, folder, stats, args).as_numpy_iterator()

@@ -84,7 +84,7 @@ def compare(sources: tuple[Source, ...], path: Path) -> None:
     """Print how far another statistics file is from the data, in units of each dimension's 1 %..99 % range."""
     others = load_statistics(path)
     for source in sources:
-        other = others[resolve_unnorm_key(others, source.name)]
+        other = others[resolve_unnorm_key(others, source.name, source.index.spec.embodiment.normalization)]
         pairs = [("action", source.statistics.action, other.action)]
         if other.proprio:
             pairs.append(("proprio", source.statistics.proprio, other.proprio))

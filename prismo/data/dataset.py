@@ -21,7 +21,7 @@ from prismo.data.images import resize_lanczos3
 from prismo.data.index import open_index
 from prismo.data.normalize import DatasetStats, load_statistics, normalize, resolve_unnorm_key
 from prismo.data.rlds import EpisodeIndex
-from prismo.data.specs import resolve
+from prismo.data.specs import check_features, resolve
 from prismo.data.statistics import dataset_statistics
 from prismo.embodiment import Embodiment
 
@@ -189,6 +189,7 @@ def open_dataset(
     sources = []
     for entry in entries:
         spec = entry.spec if embodiment is None else replace(entry.spec, embodiment=embodiment)
+        check_features(spec, entry.info)
         index = open_index(entry.info, spec)
         length = chunk or spec.embodiment.chunk
         episodes, ends = _windows(index, split, val_fraction, length, use_tail)
@@ -203,8 +204,8 @@ def open_dataset(
 def _statistics(index: EpisodeIndex, given: Mapping[str, DatasetStats] | None) -> DatasetStats:
     if given is None:
         return dataset_statistics(index)
-    found = given[resolve_unnorm_key(given, index.spec.name)]
     robot = index.spec.embodiment
+    found = given[resolve_unnorm_key(given, index.spec.name, robot.normalization)]
     dims = (found.action.dim, found.proprio.dim if found.proprio else None)
     if dims != (robot.action_dim, robot.proprio_dim):
         raise ValueError(

@@ -5,14 +5,23 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from prismo.util.schema import JsonObject, read_json
+import numpy as np
+from annotated_types import Ge, Le, MinLen
+from pydantic import BeforeValidator
+
+from prismo.util.schema import read_json
 
 _PACKAGE = "tensorflow_datasets.core.features"
+_NUMBERS = (
+    "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"
+)  # fmt: skip
 _DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -76,7 +85,78 @@ def find_version_folder(path: Path) -> Path:
             f"{path} is no RLDS dataset: neither it nor a version folder in it (such as 1.0.0) holds "
             "dataset_info.json. Finish the download, or build it with scripts/build_rlds_dataset.py"
         )
-    return max(versions, key=lambda p: [int(part) if part.isdigit() else -1 for part in p.name.split(".")])
+    return max(versions, key=lambda p: [int(part) if part.isdecimal() else -1 for part in p.name.split(".")])
+
+
+def _from_text(value: Any) -> Any:
+    """Large integers are strings in the JSON of protocol buffers."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value) else value
+
+
+_Count = Annotated[int, BeforeValidator(_from_text), Ge(0)]
+_Dimension = Annotated[int, BeforeValidator(_from_text), Ge(-1), Le(1 << 24)]
+_Pixels = Annotated[int, BeforeValidator(_from_text), Ge(-1), Le(1 << 16)]
+_Name = Annotated[str, MinLen(1)]
+
+
+@dataclass(frozen=True)
+class _SplitInfo:
+    name: _Name
+    shardLengths: list[_Count] = field(default_factory=list)
+    filepathTemplate: str = ""
+
+
+@dataclass(frozen=True)
+class _Info:
+    """What is read of dataset_info.json."""
+
+    name: _Name
+    splits: Annotated[list[_SplitInfo], MinLen(1)]
+    fileFormat: str = "tfrecord"
+
+
+@dataclass(frozen=True)
+class _ImageShape:
+    dimensions: list[_Pixels] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Image:
+    shape: _ImageShape = _ImageShape()
+    encodingFormat: str = ""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    dimensions: list[_Dimension] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: _Name
+    shape: _Shape = _Shape()
+    encoding: str = "none"
+
+
+@dataclass(frozen=True)
+class _Children:
+    features: dict[str, _Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    feature: _Node
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node of features.json: one of these, or of a kind that is not read."""
+
+    featuresDict: _Children | None = None
+    sequence: _Sequence | None = None
+    image: _Image | None = None
+    text: dict[str, Any] | None = None
+    tensor: _Tensor | None = None
 
 
 def read_dataset_info(path: Path) -> DatasetInfo:
@@ -88,30 +168,33 @@ def read_dataset_info(path: Path) -> DatasetInfo:
     path = find_version_folder(path)
     if not (path / "features.json").is_file():
         raise FileNotFoundError(f"{path} has no features.json; the download is not complete")
-    info = read_json(path / "dataset_info.json", JsonObject)
-    file_format = info.get("fileFormat", "tfrecord")
-    if file_format != "tfrecord":
-        raise ValueError(f"{path}: shards are {file_format}; only tfrecord is read. Convert with tfds.data_sources")
-    splits = tuple(_parse_split(path, info["name"], entry) for entry in info.get("splits", []))
-    if not splits:
-        raise ValueError(f"{path / 'dataset_info.json'} lists no splits")
+    info = read_json(path / "dataset_info.json", _Info)
+    if info.fileFormat != "tfrecord":
+        raise ValueError(f"{path}: shards are {info.fileFormat}; only tfrecord is read. Convert with tfds.data_sources")
+    splits = tuple(_parse_split(path, info.name, entry) for entry in info.splits)
+    if len({split.name for split in splits}) < len(splits):
+        raise ValueError(f"{path / 'dataset_info.json'} lists a split twice; fetch it again")
     features: dict[str, Feature] = {}
-    _collect(read_json(path / "features.json", JsonObject), "", features)
+    _collect(read_json(path / "features.json", _Node), "", features)
     if not any(name.startswith("steps/") for name in features):
         raise ValueError(f"{path / 'features.json'} describes no 'steps'; this is not an RLDS (episode) dataset")
-    return DatasetInfo(path, info["name"], splits, features)
+    return DatasetInfo(path, info.name, splits, features)
 
 
-def _parse_split(path: Path, dataset: str, entry: Mapping[str, Any]) -> Split:
-    episodes = tuple(int(n) for n in entry.get("shardLengths", []))
-    template = entry.get("filepathTemplate") or _DEFAULT_TEMPLATE
-    files = tuple(path / _shard_name(template, dataset, entry["name"], i, len(episodes)) for i in range(len(episodes)))
+def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> Split:
+    count = len(entry.shardLengths)
+    template = entry.filepathTemplate or _DEFAULT_TEMPLATE
+    files = tuple(path / _shard_name(template, dataset, entry.name, number, count) for number in range(count))
+    if len(set(files)) < count:
+        raise ValueError(
+            f"{path / 'dataset_info.json'}: the template {template!r} gives one name to several shards; fetch it again"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{path} lacks {len(missing)} of {len(files)} shards, the first is {missing[0]}; download them again"
+            f"{path} lacks {len(missing)} of {count} shards, the first is {missing[0]}; download them again"
         )
-    return Split(entry["name"], files, episodes)
+    return Split(entry.name, files, tuple(entry.shardLengths))
 
 
 def _shard_name(template: str, dataset: str, split: str, index: int, count: int) -> str:
@@ -123,31 +206,41 @@ def _shard_name(template: str, dataset: str, split: str, index: int, count: int)
         "NUM_SHARDS": f"{count:05d}",
         "SHARD_X_OF_Y": f"{index:05d}-of-{count:05d}",
     }
-    return Path(template.format(**fields)).name
+    return Path(re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)).name
 
 
-def _collect(node: Mapping[str, Any], prefix: str, found: dict[str, Feature]) -> None:
+def _collect(node: _Node, prefix: str, found: dict[str, Feature]) -> None:
     """Add the leaves below `node`; lists inside a step have no fixed place in a record and are left out."""
-    if "featuresDict" in node:
-        for name, child in node["featuresDict"].get("features", {}).items():
+    if node.featuresDict is not None:
+        for name, child in node.featuresDict.features.items():
             _collect(child, f"{prefix}/{name}" if prefix else name, found)
-    elif "sequence" in node:
+    elif node.sequence is not None:
         if prefix == "steps":
-            _collect(node["sequence"]["feature"], prefix, found)
-    elif "image" in node:
-        found[prefix] = Feature("image", _shape(node["image"]), "uint8", node["image"].get("encodingFormat", ""))
-    elif "text" in node:
+            _collect(node.sequence.feature, prefix, found)
+    elif node.image is not None:
+        found[prefix] = Feature("image", tuple(node.image.shape.dimensions), "uint8", node.image.encodingFormat)
+    elif node.text is not None:
         found[prefix] = Feature("text")
-    elif "tensor" in node:
-        tensor = node["tensor"]
-        if tensor["dtype"] in ("string", "object"):
-            found[prefix] = Feature("text", _shape(tensor))
+    elif node.tensor is not None:
+        shape = tuple(node.tensor.shape.dimensions)
+        if node.tensor.dtype in ("string", "object"):
+            found[prefix] = Feature("text", shape)
         else:
-            found[prefix] = Feature("tensor", _shape(tensor), tensor["dtype"], tensor.get("encoding", "none"))
+            found[prefix] = Feature("tensor", shape, node.tensor.dtype, node.tensor.encoding)
 
 
-def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(int(n) for n in node.get("shape", {}).get("dimensions", []))
+def number_type(name: str, feature: Feature) -> np.dtype:
+    """Type of the numbers of a tensor feature; ValueError where it has none that numpy knows."""
+    if feature.dtype not in _NUMBERS:
+        raise ValueError(f"features.json gives {name} the type {feature.dtype!r}, not one of {', '.join(_NUMBERS)}")
+    return np.dtype(feature.dtype)
+
+
+def step_size(name: str, feature: Feature) -> int:
+    """Numbers of a tensor feature in one step; ValueError where they vary."""
+    if min(feature.shape, default=1) < 0:
+        raise ValueError(f"{name} has the open shape {list(feature.shape)} and cannot be read step by step")
+    return math.prod(feature.shape)
 
 
 def features_to_json(features: Mapping[str, Feature]) -> dict[str, Any]:

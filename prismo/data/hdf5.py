@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 
 from prismo.data.images import encode_jpeg
 from prismo.data.writer import Episode, libero_episode
+from prismo.util.extras import need
 
 _VECTORS = {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2, "obs/joint_states": 7}
 _CAMERAS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
@@ -56,11 +58,9 @@ def find_demonstrations(folder: Path) -> list[Demonstration]:
         )
     found = []
     for path in files:
-        try:
-            with h5py.File(path) as file:
-                groups = [f"data/{name}" for name in file.get("data", ())]
-        except OSError as error:
-            raise ValueError(f"{path} is not a readable HDF5 file ({error}); make or fetch it again") from error
+        with _opened(path) as file:
+            data = file.get("data")
+            groups = [f"data/{name}" for name in data] if _is_group(data) else []
         if not groups:
             raise ValueError(f"{path} holds no demonstrations (groups data/demo_0, ...)")
         found += [Demonstration(path, group) for group in groups]
@@ -69,8 +69,8 @@ def find_demonstrations(folder: Path) -> list[Demonstration]:
 
 def image_size(demonstration: Demonstration) -> tuple[int, int]:
     """(height, width) of the pictures."""
-    with h5py.File(demonstration.file) as file:
-        height, width = _dataset(file, demonstration, _CAMERAS[0]).shape[1:3]
+    with _opened(demonstration.file) as file:
+        height, width = _dataset(file, demonstration, _CAMERAS[0], None, None, 3).shape[1:3]
     return height, width
 
 
@@ -78,31 +78,86 @@ def read_episodes(demonstrations: list[Demonstration]) -> Iterator[Episode]:
     """RLDS episodes; pictures are turned upright (by 180 degrees) and encoded as JPEG (quality 95).
 
     Raises:
-        ValueError: a dataset is missing or has another width; the message names the file.
+        ValueError: a file is damaged; a dataset is missing, of another type or shape (all pictures must have the size
+            of the first) or holds a number that is not finite. The message names file, demonstration and step.
     """
+    size = image_size(demonstrations[0])
     for demo in demonstrations:
-        with h5py.File(demo.file) as file:
-            vectors = {name: _dataset(file, demo, name)[:].astype(np.float32) for name in _VECTORS}
-            for name, width in _VECTORS.items():
-                if vectors[name].shape[1:] != (width,):
-                    raise ValueError(
-                        f"{demo.file}: {demo.group}/{name} is {vectors[name].shape}, expected [T, {width}]"
-                    )
-            views = [[encode_jpeg(image[::-1, ::-1]) for image in _dataset(file, demo, name)] for name in _CAMERAS]
-        yield libero_episode(
-            *views,
-            state=np.concatenate([vectors["obs/ee_states"], vectors["obs/gripper_states"]], axis=1),
-            joint_state=vectors["obs/joint_states"],
-            action=vectors["actions"],
-            instruction=demo.instruction,
-            file_path=demo.file.name,
-        )
+        yield _read(demo, size)
 
 
-def _dataset(file: h5py.File, demo: Demonstration, name: str) -> h5py.Dataset:
+def _read(demo: Demonstration, size: tuple[int, int]) -> Episode:
+    with _opened(demo.file) as file:
+        stored = {name: _dataset(file, demo, name, width) for name, width in _VECTORS.items()}
+        stored |= {name: _dataset(file, demo, name, *size, 3) for name in _CAMERAS}
+        steps = {name: len(dataset) for name, dataset in stored.items()}
+        if len(set(steps.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in steps.items())
+            raise _UnfitError(f"{demo.file}: {demo.group} has different numbers of steps: {found}")
+        vectors = {name: _finite(demo, name, stored[name][:]) for name in _VECTORS}
+        views = [[encode_jpeg(image[::-1, ::-1]) for image in stored[name]] for name in _CAMERAS]
+    return libero_episode(
+        *views,
+        state=np.concatenate([vectors["obs/ee_states"], vectors["obs/gripper_states"]], axis=1),
+        joint_state=vectors["obs/joint_states"],
+        action=vectors["actions"],
+        instruction=demo.instruction,
+        file_path=demo.file.name,
+    )
+
+
+class _UnfitError(ValueError):
+    """The file is whole, but not what is expected."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open HDF5 file. Damage, for which h5py has many exceptions, becomes one ValueError."""
+    h5py = need("h5py", "libero")
+    try:
+        with h5py.File(path) as file:
+            yield file
+    except _UnfitError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        raise ValueError(f"{path} is not a readable HDF5 file ({error}); make or fetch it again") from error
+
+
+def _is_group(found: Any) -> bool:
+    return isinstance(found, need("h5py", "libero").Group)
+
+
+def _dataset(file: Any, demo: Demonstration, name: str, *shape: int | None) -> Any:
+    """The dataset of one demonstration with T > 0 entries of `shape`, where None is any length; pictures have three."""
     path = f"{demo.group}/{name}"
-    if path not in file:
-        raise ValueError(
+    if not _is_group(file.get(demo.group)) or path not in file:
+        raise _UnfitError(
             f"{demo.file} has no {path}; run scripts/regenerate_libero_dataset.py on LIBERO's demonstrations first"
         )
-    return file[path]
+    found = file[path]
+    if _is_group(found):
+        raise _UnfitError(f"{demo.file}: {path} is a group, expected a dataset")
+    pictures = len(shape) == 3
+    fits = found.dtype == np.uint8 if pictures else found.dtype.kind in "fiu"
+    wanted = tuple(found.shape[i] if n is None and i < found.ndim else n for i, n in enumerate(shape, 1))
+    if not fits or found.shape[1:] != wanted:
+        expected = ", ".join("*" if n is None else str(n) for n in shape)
+        raise _UnfitError(
+            f"{demo.file}: {path} is {found.dtype} {list(found.shape)}, expected "
+            f"{'pictures uint8' if pictures else 'numbers'} [T, {expected}]"
+        )
+    if not found.size:
+        raise _UnfitError(f"{demo.file}: {path} has no steps")
+    return found
+
+
+def _finite(demo: Demonstration, name: str, values: np.ndarray) -> np.ndarray:
+    """The values as float32, as RLDS stores them."""
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    for step, dim in np.argwhere(~np.isfinite(values)):
+        raise _UnfitError(
+            f"{demo.file}: {demo.group}/{name}: number {dim} of step {step} is {values[step, dim]}; mend or delete "
+            "this demonstration"
+        )
+    return values

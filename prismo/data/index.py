@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +21,97 @@ import numpy as np
 from tqdm import tqdm
 
 from prismo.data.features import DatasetInfo
-from prismo.data.rlds import EPISODE, EpisodeIndex, numbers, row_type
-from prismo.data.specs import DatasetSpec, find_feature, split_slice, standardize
+from prismo.data.index_files import (
+    ROWS_PER_PIECE,
+    FileCheck,
+    file_check,
+    piece_checksums,
+    read_sealed,
+    write_sealed,
+)
+from prismo.data.rlds import EPISODE, EpisodeIndex, byte_strings, numbers, row_type
+from prismo.data.specs import DatasetSpec, Trajectory, find_feature, split_slice, standardize
 from prismo.data.tfrecord import FOOTER, HEADER, Record, crc32c, parse_example, read_records
-from prismo.util.files import atomic_folder, write_json
+from prismo.util.files import atomic_folder
 from prismo.util.locks import exclusive
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.schema import JsonObject
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it whenever the content of an index changes
+_FORMAT = 2  # raise it whenever the content of an index changes
+_CHECKED_AT_OPEN = 64 << 20  # bytes of rows; those of a larger index are only checked as they are read
+_ROWS, _EPISODES, _CHECKSUMS, _TEXTS = "rows.bin", "episodes.bin", "rows.crc", "index.json"
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What index.json says; its own checksum is around it."""
+
+    dataset: str
+    spec: JsonObject
+    instructions: list[str]
+    files: dict[str, FileCheck]
 
 
 def open_index(info: DatasetInfo, spec: DatasetSpec) -> EpisodeIndex:
-    """The index of a dataset, built by one scan of all shards if it is not there yet.
+    """The index of a dataset, built by one scan of all shards if it is not there yet or is damaged.
 
     Any number of processes may call this at once: one builds, the others wait for it.
 
     Raises:
         ValueError: a shard is damaged, or a record lacks a feature; the message names the file.
+        OSError: nothing can be written where an index may lie, or a damaged one cannot be replaced.
     """
     digest = _digest(info, spec)
     for root in _roots(info):
-        if (root / digest / "index.json").is_file():
-            return _load(info, spec, root / digest)
-    root = _writable_root(info)
-    with exclusive(root / f"{digest}.lock"):
-        if not (root / digest / "index.json").is_file():
-            with atomic_folder(root / digest) as temporary:
-                _build(info, spec, temporary)
-    return _load(info, spec, root / digest)
+        if (found := _load(info, spec, root / digest)) is not None:
+            return found
+    folder = _writable_root(info) / digest
+    with exclusive(folder.with_name(f"{digest}.lock")):
+        # Somebody else may have built it while we waited; and where there are no locks, while we build: the first wins,
+        # because on a network disk its readers would lose the files that we replace.
+        if (found := _load(info, spec, folder, logging.DEBUG)) is not None:
+            return found
+        _remove(folder)
+        with atomic_folder(folder, keep_existing=True) as temporary:
+            _build(info, spec, temporary)
+    return _read(info, spec, folder)
 
 
-def _load(info: DatasetInfo, spec: DatasetSpec, path: Path) -> EpisodeIndex:
-    instructions = read_json(path / "index.json", JsonObject)["instructions"]
-    return EpisodeIndex(info, spec, path, np.fromfile(path / "episodes.bin", EPISODE), instructions)
+def _load(info: DatasetInfo, spec: DatasetSpec, path: Path, level: int = logging.WARNING) -> EpisodeIndex | None:
+    """The index in the folder `path`; None if there is none, and, with a message of this level, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return _read(info, spec, path)
+    except (ValueError, OSError) as error:
+        logger.log(level, "the index is damaged and is built again: %s", error)
+        return None
+
+
+def _read(info: DatasetInfo, spec: DatasetSpec, path: Path) -> EpisodeIndex:
+    contents = read_sealed(path / _TEXTS, _Contents)
+    for name in (_EPISODES, _CHECKSUMS):
+        if file_check(path / name) != contents.files.get(name):
+            raise ValueError(f"{path / name} does not fit its checksum")
+    episodes, checksums = np.fromfile(path / _EPISODES, EPISODE), np.fromfile(path / _CHECKSUMS, np.uint32)
+    rows, row_size = path / _ROWS, row_type(spec).itemsize
+    size, expected = rows.stat().st_size, int(episodes["steps"].sum()) * row_size
+    if size != expected:
+        raise ValueError(f"{rows} has {size} bytes, {expected} expected")
+    if size <= _CHECKED_AT_OPEN and not np.array_equal(piece_checksums(rows, ROWS_PER_PIECE * row_size), checksums):
+        raise ValueError(f"{rows} does not fit its checksums")
+    return EpisodeIndex(info, spec, path, episodes, contents.instructions, checksums)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a damaged index."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OSError(f"the index {folder} is damaged and cannot be replaced ({error}); delete it") from error
 
 
 def _digest(info: DatasetInfo, spec: DatasetSpec) -> str:
@@ -96,52 +154,61 @@ def _build(info: DatasetInfo, spec: DatasetSpec, folder: Path) -> None:
     episodes = []
     total = sum(file.stat().st_size for split in info.splits for file in split.files)
     with (
-        (folder / "rows.bin").open("wb") as out,
+        (folder / _ROWS).open("wb") as out,
         tqdm(total=total, unit="B", unit_scale=True, desc=f"index {spec.name}") as bar,
     ):
         first_row = 0
         for split, shard, file, record in _records(info):
-            rows, named = _index_episode(info, spec, file, record, texts)
+            try:
+                rows, named = _index_episode(info, spec, record, texts)
+            except ValueError as error:
+                raise ValueError(f"{file}: episode {len(episodes)} (at byte {record.offset}): {error}") from error
             out.write(rows.tobytes())
             size = len(record.data)
             episodes.append((split, shard, record.offset, size, record.crc, first_row, len(rows), named))
             first_row += len(rows)
             bar.update(HEADER + size + FOOTER)
-    np.array(episodes, EPISODE).tofile(folder / "episodes.bin")
-    write_json(folder / "index.json", {"dataset": spec.name, "spec": spec.identity, "instructions": list(texts)})
+    np.array(episodes, EPISODE).tofile(folder / _EPISODES)
+    piece_checksums(folder / _ROWS, ROWS_PER_PIECE * row_type(spec).itemsize).tofile(folder / _CHECKSUMS)
+    files = {name: file_check(folder / name) for name in (_EPISODES, _CHECKSUMS)}
+    write_sealed(folder / _TEXTS, asdict(_Contents(spec.name, spec.identity, list(texts), files)))
 
 
 def _records(info: DatasetInfo) -> Iterator[tuple[int, int, Path, Record]]:
-    """(split, shard, file, record) of every episode; the count of each shard is checked."""
+    """(split, shard, file, record) of every episode; the count of each shard is checked, and that none comes twice."""
+    seen: dict[tuple[tuple[int, int], ...], Path] = {}
     for number, split in enumerate(info.splits):
         for shard, (file, expected) in enumerate(zip(split.files, split.episodes, strict=True)):
-            found = 0
+            content = []
             for record in read_records(file):
-                found += 1
+                content.append((record.crc, len(record.data)))
                 yield number, shard, file, record
-            if found != expected:
+            if len(content) != expected:
                 raise ValueError(
-                    f"{file} holds {found} episodes, dataset_info.json says {expected}: the file is cut off or belongs "
-                    "to another version; fetch it again"
+                    f"{file} holds {len(content)} episodes, dataset_info.json says {expected}: the file is cut off or "
+                    "belongs to another version; fetch it again"
+                )
+            if content and (twin := seen.setdefault(tuple(content), file)) != file:
+                raise ValueError(
+                    f"{file} holds the very episodes of {twin}: one is a copy of the other; fetch both again"
                 )
 
 
 def _index_episode(
-    info: DatasetInfo, spec: DatasetSpec, file: Path, record: Record, texts: dict[str, int]
+    info: DatasetInfo, spec: DatasetSpec, record: Record, texts: dict[str, int]
 ) -> tuple[np.ndarray, bool]:
     """Rows of one episode, and whether any of its steps has an instruction. New texts are added to `texts`."""
-    try:
-        entries = parse_example(record.data)
-        action, proprio = (_vectors(names, info, record, entries) for names in (spec.action, spec.proprio))
-        images = [_find(camera, "image", info, entries) for camera in spec.cameras]
-        phrases = [record.data[a:b].decode() for a, b in _find(spec.instruction, "text", info, entries)]
-        phrases = phrases * len(action) if len(phrases) == 1 else phrases  # one text for the whole episode
-        lengths = {len(proprio), len(action), len(phrases), *map(len, images)}
-        if len(lengths) > 1:
-            raise ValueError(f"its features have different numbers of steps: {sorted(lengths)}")
-    except ValueError as error:
-        raise ValueError(f"{file}: the episode at byte {record.offset}: {error}") from error
+    entries = parse_example(record.data)
+    action, proprio = (_vectors(names, info, record, entries) for names in (spec.action, spec.proprio))
+    images = [byte_strings(camera, _find(camera, "image", info, entries)) for camera in spec.cameras]
+    texts_at = byte_strings(spec.instruction, _find(spec.instruction, "text", info, entries))
+    phrases = [record.data[a:b].decode() for a, b in texts_at]
+    phrases = phrases * len(action) if len(phrases) == 1 else phrases  # one text for the whole episode
+    lengths = {len(proprio), len(action), len(phrases), *map(len, images)}
+    if len(lengths) > 1:
+        raise ValueError(f"its features have different numbers of steps: {sorted(lengths)}")
     trajectory = standardize(spec, action, proprio)
+    _check_finite(trajectory)
     steps = slice(trajectory.start, trajectory.start + len(trajectory.action))
     rows = np.zeros(len(trajectory.action), row_type(spec))
     rows["action"], rows["proprio"] = trajectory.action, trajectory.proprio
@@ -151,6 +218,16 @@ def _index_episode(
         rows["offset"][:, camera], rows["length"][:, camera] = record.offset + start, stop - start
         rows["crc"][:, camera] = [crc32c(record.data[a:b]) for a, b in ranges[steps]]
     return rows, any(phrases[steps])
+
+
+def _check_finite(trajectory: Trajectory) -> None:
+    """A single one would take the quantiles from a whole dataset, and stop training wherever it is met."""
+    for name, values in (("action", trajectory.action), ("proprio", trajectory.proprio)):
+        for step, dim in np.argwhere(~np.isfinite(values)):
+            raise ValueError(
+                f"step {trajectory.start + step}: {name} number {dim} is {values[step, dim]}; mend or leave out this "
+                "episode and build the dataset again"
+            )
 
 
 def _find(name: str, kind: str, info: DatasetInfo, entries: Mapping[str, Any]) -> Any:

@@ -10,17 +10,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 
 from prismo.embodiment import Normalization
 from prismo.util.files import write_json
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.schema import JsonObject, check, read_json
 from prismo.util.text import did_you_mean
 
 _EPSILON = 1e-8
 _FIELDS = ("mean", "std", "max", "min", "q01", "q99")  # the order of the published files
+_SCALED_BY: dict[Normalization, tuple[str, str]] = {
+    "bounds_q99": ("q01", "q99"),
+    "bounds": ("min", "max"),
+    "normal": ("mean", "std"),
+}
 
 Rule = Literal["training", "evaluation"]
 
@@ -100,13 +106,14 @@ def unnormalize(x: np.ndarray, stats: FieldStats, kind: Normalization) -> np.nda
 
 def _range(stats: FieldStats, kind: Normalization) -> tuple[np.ndarray, np.ndarray]:
     """Offset and width of the scaling."""
-    if kind == "bounds_q99":
-        return stats.q01, stats.q99 - stats.q01
-    if kind == "bounds":
-        return stats.min, stats.max - stats.min
-    if kind == "normal":
-        return stats.mean, stats.std
-    raise ValueError(did_you_mean("normalization", kind, get_args(Normalization)))
+    low, high = (getattr(stats, name) for name in _scaled_by(kind))
+    return low, high if kind == "normal" else high - low
+
+
+def _scaled_by(kind: Normalization) -> tuple[str, str]:
+    if kind not in _SCALED_BY:
+        raise ValueError(did_you_mean("normalization", kind, _SCALED_BY))
+    return _SCALED_BY[kind]
 
 
 def _check_width(x: np.ndarray, stats: FieldStats) -> None:
@@ -131,48 +138,74 @@ def load_statistics(path: str | Path) -> dict[str, DatasetStats]:
             f"no statistics at {path}; expected a dataset_statistics.json (it lies in every checkpoint folder; "
             "`python scripts/compute_norm_stats.py` makes one from a dataset)"
         )
-    try:
-        return parse_statistics(read_json(path, JsonObject))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return parse_statistics(read_json(path, JsonObject), str(path))
 
 
-def parse_statistics(mapping: Mapping[str, Any]) -> dict[str, DatasetStats]:
+_Numbers = list[float | None]
+_Count = Annotated[int, Ge(0)] | None
+
+
+@dataclass(frozen=True)
+class _PublishedField:
+    mean: _Numbers
+    std: _Numbers
+    max: _Numbers
+    min: _Numbers
+    q01: _Numbers
+    q99: _Numbers
+    mask: list[bool] | None = None
+
+
+@dataclass(frozen=True)
+class _PublishedDataset:
+    action: _PublishedField
+    proprio: _PublishedField | None = None
+    num_transitions: _Count = None
+    num_trajectories: _Count = None
+
+
+def parse_statistics(mapping: Mapping[str, Any], where: str = "statistics") -> dict[str, DatasetStats]:
     """Typed statistics from the published JSON schema `{dataset: {action: {...}, proprio: {...}, num_...}}`.
 
     Also takes a whole config.json (`norm_stats`, OpenVLA) or processor_config.json (`statistics`, SpatialVLA, whose
     keys look like `bridge_orig/1.0.0`). `mask`, `proprio` and the counts may be absent. null and non-standard
-    `Infinity` entries, which some published files hold, are read as nan and inf.
+    `Infinity` entries, which some published files hold, are read as nan and inf; `resolve_unnorm_key` refuses them
+    where they are used.
+
+    Args:
+        where: names the mapping in errors.
+
+    Raises:
+        ValueError: another schema, or numbers that no data can have (q01 above q99, min above max, std below 0).
     """
     for wrapper in ("norm_stats", "statistics"):
         if isinstance(mapping.get(wrapper), Mapping):
             mapping = mapping[wrapper]
     if not mapping:
-        raise ValueError("the statistics are empty")
-    return {key: _parse_dataset(key, entry) for key, entry in mapping.items()}
+        raise ValueError(f"{where}: the statistics are empty")
+    published = check(dict(mapping), dict[str, _PublishedDataset], where)
+    return {
+        key: DatasetStats(
+            action=_parse_field(f"{where}: {key}.action", entry.action),
+            proprio=_parse_field(f"{where}: {key}.proprio", entry.proprio) if entry.proprio else None,
+            num_transitions=entry.num_transitions or 0,
+            num_trajectories=entry.num_trajectories or 0,
+        )
+        for key, entry in published.items()
+    }
 
 
-def _parse_dataset(key: str, entry: Any) -> DatasetStats:
-    if not isinstance(entry, Mapping) or "action" not in entry:
-        raise ValueError(f"entry {key!r} has no 'action' statistics; expected {{dataset: {{'action': {{...}}}}}}")
-    proprio = entry.get("proprio")
-    return DatasetStats(
-        action=_parse_field(f"{key}.action", entry["action"]),
-        proprio=_parse_field(f"{key}.proprio", proprio) if proprio else None,
-        num_transitions=int(entry.get("num_transitions") or 0),
-        num_trajectories=int(entry.get("num_trajectories") or 0),
-    )
-
-
-def _parse_field(name: str, entry: Mapping[str, Any]) -> FieldStats:
-    missing = [field for field in _FIELDS if field not in entry]
-    if missing:
-        raise ValueError(f"statistics {name!r} lack {', '.join(missing)}")
-    arrays = {field: np.atleast_1d(np.asarray(entry[field], dtype=np.float64)) for field in _FIELDS}
-    mask = None if entry.get("mask") is None else np.atleast_1d(np.asarray(entry["mask"], dtype=bool))
+def _parse_field(where: str, entry: _PublishedField) -> FieldStats:
+    arrays = {name: np.array(getattr(entry, name), np.float64) for name in _FIELDS}
+    mask = None if entry.mask is None else np.array(entry.mask, bool)
     widths = {len(array) for array in arrays.values()} | (set() if mask is None else {len(mask)})
     if len(widths) > 1:
-        raise ValueError(f"statistics {name!r} hold vectors of different lengths {sorted(widths)}")
+        raise ValueError(f"{where} holds vectors of different lengths {sorted(widths)}")
+    for low, high in (("q01", "q99"), ("min", "max")):
+        for dim in np.flatnonzero(arrays[low] > arrays[high]):
+            raise ValueError(f"{where}: {low}[{dim}] is {arrays[low][dim]}, above {high}[{dim}] {arrays[high][dim]}")
+    for dim in np.flatnonzero(arrays["std"] < 0):
+        raise ValueError(f"{where}: std[{dim}] is {arrays['std'][dim]}, below 0")
     return FieldStats(**arrays, mask=mask)
 
 
@@ -202,15 +235,26 @@ def dump_statistics(stats: Mapping[str, DatasetStats], path: str | Path) -> None
     write_json(path, statistics_to_json(stats))
 
 
-def resolve_unnorm_key(stats: Mapping[str, DatasetStats], key: str | None) -> str:
+def resolve_unnorm_key(stats: Mapping[str, DatasetStats], key: str | None, kind: Normalization = "bounds_q99") -> str:
     """The entry of `stats` that `key` means.
 
     `libero_spatial` also finds `libero_spatial_no_noops`, and either finds its versioned form
     (`libero_spatial_no_noops/1.0.0`) where only that exists. None is accepted only when there is exactly one entry.
 
+    Args:
+        kind: how the entry will be used.
+
     Raises:
-        ValueError: nothing fits; the message lists every key.
+        ValueError: nothing fits, where the message lists every key; or the entry cannot scale anything by `kind`.
     """
+    name = _find_key(stats, key)
+    for what, field in (("action", stats[name].action), ("proprio", stats[name].proprio)):
+        if field is not None:
+            _check_usable(f"the statistics of {name!r} cannot be used: {what}", field, kind, moves=what == "action")
+    return name
+
+
+def _find_key(stats: Mapping[str, DatasetStats], key: str | None) -> str:
     if not key:
         if len(stats) == 1:
             return next(iter(stats))
@@ -225,3 +269,17 @@ def resolve_unnorm_key(stats: Mapping[str, DatasetStats], key: str | None) -> st
         if len(versions) == 1:
             return versions[0]
     raise ValueError(did_you_mean("unnorm_key", key, stats))
+
+
+def _check_usable(where: str, stats: FieldStats, kind: Normalization, *, moves: bool) -> None:
+    """Refuse numbers that are not finite where they scale something, and actions that are all scaled to one place."""
+    advice = "restore the file that came with the policy, or make one with scripts/compute_norm_stats.py"
+    used = np.ones(stats.dim, bool) if stats.mask is None else stats.mask
+    for name in _scaled_by(kind):
+        values = getattr(stats, name)
+        for dim in np.flatnonzero(used & ~np.isfinite(values)):
+            raise ValueError(f"{where} {name}[{dim}] is {values[dim]}, and dimension {dim} is scaled with it; {advice}")
+    if moves and used.any() and not _range(stats, kind)[1][used].any():
+        low, high = _scaled_by(kind)
+        same = "std is 0" if kind == "normal" else f"{low} equals {high}"
+        raise ValueError(f"{where} {same} in every dimension that is scaled, so the robot would never move; {advice}")

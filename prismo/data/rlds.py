@@ -8,6 +8,7 @@ are read by position when they are needed (`os.pread`), so neither a shuffle buf
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from prismo.data.features import DatasetInfo, Feature
+from prismo.data.features import DatasetInfo, Feature, number_type, step_size
 from prismo.data.images import decode_image
+from prismo.data.index_files import ROWS_PER_PIECE
 from prismo.data.specs import DatasetSpec, find_feature
 from prismo.data.tfrecord import crc32c, parse_example
 
@@ -53,18 +55,22 @@ def row_type(spec: DatasetSpec) -> np.dtype:
 
 
 class PositionedFiles:
-    """Reads byte ranges of files and keeps a few of them open. Safe across forks and threads, picklable."""
+    """Reads byte ranges of files and keeps a few of them open. Safe across forks and threads, picklable.
+
+    Every thread has its own open files: none can close what another one reads, and no lock can be held in a fork.
+    """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._of_thread = threading.local()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`; ValueError where the file is shorter."""
-        file = self._open.get(path)
+        opened: OrderedDict[Path, BinaryIO] = self._of_thread.__dict__.setdefault("files", OrderedDict())
+        file = opened.get(path)
         if file is None:
-            file = self._open[path] = path.open("rb", buffering=0)
-            if len(self._open) > _MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
+            file = opened[path] = path.open("rb", buffering=0)
+            if len(opened) > _MAX_OPEN_FILES:
+                opened.popitem(last=False)[1].close()
         data = os.pread(file.fileno(), size, offset)
         if len(data) < size:
             raise ValueError(f"{path} ends at byte {offset + len(data)}, {offset + size} expected; fetch it again")
@@ -74,7 +80,7 @@ class PositionedFiles:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._open = OrderedDict()
+        self._of_thread = threading.local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +92,9 @@ class EpisodeIndex:
         path: folder of the index.
         episodes: structured array `EPISODE`, one entry per stored episode of every split.
         instructions: distinct instruction texts, by number.
+        checksums: uint32, of every `ROWS_PER_PIECE` rows.
         row_type: dtype of a frame's row.
+        num_rows: frames of all episodes.
     """
 
     info: DatasetInfo
@@ -94,15 +102,14 @@ class EpisodeIndex:
     path: Path
     episodes: np.ndarray
     instructions: list[str]
+    checksums: np.ndarray
     row_type: np.dtype = field(init=False, repr=False)
+    num_rows: int = field(init=False)
     _files: PositionedFiles = field(default_factory=PositionedFiles, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "row_type", row_type(self.spec))
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.episodes["steps"].sum())
+        object.__setattr__(self, "num_rows", int(self.episodes["steps"].sum()))
 
     def rows(self, episode: int, start: int, stop: int) -> np.ndarray:
         """Rows (`row_type`) of the steps `start` to `stop` of an episode, fewer at its end."""
@@ -118,8 +125,20 @@ class EpisodeIndex:
         return np.concatenate(parts)
 
     def _read_rows(self, first: int, count: int) -> np.ndarray:
+        """Rows by number over all episodes. Whole pieces are read, as only those have a checksum."""
+        pieces = range(first // ROWS_PER_PIECE, -(-(first + count) // ROWS_PER_PIECE))
+        start, stop = pieces.start * ROWS_PER_PIECE, min(pieces.stop * ROWS_PER_PIECE, self.num_rows)
         size = self.row_type.itemsize
-        return np.frombuffer(self._files.read(self.path / "rows.bin", first * size, count * size), self.row_type)
+        path = self.path / "rows.bin"
+        data = self._files.read(path, start * size, (stop - start) * size)
+        for number, piece in enumerate(pieces):
+            at = number * ROWS_PER_PIECE * size
+            if crc32c(data[at : at + ROWS_PER_PIECE * size]) != self.checksums[piece]:
+                raise ValueError(
+                    f"{path} is damaged at byte {start * size + at}; delete the folder {self.path}, the next start "
+                    "builds it again"
+                )
+        return np.frombuffer(data, self.row_type)[first - start : first - start + count]
 
     def shard(self, episode: int) -> Path:
         """The file that holds an episode."""
@@ -128,8 +147,8 @@ class EpisodeIndex:
 
     def image_size(self, camera: int) -> tuple[int, int] | None:
         """(height, width) of a camera as features.json declares it, None if it may vary."""
-        height, width, *_ = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
-        return (height, width) if height > 0 and width > 0 else None
+        shape = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
+        return (shape[0], shape[1]) if len(shape) > 1 and min(shape[:2]) > 0 else None
 
     def image(self, episode: int, row: np.void, camera: int, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 [H, W, 3] of one camera in one of the `rows`; black where the dataset stores an empty image.
@@ -182,16 +201,39 @@ def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray 
     if feature.kind == "tensor":
         return numbers(name, feature, data, entry)
     if feature.kind == "text":
-        return [data[a:b].decode() for a, b in entry]
-    images = [decode_image(data[a:b]) for a, b in entry]
+        return [data[a:b].decode() for a, b in byte_strings(name, entry)]
+    images = [decode_image(data[a:b]) for a, b in byte_strings(name, entry)]
     return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
+def byte_strings(name: str, entry: Any) -> list[tuple[int, int]]:
+    """Where the texts or images of one entry of a record are; ValueError where it holds numbers."""
+    if not isinstance(entry, list):
+        raise ValueError(f"{name} holds numbers, features.json promises texts or images")
+    return entry
+
+
 def numbers(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray:
-    """Numbers [T, *shape] of one entry of a record."""
-    if min(feature.shape, default=1) < 0:
-        raise ValueError(f"{name} has the open shape {list(feature.shape)} and cannot be read step by step")
+    """Numbers [T, *shape] of one entry of a record.
+
+    Raises:
+        ValueError: the entry is not what the feature promises.
+    """
+    dtype, size = number_type(name, feature), step_size(name, feature)
     if isinstance(entry, list):  # tensors stored as bytes, one string per step
-        pieces = [zlib.decompress(data[a:b]) if feature.encoding == "zlib" else data[a:b] for a, b in entry]
-        entry = np.frombuffer(b"".join(pieces), feature.dtype)
-    return entry.reshape(-1, *feature.shape).astype(feature.dtype)
+        entry = _from_bytes(name, dtype, [data[a:b] for a, b in entry], feature.encoding == "zlib")
+    elif (entry.dtype.kind == "f") != (dtype.kind == "f"):
+        raise ValueError(f"{name} holds {entry.dtype} numbers, features.json says {dtype}")
+    if not size or len(entry) % size:
+        raise ValueError(f"{name} holds {len(entry)} numbers, which do not make steps of shape {list(feature.shape)}")
+    return entry.reshape(-1, *feature.shape).astype(dtype)
+
+
+def _from_bytes(name: str, dtype: np.dtype, pieces: list[bytes], zipped: bool) -> np.ndarray:
+    try:
+        raw = b"".join(map(zlib.decompress, pieces) if zipped else pieces)
+    except zlib.error as error:
+        raise ValueError(f"{name} cannot be decompressed: {error}") from error
+    if len(raw) % dtype.itemsize:
+        raise ValueError(f"{name} holds {len(raw)} bytes, which are no whole {dtype} numbers")
+    return np.frombuffer(raw, dtype)

@@ -7,19 +7,33 @@ builds the index. A new public dataset is one entry of `SPECS`; own data need on
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BeforeValidator
 
-from prismo.data.features import DatasetInfo, Feature, read_dataset_info
-from prismo.embodiment import BRIDGE, EMBODIMENTS, FRACTAL, FRANKA, LIBERO, Embodiment, Normalization
+from prismo.data.features import DatasetInfo, Feature, number_type, read_dataset_info, step_size
+from prismo.embodiment import (
+    BRIDGE,
+    EMBODIMENTS,
+    FRACTAL,
+    FRANKA,
+    LIBERO,
+    Count,
+    Embodiment,
+    Normalization,
+    Rate,
+    Sign,
+)
+from prismo.util.schema import JsonObject, check, own_keys, read_yaml
 from prismo.util.text import did_you_mean
 
 Gripper = Literal["open_low", "open_high", "binarize", "relative", "as_stored"]
+_MOVEMENT = 6  # numbers of an action that `actions_from_state` derives
 
 
 @dataclass(frozen=True)
@@ -58,8 +72,11 @@ class DatasetSpec:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content of an index."""
+        robot = self.embodiment
         return {key: value for key, value in asdict(self).items() if key not in ("name", "embodiment")} | {
-            "gripper_dims": self.embodiment.gripper_dims
+            "gripper_dims": robot.gripper_dims,
+            "action_dim": robot.action_dim,
+            "proprio_dim": robot.proprio_dim,
         }
 
     def action_mask(self) -> np.ndarray:
@@ -85,12 +102,16 @@ class Trajectory:
 
 
 def standardize(spec: DatasetSpec, action: np.ndarray, proprio: np.ndarray) -> Trajectory:
-    """Apply the conventions of `spec` to the stored action [T, A] and proprio [T, P] of a whole episode."""
+    """Apply the conventions of `spec` to the stored action [T, A] and proprio [T, P] of a whole episode.
+
+    Numbers that are not finite stay so where they are used.
+    """
     action, proprio = action[spec.skip_first :].copy(), proprio[spec.skip_first :]
     for dim in spec.embodiment.gripper_dims if spec.gripper != "as_stored" else ():
-        action[:, dim] = _absolute_gripper(action[:, dim], spec.gripper)
+        command = action[:, dim]
+        action[:, dim] = np.where(np.isfinite(command), _absolute_gripper(command, spec.gripper), command)
     if spec.actions_from_state and len(action):
-        action[:-1, :6] = proprio[1:, :6] - proprio[:-1, :6]
+        action[:-1, :_MOVEMENT] = proprio[1:, :_MOVEMENT] - proprio[:-1, :_MOVEMENT]
         action, proprio = action[:-1], proprio[:-1]
     return Trajectory(spec.skip_first, action.astype(np.float32), proprio.astype(np.float32))
 
@@ -189,20 +210,24 @@ def resolve(data_root: str | Path, name: str | Path) -> list[MixtureEntry]:
     Raises:
         ValueError, FileNotFoundError: unknown name, absent folder, feature or file; one sentence on what to do.
     """
-    name = str(name)
+    return _resolve(Path(data_root), str(name), ())
+
+
+def _resolve(data_root: Path, name: str, within: tuple[Path, ...]) -> list[MixtureEntry]:
+    """As `resolve`; `within` are the mixture files around this name."""
     if name.endswith((".yaml", ".yml")):
-        return _resolve_yaml(Path(data_root), Path(name))
+        return _resolve_yaml(data_root, Path(name), within)
     if name in MIXTURES:
-        return _resolve_mixture(Path(data_root), MIXTURES[name], Path())
+        return _resolve_mixture(data_root, MIXTURES[name], within)
     base = name.split("/", maxsplit=1)[0]
     if base not in SPECS:
         raise ValueError(
             did_you_mean("dataset", name, [*SPECS, *MIXTURES])
             + ". Describe your own data in a YAML file and give its path (data/README.md)"
         )
-    info = read_dataset_info(_folder(Path(data_root), name))
+    info = read_dataset_info(_folder(data_root, name))
     spec = replace(SPECS[base], name=name)
-    _check_features(spec, info)
+    check_features(spec, info)
     return [MixtureEntry(spec, info)]
 
 
@@ -216,88 +241,107 @@ def _folder(data_root: Path, name: str) -> Path:
     return data_root / name
 
 
-def _resolve_mixture(data_root: Path, weights: Mapping[str, float], beside: Path) -> list[MixtureEntry]:
+def _resolve_mixture(data_root: Path, weights: Mapping[str, float], within: tuple[Path, ...]) -> list[MixtureEntry]:
+    """Datasets by their weights; files are named relative to the mixture file, the last of `within`."""
     entries = []
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float)) or weight <= 0:
-            raise ValueError(f"weight of dataset {name!r} must be a number above 0, found {weight!r}")
         is_file = name.endswith((".yaml", ".yml"))
-        entries += [
-            replace(entry, weight=entry.weight * float(weight))
-            for entry in resolve(data_root, beside / name if is_file else name)
-        ]
+        found = _resolve(data_root, str(within[-1].parent / name) if is_file else name, within)
+        entries += [replace(entry, weight=entry.weight * weight) for entry in found]
     names = [entry.spec.name for entry in entries]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"the mixture holds {', '.join(repeated)} more than once; give each dataset one weight")
     return entries
 
 
-_YAML_KEYS = {field.name for field in fields(DatasetSpec)} | {
-    "path", "control_hz", "chunk", "normalization", "gripper_dims", "gripper_env_sign"
-}  # fmt: skip
-_REQUIRED = ("name", "cameras", "action", "proprio", "gripper", "control_hz")
+def _listed(value: Any) -> Any:
+    """Features of a description: one name, several, or names by role."""
+    if isinstance(value, str):
+        return [value]
+    return list(value.values()) if isinstance(value, dict) else value
 
 
-def _resolve_yaml(data_root: Path, file: Path) -> list[MixtureEntry]:
-    """Read a description of own data (keys in data/README.md) or a mixture (`datasets: {name or file: weight}`)."""
+_Features = Annotated[list[str], MinLen(1), BeforeValidator(_listed)]
+_Name = Annotated[str, MinLen(1)]
+
+
+@own_keys
+@dataclass(frozen=True)
+class _Description:
+    """A YAML file about own data (data/README.md); None takes the default of the robot `embodiment`."""
+
+    name: _Name
+    cameras: _Features
+    action: _Features
+    proprio: _Features
+    gripper: Gripper
+    control_hz: Rate
+    path: _Name | None = None
+    instruction: _Name = "language_instruction"
+    embodiment: str | None = None
+    chunk: Count | None = None
+    normalization: Normalization | None = None
+    gripper_dims: list[int] | None = None
+    gripper_env_sign: Sign | None = None
+    actions_from_state: bool = False
+    skip_first: Annotated[int, Ge(0)] = 0
+
+
+@own_keys
+@dataclass(frozen=True)
+class _Mixture:
+    """A YAML file with datasets, by known name or file, and how often each of their windows is seen per epoch."""
+
+    datasets: Annotated[dict[str, Annotated[float, Gt(0), Le(10_000)]], MinLen(1)]
+
+
+def _resolve_yaml(data_root: Path, file: Path, within: tuple[Path, ...]) -> list[MixtureEntry]:
     if not file.is_file():
         raise FileNotFoundError(f"no dataset description {file}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold `key: value` lines (data/README.md shows one)")
+    if file.resolve() in [other.resolve() for other in within]:
+        raise ValueError(f"{file} includes itself: {' -> '.join(map(str, (*within, file)))}")
+    advice = "correct it (data/README.md shows a complete one)"
+    content = read_yaml(file, JsonObject, advice=advice)
     if "datasets" in content:
-        return _resolve_mixture(data_root, content["datasets"], file.parent)
-    for key in content:
-        if key not in _YAML_KEYS:
-            raise ValueError(f"{file}: {did_you_mean('key', str(key), _YAML_KEYS)}")
-    if missing := [key for key in _REQUIRED if key not in content]:
-        raise ValueError(f"{file} lacks {', '.join(missing)} (data/README.md shows a complete one)")
-    choices = {"gripper": get_args(Gripper), "normalization": get_args(Normalization), "embodiment": EMBODIMENTS}
-    for key, options in choices.items():
-        if key in content and content[key] not in options:
-            raise ValueError(f"{file}: {did_you_mean(key, str(content[key]), options)}")
-    folder = Path(str(content.get("path", content["name"])))
+        weights = check(content, _Mixture, str(file), advice=advice).datasets
+        return _resolve_mixture(data_root, weights, (*within, file))
+    description = check(content, _Description, str(file), advice=advice)
+    if description.embodiment is not None and description.embodiment not in EMBODIMENTS:
+        raise ValueError(f"{file}: {did_you_mean('embodiment', description.embodiment, EMBODIMENTS)}")
+    folder = Path(description.path or description.name)
     info = read_dataset_info(folder if folder.is_absolute() else _folder(data_root, str(folder)))
-    spec = _spec_from_yaml(content, info)
-    _check_features(spec, info)
-    if any(not -spec.embodiment.action_dim <= dim < spec.embodiment.action_dim for dim in spec.embodiment.gripper_dims):
-        raise ValueError(f"{file}: gripper_dims lie outside the {spec.embodiment.action_dim} numbers of an action")
+    try:
+        spec = _described(description, info)
+        check_features(spec, info)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return [MixtureEntry(spec, info)]
 
 
-def _spec_from_yaml(content: Mapping[str, Any], info: DatasetInfo) -> DatasetSpec:
-    cameras, action, proprio = (_names(content[key]) for key in ("cameras", "action", "proprio"))
-    base = EMBODIMENTS[content["embodiment"]] if "embodiment" in content else LIBERO
+def _described(text: _Description, info: DatasetInfo) -> DatasetSpec:
+    """The spec that a description means for a dataset."""
+    base = EMBODIMENTS[text.embodiment] if text.embodiment else LIBERO
     embodiment = Embodiment(
-        name=str(content.get("embodiment", content["name"])),
-        action_dim=_total_width(action, info),
-        proprio_dim=_total_width(proprio, info),
-        chunk=int(content.get("chunk", base.chunk)),
-        normalization=content.get("normalization", base.normalization),
-        control_hz=float(content["control_hz"]),
-        gripper_dims=tuple(content.get("gripper_dims", base.gripper_dims)),
-        gripper_env_sign=int(content.get("gripper_env_sign", base.gripper_env_sign)),
+        name=text.embodiment or text.name,
+        action_dim=_total_width(text.action, info),
+        proprio_dim=_total_width(text.proprio, info),
+        chunk=text.chunk or base.chunk,
+        normalization=text.normalization or base.normalization,
+        control_hz=float(text.control_hz),
+        gripper_dims=base.gripper_dims if text.gripper_dims is None else tuple(text.gripper_dims),
+        gripper_env_sign=text.gripper_env_sign or base.gripper_env_sign,
     )
     return DatasetSpec(
-        name=str(content["name"]),
+        name=text.name,
         embodiment=embodiment,
-        cameras=cameras,
-        action=action,
-        proprio=proprio,
-        instruction=content.get("instruction", "language_instruction"),
-        gripper=content["gripper"],
-        actions_from_state=bool(content.get("actions_from_state", False)),
-        skip_first=int(content.get("skip_first", 0)),
+        cameras=tuple(text.cameras),
+        action=tuple(text.action),
+        proprio=tuple(text.proprio),
+        instruction=text.instruction,
+        gripper=text.gripper,
+        actions_from_state=text.actions_from_state,
+        skip_first=text.skip_first,
     )
-
-
-def _names(value: str | list[str] | dict[str, str]) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value.values() if isinstance(value, dict) else value)
 
 
 # --- features of a spec -----------------------------------------------------------------------------------------------
@@ -305,14 +349,12 @@ def _names(value: str | list[str] | dict[str, str]) -> tuple[str, ...]:
 
 def split_slice(name: str) -> tuple[str, slice]:
     """("observation/state", slice(0, 6)) of "observation/state[0:6]"; "[3]" is the one column 3."""
-    match = re.fullmatch(r"(.+)\[(-?\d*)(:?)(-?\d*)\]", name)
-    if not match:
-        return name, slice(None)
-    key, first, colon, last = match.groups()
-    start = int(first) if first else None
-    if colon:
-        return key, slice(start, int(last) if last else None)
-    return key, slice(start, None if start == -1 else start + 1)
+    if match := re.fullmatch(r"(.+)\[(-?\d+)\]", name):
+        start = int(match[2])
+        return match[1], slice(start, None if start == -1 else start + 1)
+    if match := re.fullmatch(r"(.+)\[(-?\d+)?:(-?\d+)?\]", name):
+        return match[1], slice(*(None if bound is None else int(bound) for bound in match.groups()[1:]))
+    return name, slice(None)
 
 
 def find_feature(name: str, kind: str, info: DatasetInfo) -> tuple[str, Feature]:
@@ -328,17 +370,26 @@ def find_feature(name: str, kind: str, info: DatasetInfo) -> tuple[str, Feature]
     raise ValueError(f"{info.path / 'features.json'}: {did_you_mean(f'{kind} feature', name, known)}")
 
 
-def _total_width(names: tuple[str, ...], info: DatasetInfo) -> int:
-    total = 0
-    for name in names:
-        key, part = split_slice(name)
-        shape = find_feature(key, "tensor", info)[1].shape
-        total += len(range(int(np.prod(shape, dtype=int)))[part])
-    return total
+def _total_width(names: Sequence[str], info: DatasetInfo) -> int:
+    """Numbers per step of concatenated vector features; ValueError for a part that a vector does not have."""
+    return sum(_width(name, info) for name in names)
 
 
-def _check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
-    """Every feature of `spec` exists and the widths are the embodiment's."""
+def _width(name: str, info: DatasetInfo) -> int:
+    key, part = split_slice(name)
+    feature = find_feature(key, "tensor", info)[1]
+    number_type(key, feature)
+    count = step_size(key, feature)
+    if any(not -count <= bound <= count for bound in (part.start, part.stop) if bound is not None):
+        raise ValueError(f"{name!r} reaches beyond the {count} numbers of {key}")
+    width = len(range(count)[part])
+    if not width:
+        raise ValueError(f"{name!r} takes none of the {count} numbers of {key}")
+    return width
+
+
+def check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
+    """Every feature of `spec` exists, the widths are the embodiment's and suffice; else ValueError."""
     for camera in spec.cameras:
         find_feature(camera, "image", info)
     find_feature(spec.instruction, "text", info)
@@ -351,3 +402,13 @@ def _check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
             raise ValueError(
                 f"{info.path}: {what} ({' + '.join(names)}) has {found} numbers, {robot.name} has {expected}"
             )
+    size = robot.action_dim
+    if any(not -size <= dim < size for dim in robot.gripper_dims):
+        raise ValueError(f"gripper_dims lie outside the {size} numbers of an action")
+    if len({dim % size for dim in robot.gripper_dims}) < len(robot.gripper_dims):
+        raise ValueError(f"gripper_dims name a number of the action twice: {list(robot.gripper_dims)}")
+    if spec.actions_from_state and min(size, robot.proprio_dim) < _MOVEMENT:
+        raise ValueError(
+            f"actions_from_state needs at least {_MOVEMENT} numbers of action and proprio, found {size} and "
+            f"{robot.proprio_dim}"
+        )

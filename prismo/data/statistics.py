@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from prismo.data.normalize import DatasetStats, FieldStats, dump_statistics, load_statistics
+from prismo.data.index_files import read_sealed, write_sealed
+from prismo.data.normalize import DatasetStats, FieldStats, parse_statistics, statistics_to_json
 from prismo.data.rlds import EpisodeIndex
 from prismo.util.locks import exclusive
+from prismo.util.schema import JsonObject
+
+logger = logging.getLogger(__name__)
 
 _BYTES_AT_ONCE = 256 << 20
 
@@ -17,15 +23,30 @@ _BYTES_AT_ONCE = 256 << 20
 def dataset_statistics(index: EpisodeIndex) -> DatasetStats:
     """Statistics over every step of every episode of all splits, in physical units and the spec's convention.
 
-    Kept as `statistics.json` in the index folder; of several processes one computes them.
+    Kept as `statistics.json` in the index folder, with a checksum; of several processes one computes them.
     """
     path = index.path / "statistics.json"
-    if not path.is_file() and not os.access(index.path, os.W_OK):
+    if (found := _stored(path)) is not None:
+        return found
+    if not os.access(index.path, os.W_OK):
         return compute_statistics(index)
     with exclusive(index.path / "statistics.lock"):
-        if not path.is_file():
-            dump_statistics({index.spec.name: compute_statistics(index)}, path)
-    return next(iter(load_statistics(path).values()))
+        if (found := _stored(path)) is not None:
+            return found
+        computed = compute_statistics(index)
+        write_sealed(path, statistics_to_json({index.spec.name: computed}))
+    return computed
+
+
+def _stored(path: Path) -> DatasetStats | None:
+    """Statistics that were kept; None, with a warning, if they are damaged, and if there are none."""
+    if not path.exists():
+        return None
+    try:
+        return next(iter(parse_statistics(read_sealed(path, JsonObject)).values()))
+    except (ValueError, OSError) as error:
+        logger.warning("the kept statistics are damaged and are computed again: %s", error)
+        return None
 
 
 def compute_statistics(index: EpisodeIndex) -> DatasetStats:

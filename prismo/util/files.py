@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import secrets
@@ -39,11 +40,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success flush it and put it in the place of `path`.
 
     An old folder is exchanged with the new one in one step and then deleted. File systems that cannot do this (NFS)
     move the old one aside first and back if that fails; after a kill in between the next call does it.
+
+    Args:
+        keep_existing: the first wins: a folder that somebody else put there in the meantime stays, ours is deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +57,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         flush_folder(temporary)
-        _put_in_place(temporary, path)
+        _put_in_place(temporary, path, keep_existing)
         _flush(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,9 +71,14 @@ def flush_folder(folder: Path) -> None:
             _flush(path)
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.replace(path)
+def _put_in_place(temporary: Path, path: Path, keep_existing: bool) -> None:
+    if keep_existing or not path.exists():
+        try:
+            temporary.replace(path)
+        except OSError as error:  # the system never replaces a folder that holds something
+            if not keep_existing or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
         return
     if _exchange(temporary, path):
         shutil.rmtree(temporary, ignore_errors=True)  # the old content

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from prismo.data.dataset import WindowDataset, open_dataset
+from prismo.data.images import encode_jpeg
 from prismo.data.synthetic import write_synthetic_libero
+from prismo.data.writer import libero_episode, libero_features, write_rlds
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -71,6 +74,21 @@ def tensorflow(rebuilt: Path, synthetic: Path, tmp_path_factory: pytest.TempPath
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return out
+
+
+def made_up_episode(number: int, steps: int = 12) -> dict[str, Any]:
+    """Entries of a LIBERO episode of 16 pixels, to be changed and written with `write_episodes`."""
+    rng = np.random.default_rng(number)
+    images = [encode_jpeg(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(steps)]
+    action, state, joints = (rng.normal(size=(steps, width)) for width in (7, 8, 7))
+    return dict(libero_episode(images, images[::-1], state, joints, action, "lift the lid", f"demo_{number}.hdf5"))
+
+
+def write_episodes(root: Path, episodes: list[dict[str, Any]], shard_bytes: int = 1 << 20) -> Path:
+    """Write them as libero_spatial_no_noops below `root`; returns the version folder."""
+    folder = root / "libero_spatial_no_noops" / "1.0.0"
+    write_rlds(folder, "libero_spatial_no_noops", libero_features(16, 16), episodes, shard_bytes=shard_bytes)
+    return folder
 
 
 def run_script(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -127,14 +127,81 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         load_statistics(tmp_path / "dataset_statistics.json")
     path = tmp_path / "s.json"
     for content, message in (
-        ("{", "is not valid JSON"),
+        ("{", "not valid JSON"),
         ("{}", "the statistics are empty"),
-        ('{"a": {"mean": []}}', "entry 'a' has no 'action'"),
-        ('{"a": {"action": {"mean": [0]}}}', "'a.action' lack std, max, min, q01, q99"),
+        ("[]", "should be an object"),
+        ('{"a": [1]}', "a should be an object"),
+        ('{"a": {"mean": []}}', "a.action is missing"),
+        ('{"a": {"action": {"mean": [0]}}}', "a.action.std is missing"),
     ):
         path.write_text(content)
-        with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
+        with pytest.raises(ValueError, match=f"^[^:]*{path.name}: [^:]*{message}"):
             load_statistics(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mask", ["False"], r"a\.action\.mask\[0\] should be a valid boolean, found 'False'"),
+        ("mask", [1], r"mask\[0\] should be a valid boolean"),
+        ("mask", [True, True], "vectors of different lengths"),
+        ("q01", ["0.5"], r"q01\[0\] should be a valid number"),
+        ("q01", [[0.5]], r"q01\[0\] should be a valid number"),
+        ("q01", {"0": 0.5}, "q01 should be a valid"),
+        ("q01", [], "vectors of different lengths"),
+        ("q01", [1.5], r"a\.action: q01\[0\] is 1\.5, above q99\[0\] 1\.0"),
+        ("min", [7], r"a\.action: min\[0\] is 7\.0, above max\[0\] 2\.0"),
+        ("std", [-0.1], r"a\.action: std\[0\] is -0\.1, below 0"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(tmp_path: Path, name: str, value: object, message: str) -> None:
+    content = statistics_to_json(stats_of("a"))
+    content["a"]["action"][name] = value
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"s\.json: .*{message}"):
+        load_statistics(path)
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, "many"])
+def test_counts_are_counts(count: object) -> None:
+    with pytest.raises(ValueError, match=r"a\.num_transitions"):
+        parse_statistics({"a": statistics_to_json(stats_of("a"))["a"] | {"num_transitions": count}})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_only_a_chosen_entry_must_be_usable(value: float | None) -> None:
+    """Published files hold entries of many robots, some with numbers that are not finite."""
+    content = statistics_to_json(stats_of("good", "bad", "proprio"))
+    content["bad"]["action"]["q99"] = [value]
+    content["proprio"]["proprio"]["q99"] = [1.0, value]
+    content["good"]["action"]["std"] = content["good"]["proprio"]["std"] = [value] * 2
+    content["good"]["action"]["std"] = [value]
+    stats = parse_statistics(json.loads(json.dumps(content)))
+    assert resolve_unnorm_key(stats, "good") == "good"
+    with pytest.raises(ValueError, match=r"statistics of 'bad'.*action q99\[0\] is (nan|inf).*compute_norm_stats"):
+        resolve_unnorm_key(stats, "bad")
+    with pytest.raises(ValueError, match=r"statistics of 'proprio'.*proprio q99\[1\] is (nan|inf)"):
+        resolve_unnorm_key(stats, "proprio")
+    with pytest.raises(ValueError, match=r"action std\[0\] is (nan|inf)"):
+        resolve_unnorm_key(stats, "good", "normal")
+    content["bad"]["action"]["mask"] = [False]
+    content["bad"]["action"] = {k: [*v, v[0]] for k, v in content["good"]["action"].items()} | {
+        "q99": [1.0, value], "mask": [True, False]
+    }  # fmt: skip
+    assert resolve_unnorm_key(parse_statistics(content), "bad") == "bad", "a dimension that is not scaled"
+
+
+def test_actions_that_never_move_are_refused() -> None:
+    """One such dimension is usual in published files (a fixed wrist), all of them are not."""
+    one, all_ = (DatasetStats(field([0.0, 0.0, 0.0], high, [True, True, False]), None, 1, 1)
+                 for high in ([0.0, 1.0, 1.0], [0.0, 0.0, 1.0]))  # fmt: skip
+    assert resolve_unnorm_key({"one": one, "all": all_}, "one") == "one"
+    with pytest.raises(ValueError, match=r"statistics of 'all'.*q01 equals q99 in every dimension.*never move"):
+        resolve_unnorm_key({"one": one, "all": all_}, "all")
+    assert resolve_unnorm_key({"all": all_}, "all", "bounds") == "all"
+    with pytest.raises(ValueError, match="unknown normalization 'q99'"):
+        resolve_unnorm_key({"all": all_}, "all", "q99")  # type: ignore[arg-type]
 
 
 def test_unnorm_key_rules() -> None:

@@ -256,7 +256,7 @@ def test_a_record_without_a_promised_feature_is_named(copy: Path) -> None:
     shutil.rmtree(folder)
     write_rlds(folder, NAME, features, [values])
     (folder / "features.json").write_text(promised)
-    with pytest.raises(ValueError, match="episode at byte 12: it has no 'steps/observation/wrist_image'"):
+    with pytest.raises(ValueError, match=r"episode 0 \(at byte 12\): it has no 'steps/observation/wrist_image'"):
         index_of(copy)
 
 

@@ -139,7 +139,7 @@ def test_statistics_script(synthetic: Path, tmp_path: Path) -> None:
 
 
 _VECTOR = {name: [0.0] * 7 for name in ("mean", "std", "max", "min", "q01", "q99")}
-STATISTICS = {"action": _VECTOR, "num_transitions": 1, "num_trajectories": 1}
+STATISTICS = {"action": _VECTOR | {"max": [1.0] * 7, "q99": [1.0] * 7}, "num_transitions": 1, "num_trajectories": 1}
 
 
 def colors(path: Path) -> int:

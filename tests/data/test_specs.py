@@ -68,6 +68,15 @@ def test_bridge_derives_movements_from_states() -> None:
     np.testing.assert_array_equal(result.proprio, state[1:5])
 
 
+def test_a_gripper_that_is_not_a_number_stays_one() -> None:
+    """So that it is refused; carrying the next clear value over it would hide a broken recording."""
+    for convention in ("open_low", "open_high", "binarize", "relative", "as_stored"):
+        for value in (np.nan, np.inf):
+            result = gripper(convention, [1, value, 0, 1])
+            assert np.isfinite(result).tolist() == [True, False, True, True], convention
+            assert np.delete(result, 1).tolist() == np.delete(gripper(convention, [1, 0.5, 0, 1]), 1).tolist()
+
+
 def made_up_info(features: dict[str, Feature]) -> DatasetInfo:
     return DatasetInfo(Path("nowhere"), "x", (), features)
 
@@ -123,22 +132,86 @@ def test_a_yaml_file_may_be_a_mixture(synthetic: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("gripper: open_low", "gripper: open_lo"), "unknown gripper 'open_lo'. Did you mean 'open_low'"),
-        (("control_hz: 10", ""), "lacks control_hz"),
-        (("chunk: 4", "normalization: q99"), "unknown normalization 'q99'.*bounds_q99"),
+        (("gripper: open_low", "gripper: open_lo"), "gripper should be 'open_low', .*found 'open_lo'"),
+        (("control_hz: 10", ""), "control_hz is missing"),
+        (("chunk: 4", "normalization: q99"), "normalization should be 'bounds_q99', 'bounds' or 'normal', found 'q99'"),
         (("chunk: 4", "embodiment: libreo"), "unknown embodiment 'libreo'. Did you mean 'libero'"),
         (("chunk: 4", "gripper_dims: [7]"), "gripper_dims lie outside the 7 numbers"),
         (("chunk: 4", "chunks: 4"), "unknown key 'chunks'. Did you mean 'chunk'"),
         (("observation/image", "observation/imag"), "unknown image feature 'observation/imag'. Did you mean"),
         (("observation/joint_state", "observation/joints"), "features.json: unknown tensor feature"),
         (("path: libero_spatial_no_noops", "path: nothing"), "no dataset folder .*nothing.*libero_spatial_no_noops"),
+        (
+            ("state[6:7]", "state[6:12]"),
+            r"'observation/state\[6:12\]' reaches beyond the 8 numbers of obs",
+        ),
+        (("state[6:7]", "state[-9:]"), "reaches beyond the 8 numbers"),
+        (("state[6:7]", "state[99]"), "reaches beyond the 8 numbers"),
+        (("state[6:7]", "state[5:5]"), "takes none of the 8 numbers"),
+        (("state[6:7]", "state[]"), "unknown tensor feature 'observation/state\\[\\]'. Did you mean"),
+        (("state[6:7]", "state[6-7]"), "unknown tensor feature 'observation/state\\[6-7\\]'. Did you mean"),
+        (("chunk: 4", "chunk: 0"), "chunk should be greater than or equal to 1, found 0"),
+        (("chunk: 4", "chunk: 1.5"), "chunk should be a valid integer, found 1.5"),
+        (("chunk: 4", "chunk: '4'"), "chunk should be a valid integer, found '4'"),
+        (("chunk: 4", "skip_first: -1"), "skip_first should be greater than or equal to 0, found -1"),
+        (("chunk: 4", "actions_from_state: 'False'"), "actions_from_state should be a valid boolean, found 'False'"),
+        (("chunk: 4", "gripper_env_sign: 7"), "gripper_env_sign should be -1 or 1, found 7"),
+        (("chunk: 4", "gripper_env_sign: 0"), "gripper_env_sign should be -1 or 1, found 0"),
+        (("chunk: 4", "gripper_dims: [6, -1]"), "gripper_dims name a number of the action twice"),
+        (("chunk: 4", "gripper_dims: 6"), "gripper_dims should be a valid array"),
+        (("control_hz: 10", "control_hz: 0"), "control_hz should be greater than 0, found 0"),
+        (("control_hz: 10", "control_hz: -1"), "control_hz should be greater than 0"),
+        (("control_hz: 10", "control_hz: .nan"), "control_hz should be less than or equal to 10000, found nan"),
+        (("control_hz: 10", "control_hz: .inf"), "control_hz should be less than or equal to"),
+        (("name: my_robot", "name: 5"), "name should be a valid string, found 5"),
+        (("name: my_robot", "name: ''"), "name String should have at least 1 character"),
+        (("instruction:", "instructoin:"), "unknown key 'instructoin'. Did you mean 'instruction'"),
+        ((": language_instruction", ": [a]"), r"instruction should be a valid string, found \['a'\]"),
+        (("chunk: 4", "embodiment: [libero]"), "embodiment should be a valid string"),
+        (("action: [", "action: []  # ["), "action List should have at least 1 item"),
+        (("action: [", "action: 5  # ["), "action should be a valid array, found 5"),
+        (("action: [", "action: [[a]]  # ["), r"action\[0\] should be a valid string"),
+        (("path: libero", "path: [1]  # libero"), "path should be a valid string"),
+        (("name: my_robot", "- 1"), "not valid YAML"),
     ],
 )
 def test_mistakes_in_a_yaml_file(synthetic: Path, tmp_path: Path, change: tuple[str, str], message: str) -> None:
     description = tmp_path / "robot.yaml"
-    description.write_text(YAML.replace(*change))
+    description.write_text((YAML + "instruction: language_instruction\n").replace(*change))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_dataset(synthetic, description)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("datasets: {}", "datasets Dictionary should have at least 1 item"),
+        ("datasets: [libero_spatial_no_noops]", "datasets should be an object"),
+        (
+            "datasets: {libero_spatial_no_noops: 0}",
+            "datasets.libero_spatial_no_noops should be greater than 0, found 0",
+        ),
+        ("datasets: {libero_spatial_no_noops: -1}", "should be greater than 0, found -1"),
+        ("datasets: {libero_spatial_no_noops: .nan}", "should be less than or equal to 10000, found nan"),
+        ("datasets: {libero_spatial_no_noops: .inf}", "should be less than or equal to"),
+        ("datasets: {libero_spatial_no_noops: '1'}", "should be a valid number, found '1'"),
+        ("datasets: {libero_spatial_no_noops: 1}\nname: x", "unknown key 'name'"),
+        ("datasets: {mixture.yaml: 1}", r"mixture.yaml includes itself: .*mixture.yaml -> .*mixture.yaml"),
+        (
+            "datasets: {other.yaml: 1}",
+            r"mixture.yaml includes itself: .*mixture.yaml -> .*other.yaml -> .*mixture.yaml",
+        ),
+        ("[1, 2]", "should be an object"),
+        ("", "should be an object"),
+        ("datasets: {libero_spatial_no_noops: 1", "is not valid YAML"),
+        ("datasets: !!python/object/apply:os.system [exit 1]", "is not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_mixture(synthetic: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mixture.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("datasets: {libero_spatial_no_noops: 1, mixture.yaml: 1}")
+    with pytest.raises(ValueError, match=rf"mixture\.yaml.*{message}|{message}"):
+        resolve(synthetic, tmp_path / "mixture.yaml")
 
 
 def test_a_dataset_is_not_taken_for_another(synthetic: Path, tmp_path: Path) -> None:
@@ -151,9 +224,16 @@ def test_a_dataset_is_not_taken_for_another(synthetic: Path, tmp_path: Path) -> 
     (tmp_path / "again.yaml").write_text(YAML.replace("name: my_robot", "name: libero_spatial_no_noops"))
     with pytest.raises(ValueError, match="holds libero_spatial_no_noops more than once"):
         resolve(synthetic, tmp_path / "mixture.yaml")
-    (tmp_path / "mixture.yaml").write_text("datasets: {libero_spatial_no_noops: 0}")
-    with pytest.raises(ValueError, match="weight of dataset 'libero_spatial_no_noops' must be a number above 0"):
-        resolve(synthetic, tmp_path / "mixture.yaml")
+
+
+def test_movements_from_states_need_six_numbers(synthetic: Path, tmp_path: Path) -> None:
+    description = tmp_path / "robot.yaml"
+    text = YAML.replace("chunk: 4", "actions_from_state: true")
+    description.write_text(text)
+    assert open_dataset(synthetic, description)
+    description.write_text(text.replace("observation/joint_state, ", ""))
+    with pytest.raises(ValueError, match=r"actions_from_state needs at least 6 numbers .*found 7 and 1"):
+        open_dataset(synthetic, description)
 
 
 def test_unknown_names(synthetic: Path, tmp_path: Path) -> None:

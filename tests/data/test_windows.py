@@ -59,7 +59,9 @@ def test_the_published_size_of_libero_spatial(small: WindowDataset) -> None:
     table = np.zeros(432, EPISODE)
     table["steps"], table["named"] = lengths, True
     source = small.sources[0].index
-    index = EpisodeIndex(replace(source.info, splits=source.info.splits[:1]), source.spec, Path(), table, ["x"])
+    index = EpisodeIndex(
+        replace(source.info, splits=source.info.splits[:1]), source.spec, Path(), table, ["x"], np.zeros(0)
+    )
     assert int(_windows(index, "train", 0.0, 8, use_tail=False)[1][-1]) == 49_946
     assert int(_windows(index, "train", 0.0, 8, use_tail=True)[1][-1]) == 52_970
 

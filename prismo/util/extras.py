@@ -1,0 +1,23 @@
+"""Packages that only an extra installs: imported where they are needed, and named where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def install_hint(extra: str) -> str:
+    """What to type for an extra of this project. Not its bare name: on the package index that is another project."""
+    return f'type `pip install -e ".[{extra}]"` in the folder of the source code'
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import `module`, which the extra `extra` installs.
+
+    Raises:
+        ValueError: it is missing; the message says what to type.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the package {error.name} is missing: {install_hint(extra)}") from error
