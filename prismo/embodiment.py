@@ -7,7 +7,10 @@ an output folder could silently change the action size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+from pydantic import FiniteFloat
 
 from prismo.util.text import did_you_mean
 
@@ -30,13 +33,13 @@ class Embodiment:
     """
 
     name: str
-    action_dim: int
-    proprio_dim: int
-    chunk: int
+    action_dim: Annotated[int, Ge(1)]
+    proprio_dim: Annotated[int, Ge(0)]
+    chunk: Annotated[int, Ge(1)]
     normalization: Normalization
-    control_hz: float
+    control_hz: Annotated[FiniteFloat, Gt(0)]
     gripper_dims: tuple[int, ...] = (-1,)
-    gripper_env_sign: int = -1
+    gripper_env_sign: Literal[-1, 1] = -1
 
     @property
     def action_tokens(self) -> int:

@@ -27,7 +27,7 @@ from prismo.models.openvla.self_test import run_self_test
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.policies.base import PolicyInput
-from prismo.policies.checkpoint import ADAPTER_FOLDER, Checkpoint, checkpoint_folder
+from prismo.policies.checkpoint import ADAPTER_FOLDER, Checkpoint, weights_folder
 from prismo.policies.settings import PolicySettings, Quantization
 
 
@@ -172,7 +172,7 @@ def _load_vla(
     checkpoint: Checkpoint, settings: PolicySettings, device: torch.device, dtype: torch.dtype
 ) -> OpenVLAForActionPrediction:
     """The model, with its adapter merged in memory and its FiLM towers in place."""
-    folder = checkpoint.folder if checkpoint.adapter is None else checkpoint_folder(checkpoint.adapter.base)
+    folder = weights_folder(checkpoint)
     # An adapter is merged in the dtype of the stored weights, so that it gives the weights that merging to disk gives.
     arguments: dict[str, Any] = {"dtype": dtype if checkpoint.adapter is None else "auto"}
     if settings.quantization is not None:
@@ -224,7 +224,7 @@ def _check_base(checkpoint: Checkpoint) -> None:
 
     with open_adapter(checkpoint.folder / ADAPTER_FOLDER) as file:
         trained_on = (file.metadata() or {}).get("base_fingerprint")
-    base = checkpoint_folder(checkpoint.adapter.base)
+    base = weights_folder(checkpoint)
     if trained_on not in (None, fingerprint(stored_tensors(base))):
         raise ValueError(
             f"the adapter in {checkpoint.folder} was trained on other weights than those in {base}; give the model "
@@ -271,7 +271,7 @@ def _processor_folder(checkpoint: Checkpoint) -> Path:
     """Trainers copy the processor into their checkpoints; one without it has its base model's."""
     if (checkpoint.folder / "preprocessor_config.json").is_file() or checkpoint.adapter is None:
         return checkpoint.folder
-    return checkpoint_folder(checkpoint.adapter.base)
+    return weights_folder(checkpoint)
 
 
 def _quantization_config(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:
