@@ -17,10 +17,14 @@ _OUR_FOLDERS = frozenset(
 
 def is_hub_id(source: str | Path) -> bool:
     """Whether `source` can only be meant as `owner/name`: no path, and no folder of the owner's name lies here."""
-    name = str(source)
-    owner, slash, repository = name.partition("/")
-    plain = bool(slash and owner and repository) and "/" not in repository and not name.startswith((".", "~"))
-    return plain and owner not in _OUR_FOLDERS and not Path(owner).is_dir()
+    owner = _owner(source)
+    return owner is not None and owner not in _OUR_FOLDERS and not Path(owner).is_dir()
+
+
+def _owner(source: str | Path) -> str | None:
+    """The first part of what looks like `owner/name`."""
+    owner, _, repository = str(source).partition("/")
+    return owner if owner and repository and "/" not in repository and owner[0] not in ".~" else None
 
 
 def no_such_folder(source: str | Path) -> str:
@@ -29,6 +33,11 @@ def no_such_folder(source: str | Path) -> str:
     beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
+    if (owner := _owner(source)) is not None and Path(owner).is_dir():
+        hint += (
+            f" It is not taken for a hub id because there is a folder {owner} here; to use a repository of that name, "
+            f"`hf download {source} --local-dir FOLDER` and give the folder."
+        )
     return f"{source} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b.{hint}"
 
 
