@@ -112,12 +112,14 @@ def missing_of_model(folder: Path) -> str | None:
         check_folder(folder, tuple(_PROCESSORS))
     except (OSError, ValueError) as error:
         return str(error)
-    lacking = [
-        " or ".join(names)
-        for names in _PROCESSORS[read_json(folder / CONFIG, _Config).model_type]
-        if not any((folder / name).is_file() for name in names)
-    ]
+    lacking = missing_of_processor(folder, read_json(folder / CONFIG, _Config).model_type)
     return f"{folder} has no {', no '.join(lacking)}" if lacking else None
+
+
+def missing_of_processor(folder: Path, model_type: str) -> list[str]:
+    """Files that a folder lacks to read a processor from."""
+    needed = _PROCESSORS[model_type]
+    return [" or ".join(names) for names in needed if not any((folder / name).is_file() for name in names)]
 
 
 def _check_whole(file: Path) -> None:

@@ -36,8 +36,8 @@ _PROCESSOR = (
 _OF_RUN = ("*_checkpoint.pt", "dataset_statistics.json", TRAINING_CONFIG)
 _MISLEADING = (*_OF_RUN, "processor_config.json", "modeling_prismatic.py")
 _WEIGHTS = "model*.safetensors"
-# An unmerged checkpoint takes its processor from its base until it has this file: the tokenizer comes before it.
-_LATE = ("preprocessor_config.json", CONFIG)
+# In this order behind all others: without one of them an unmerged checkpoint takes its processor from the base.
+_LATE = ("tokenizer.model", "tokenizer.json", "preprocessor_config.json", CONFIG)
 
 
 @dataclass(frozen=True)

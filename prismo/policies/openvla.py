@@ -20,6 +20,7 @@ from prismo.data.images import observation_image
 from prismo.data.normalize import DatasetStats, normalize, unnormalize
 from prismo.embodiment import Embodiment
 from prismo.models.component_files import find_component, load_component, load_state, read_component
+from prismo.models.folder import missing_of_processor
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.openvla.prediction import ActionModules, predict_actions
@@ -164,7 +165,7 @@ def load_openvla_policy(
             module.to(device, dtype).eval()
     vla.eval()
     run_self_test(vla)
-    processor = PrismaticProcessor.from_pretrained(_processor_folder(checkpoint))
+    processor = PrismaticProcessor.from_pretrained(processor_folder(checkpoint))
     return OpenVLAPolicy(vla, modules, processor, settings, robot, checkpoint.statistics[settings.unnorm_key])
 
 
@@ -267,9 +268,9 @@ def _hidden_width(state: Mapping[str, Tensor]) -> int:
     return next(value for name, value in state.items() if name.endswith("fc1.weight")).shape[0]
 
 
-def _processor_folder(checkpoint: Checkpoint) -> Path:
+def processor_folder(checkpoint: Checkpoint) -> Path:
     """Trainers copy the processor into their checkpoints; one without it has its base model's."""
-    if (checkpoint.folder / "preprocessor_config.json").is_file() or checkpoint.adapter is None:
+    if checkpoint.adapter is None or not missing_of_processor(checkpoint.folder, "openvla"):
         return checkpoint.folder
     return weights_folder(checkpoint)
 

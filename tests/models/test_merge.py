@@ -257,9 +257,11 @@ def test_film_runs_keep_the_vision_lora_in_the_backbone_file(base, trained, tmp_
     merge(base, folder, progress=False)
     name = "vision_backbone.featurizer.blocks.0.attn.qkv.weight"
     assert torch.equal(tensors_of(folder)[name], tensors_of(base)[name])
-    loaded = load(folder)
-    load_film_backbone(loaded, folder)
-    torch.testing.assert_close(action_states(loaded, batch), action_states(model, batch), atol=1e-4, rtol=1e-4)
+    elsewhere = merge(base, folder, tmp_path / "elsewhere", progress=False).folder  # without the adapter's scale
+    for merged in (folder, elsewhere):
+        loaded = load(merged)
+        load_film_backbone(loaded, merged)
+        torch.testing.assert_close(action_states(loaded, batch), action_states(model, batch), atol=1e-4, rtol=1e-4)
 
 
 def test_the_script_with_the_original_flags(base, checkpoint):
