@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import Step, find_component, load_state, read_component
-from prismo.models.lora import ADAPTER_FOLDER, LoraSpec, merged_weight, read_adapter_spec
+from prismo.models.lora import LoraSpec, merged_weight, read_adapter_spec
 from prismo.models.publish import read_marker
 from prismo.models.vit import Block, VisionTransformer
 

@@ -25,17 +25,16 @@ from tqdm import tqdm
 
 from prismo import __version__
 from prismo.data.normalize import load_statistics, statistics_to_json
+from prismo.models.adapter_file import ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
 from prismo.models.component_files import find_component
 from prismo.models.film import add_film
 from prismo.models.folder import CONFIG, INDEX, WEIGHTS_AND_SETTINGS, check_folder, missing_of_model
 from prismo.models.lora import (
-    ADAPTER_FOLDER,
     LoraSpec,
     add_lora,
     base_copies,
     match_adapter,
     merged_weight,
-    open_adapter,
     read_adapter_spec,
     saved_keys,
 )
@@ -308,7 +307,7 @@ def _marker(
     Raises:
         ValueError: the base already contains this adapter, or the adapter belongs to another base.
     """
-    path = checkpoint_dir / ADAPTER_FOLDER / "adapter_model.safetensors"
+    path = checkpoint_dir / ADAPTER_FOLDER / ADAPTER_WEIGHTS
     digest = _sha256(path)
     before = read_marker(base_folder)
     contained = [] if before is None else before.adapters
@@ -321,7 +320,7 @@ def _marker(
     identity = fingerprint(tensors)
     trained_on = (adapter.file.metadata() or {}).get("base_fingerprint")
     if trained_on not in (None, identity):
-        name = read_json(path.with_name("adapter_config.json"), JsonObject).get("base_model_name_or_path")
+        name = read_adapter_file(path.parent).base_model_name_or_path
         raise ValueError(
             f"{path} was trained on other weights than those in {base_folder} (training started from {name!r}); "
             "pass that model as --base_checkpoint"

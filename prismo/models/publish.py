@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic import FiniteFloat
 
+from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.folder import CONFIG, INDEX, MERGING, is_model, is_unfinished
-from prismo.models.lora import ADAPTER_FOLDER
 from prismo.util.files import flush_folder
 from prismo.util.schema import JsonObject, read_json
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prismo.data.normalize import DatasetStats, load_statistics
 from prismo.embodiment import Embodiment
+from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_adapter_file
 from prismo.models.component_files import Stem, find_component, has_component, read_component
 from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished, missing_of_model
 from prismo.models.openvla import AttentionKind
@@ -29,7 +30,6 @@ from prismo.util.schema import JsonObject, read_json
 Head = Literal["l1", "diffusion", "discrete"]
 Family = Literal["openvla", "svla"]
 
-ADAPTER_FOLDER = "lora_adapter"
 _BLOCK = 2**22
 _FAMILIES: dict[str, Family] = {"openvla": "openvla", "spatialvla": "svla"}
 _STATISTICS: dict[Family, tuple[str, ...]] = {
@@ -39,14 +39,6 @@ _STATISTICS: dict[Family, tuple[str, ...]] = {
 _READ_CONFIG: dict[Family, Callable[[Path], Any]] = {"openvla": read_openvla_config, "svla": read_spatialvla_config}
 _HUB_FILES = ("*.json", "*.safetensors", "*.pt")  # adapters too: the patterns reach into folders
 _HUB_EXTRAS = ("*.model", "*.txt", "*.py")
-
-
-@dataclass(frozen=True)
-class _AdapterFile:
-    """adapter_config.json, as far as finding the base goes; `prismo.models.lora` reads the rest."""
-
-    r: Count
-    base_model_name_or_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +194,9 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
 def _missing(folder: Path) -> str | None:
     """What a folder lacks to be a policy, as a sentence."""
     adapter = folder / ADAPTER_FOLDER
-    if is_model(folder) or not (adapter / "adapter_config.json").is_file():
+    if is_model(folder) or not (adapter / ADAPTER_CONFIG).is_file():
         return missing_of_model(folder)
-    return None if (adapter / "adapter_model.safetensors").is_file() else f"{adapter} has no adapter_model.safetensors"
+    return None if (adapter / ADAPTER_WEIGHTS).is_file() else f"{adapter} has no {ADAPTER_WEIGHTS}"
 
 
 def _no_base(folder: Path, why: str) -> str:
@@ -212,7 +204,7 @@ def _no_base(folder: Path, why: str) -> str:
 
 
 def _read_adapter(folder: Path, base: str | None) -> AdapterInfo:
-    path = folder / ADAPTER_FOLDER / "adapter_config.json"
+    path = folder / ADAPTER_FOLDER / ADAPTER_CONFIG
     if not path.is_file():
         if is_unfinished(folder):
             raise FileNotFoundError(f"{folder} is not a checkpoint. {UNFINISHED}")
@@ -221,7 +213,7 @@ def _read_adapter(folder: Path, base: str | None) -> AdapterInfo:
             f"{folder} is not a checkpoint: expected config.json and model*.safetensors (merged), or {ADAPTER_FOLDER}/ "
             f"(unmerged); found {found}"
         )
-    config = read_json(path, _AdapterFile)
+    config = read_adapter_file(path.parent)
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{path} does not name its base model; give it as --base_checkpoint")

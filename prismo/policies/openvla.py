@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prismo.data.images import observation_image
 from prismo.data.normalize import DatasetStats, normalize, unnormalize
 from prismo.embodiment import Embodiment
+from prismo.models.adapter_file import ADAPTER_FOLDER, open_adapter
 from prismo.models.component_files import find_component, load_component, load_state, read_component
 from prismo.models.folder import missing_of_processor
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
@@ -28,7 +29,7 @@ from prismo.models.openvla.self_test import run_self_test
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.policies.base import PolicyInput
-from prismo.policies.checkpoint import ADAPTER_FOLDER, Checkpoint, weights_folder
+from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.settings import PolicySettings, Quantization
 
 
@@ -221,8 +222,6 @@ def merge_adapter(vla: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _check_base(checkpoint: Checkpoint) -> None:
     """Adapters of this project's trainer know the base that they belong to; on another one they give noise."""
-    from prismo.models.lora import open_adapter  # noqa: PLC0415 (imports peft)
-
     with open_adapter(checkpoint.folder / ADAPTER_FOLDER) as file:
         trained_on = (file.metadata() or {}).get("base_fingerprint")
     base = weights_folder(checkpoint)
