@@ -20,11 +20,12 @@ from torch import Tensor
 
 from prismo.data.normalize import dump_statistics
 from prismo.embodiment import LIBERO
+from prismo.models.folder import INDEX
 from prismo.models.full_size import build_openvla_7b
 from prismo.models.lora import LoraSpec, add_lora, lora_parameters, published_config
 from prismo.models.openvla import OpenVLAConfig
 from prismo.models.tiny import tiny_statistics
-from prismo.models.weight_files import INDEX, StoredTensor, write_shards
+from prismo.models.weight_files import StoredTensor, write_shards
 from prismo.util.cli import run_command
 from prismo.util.files import write_json
 

@@ -58,6 +58,8 @@ def find_component(folder: str | Path, stem: Stem, step: Step | None = None) -> 
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise ValueError(f"{folder} holds several files for {stem} ({names}); keep one, or name the step to load")
+    if found and not found[0].is_file():
+        raise ValueError(f"{found[0]} is no file (a broken link?); copy the checkpoint again")
     if not found:
         present = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "none"
         raise FileNotFoundError(
@@ -65,6 +67,15 @@ def find_component(folder: str | Path, stem: Stem, step: Step | None = None) -> 
             f"and only ask for the modules that it was trained with"
         )
     return found[0]
+
+
+def has_component(folder: str | Path, stem: Stem) -> bool:
+    """Whether a checkpoint folder holds a file for the module; raises as `find_component` does for anything else."""
+    try:
+        find_component(folder, stem)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def save_component(
@@ -133,7 +144,7 @@ def read_component(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a module file without wrapper prefixes; never unpickles anything but tensors.
 
     Raises:
-        ValueError: truncated, not a PyTorch file, or not a state dict.
+        ValueError: truncated, not a PyTorch file, not a state dict, or an empty one.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -142,6 +153,8 @@ def read_component(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"cannot read {path} as a file of tensors ({reason}); copy or save it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} does not hold a state dict (a mapping from names to tensors)")
+    if not state:
+        raise ValueError(f"{path} holds no tensors; copy or save it again")
     return plain_keys(state)
 
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import Step, find_component, load_state, read_component
 from prismo.models.lora import LoraSpec, merged_weight, read_adapter_spec
+from prismo.models.publish import read_marker
 from prismo.models.vit import Block, VisionTransformer
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path, st
     """Give `model` the trained FiLM backbone of a checkpoint folder, with its LoRA merged into the weights.
 
     The originals keep the LoRA layers of these files apart and pay for them in every prediction. The scaling comes from
-    `lora_adapter/adapter_config.json` if it is there, else from the recipe (`alpha = min(rank, 16)`).
+    `lora_adapter/adapter_config.json` or `merge.json` if one is there, else from the recipe (`alpha = min(rank, 16)`).
 
     Returns:
         The file that was read.
@@ -149,9 +151,15 @@ def _merge_lora(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
             merged[name] = value
         elif parameter == "weight" and f"{module}.lora_A.default.weight" in state:
             a, b = state[f"{module}.lora_A.default.weight"], state[f"{module}.lora_B.default.weight"]
-            adapter = folder / "lora_adapter"
-            spec = read_adapter_spec(adapter) if adapter.is_dir() else LoraSpec(rank=len(a))
-            merged[f"{module}.weight"] = merged_weight(value, a, b, spec.scale)
+            merged[f"{module}.weight"] = merged_weight(value, a, b, _lora_scale(folder, rank=len(a)))
         else:
             merged[f"{module}.{parameter}"] = value
     return merged
+
+
+def _lora_scale(folder: Path, rank: int) -> float:
+    """As the adapter beside the file says, or the record of its merge where the adapter stayed behind."""
+    if (folder / ADAPTER_FOLDER).is_dir():
+        return read_adapter_spec(folder / ADAPTER_FOLDER).scale
+    marker = read_marker(folder)
+    return LoraSpec(rank).scale if marker is None else marker.scale

@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prismo.models.adapter_file import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    open_adapter,
+    read_adapter_file,
+)
 from prismo.util.files import atomic_folder, write_json
-from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
-ADAPTER_FOLDER = "lora_adapter"
-_SAVEABLE = ("spatial_embed_tokens",)
-_CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+_PREFIX = "base_model.model."
 
 # What peft 0.11's "all-linear" expanded to on openvla-7b. Names are matched as suffixes, which also takes in the two
 # patch-embedding convolutions (`.proj`), the never-used attention pool (`q`, `kv`, ...) and `lm_head`.
@@ -47,7 +51,7 @@ class LoraSpec:
     """
 
     rank: int = 32
-    alpha: int | None = None
+    alpha: float | None = None
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = TARGET_MODULES
     modules_to_save: tuple[str, ...] = ()
@@ -59,7 +63,7 @@ class LoraSpec:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
 
     @property
-    def resolved_alpha(self) -> int:
+    def resolved_alpha(self) -> float:
         return min(self.rank, 16) if self.alpha is None else self.alpha
 
     @property
@@ -176,9 +180,11 @@ def save_adapter(
     metadata = {"format": "pt"} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
     folder = Path(checkpoint_dir) / ADAPTER_FOLDER
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / _WEIGHTS, metadata=metadata)
-        (temporary / _WEIGHTS).chmod(0o644)  # safetensors writes private files; a shared folder needs the usual mode
-        write_json(temporary / _CONFIG, published_config(spec, base))
+        save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata=metadata)
+        (temporary / ADAPTER_WEIGHTS).chmod(
+            0o644
+        )  # safetensors writes private files; a shared folder needs the usual mode
+        write_json(temporary / ADAPTER_CONFIG, published_config(spec, base))
     return folder
 
 
@@ -197,6 +203,7 @@ def load_adapter(model: nn.Module, checkpoint_dir: str | Path, *, dtype: torch.d
     folder = Path(checkpoint_dir) / ADAPTER_FOLDER
     spec = read_adapter_spec(folder)
     with open_adapter(folder) as file:
+        _check_rank(file, spec, folder)
         add_lora(model, spec, dtype=dtype)
         parameters = lora_parameters(model)
         for name, key in match_adapter(file, model, folder).items():
@@ -233,7 +240,18 @@ def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, 
     absent = [name for name in parameters.keys() - found.keys() if not any(name.startswith(f"{m}.") for m in unused)]
     if absent:
         raise ValueError(f"{folder} is incomplete: {min(absent)} and {len(absent) - 1} more tensors are missing")
+    for name in found:
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other not in found:
+            raise ValueError(f"{folder} is incomplete: it holds {name} without {other}; copy or save it again")
     return found
+
+
+def _check_rank(file: safe_open, spec: LoraSpec, folder: Path) -> None:
+    """Before layers of the wrong size are made: a rank that was mistyped may need more memory than there is."""
+    for key in file.keys():  # noqa: SIM118 (not a dict)
+        if key.endswith(".lora_A.weight") and (rank := file.get_slice(key).get_shape()[0]) != spec.rank:
+            raise ValueError(f"{folder}: {key} has rank {rank}, adapter_config.json says {spec.rank}; copy it again")
 
 
 def base_copies(file: safe_open, spec: LoraSpec) -> list[str]:
@@ -252,57 +270,16 @@ def saved_keys(file: safe_open, spec: LoraSpec) -> dict[str, str]:
 
 
 def read_adapter_spec(folder: str | Path) -> LoraSpec:
-    """Settings in `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: a variant of LoRA that is more than `W + alpha / rank * B @ A`.
-    """
-    path = Path(folder) / _CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no LoRA adapter: {path} does not exist. Give the checkpoint folder that holds {ADAPTER_FOLDER}/"
-        )
-    config = read_json(path, JsonObject)
-    plain: dict[str, tuple[Any, ...]] = {
-        "peft_type": ("LORA",),
-        "use_dora": (False, None),
-        "use_rslora": (False, None),
-        "bias": ("none", None),
-        "lora_bias": (False, None),
-        "fan_in_fan_out": (False, None),
-        "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None),
-        "layer_replication": ([], None),
-        "init_lora_weights": (True, False, "gaussian", None),  # the others change the base weights
-    }
-    for key, allowed in plain.items():
-        if config.get(key, allowed[-1]) not in allowed:
-            raise ValueError(f"{path}: {key} is {config[key]!r}; only plain LoRA is supported ({key}={allowed[0]!r})")
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(targets, list | str):
-        raise ValueError(f"{path}: r, lora_alpha and target_modules are needed; found {rank}, {alpha}, {targets}")
-    saved = config.get("modules_to_save") or []
-    if unknown := sorted(set(saved) - set(_SAVEABLE)):
-        raise ValueError(f"{path}: modules_to_save has {unknown}; only {', '.join(_SAVEABLE)} is supported")
-    targets = targets if isinstance(targets, str) else tuple(sorted(targets))
-    return LoraSpec(rank, alpha, config.get("lora_dropout") or 0.0, targets, tuple(saved))
-
-
-def open_adapter(folder: str | Path) -> safe_open:
-    """The adapter's tensors, opened lazily.
-
-    Raises:
-        FileNotFoundError: no safetensors file; pickled adapters are not read.
-        ValueError: truncated.
-    """
-    path = Path(folder) / _WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist (pickled adapters, .bin, are not read; save it as safetensors)")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or broken ({error}); copy or save it again") from error
+    """Settings in `adapter_config.json`; raises as `read_adapter_file` does."""
+    stored = read_adapter_file(folder)
+    targets = stored.target_modules
+    return LoraSpec(
+        rank=stored.r,
+        alpha=stored.lora_alpha,
+        dropout=stored.lora_dropout or 0.0,
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        modules_to_save=tuple(stored.modules_to_save or ()),
+    )
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -25,27 +25,28 @@ from tqdm import tqdm
 
 from prismo import __version__
 from prismo.data.normalize import load_statistics, statistics_to_json
+from prismo.models.adapter_file import ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
 from prismo.models.component_files import find_component
 from prismo.models.film import add_film
+from prismo.models.folder import CONFIG, INDEX, WEIGHTS_AND_SETTINGS, check_folder, missing_of_model
 from prismo.models.lora import (
-    ADAPTER_FOLDER,
     LoraSpec,
     add_lora,
     base_copies,
     match_adapter,
     merged_weight,
-    open_adapter,
     read_adapter_spec,
     saved_keys,
 )
 from prismo.models.merge_check import MergeChecks, compare
-from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-from prismo.models.openvla.loading import check_folder
+from prismo.models.openvla import AttentionKind, OpenVLAForActionPrediction
+from prismo.models.openvla.loading import read_config as openvla_config
+from prismo.models.publish import MARKER, check_space, prepared, read_marker, refuse_overwriting, side_files
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration
 from prismo.models.spatialvla.checkpoint import official_name
-from prismo.models.spatialvla.modeling import read_config
+from prismo.models.spatialvla.modeling import read_config as spatialvla_config
+from prismo.models.training_record import attention_kind, read_training_record
 from prismo.models.weight_files import (
-    INDEX,
     StoredTensor,
     fingerprint,
     in_parallel,
@@ -58,22 +59,8 @@ from prismo.util.hub import local_folder
 from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
-MARKER = "merge.json"
-_TEMPORARY = ".merging"
 _FILM = "vision_backbone.vision_backbone."
 _TEXT_TABLE, _ACTION_TABLE = "language_model.model.embed_tokens.weight", "spatial_embed_tokens.weight"
-_BESIDE_WEIGHTS = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "*.py",  # the original's model code, which config.json may name; copied, never run
-)
-_OF_CHECKPOINT = ("*_checkpoint.pt", "dataset_statistics.json")
 
 
 @dataclass(frozen=True)
@@ -131,9 +118,16 @@ class _Adapter:
 
 
 def _openvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
-    """config.json of the merged model: the base's, with the statistics of the run."""
+    """config.json of the merged model: the base's, with the statistics of the run and how it attends."""
     statistics = load_statistics(checkpoint / "dataset_statistics.json")
-    return read_json(base / "config.json", JsonObject) | {"norm_stats": statistics_to_json(statistics)}
+    config = read_json(base / CONFIG, JsonObject) | {"norm_stats": statistics_to_json(statistics)}
+    config.pop("attention", None)  # the base's own
+    kind = _attention(checkpoint)
+    return config | ({"attention": kind} if kind else {})
+
+
+def _attention(checkpoint: Path) -> AttentionKind | None:
+    return attention_kind(checkpoint, read_training_record(checkpoint), {})[0]
 
 
 def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
@@ -142,7 +136,7 @@ def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{checkpoint} has no processor_config.json, which holds the statistics and action bins of the run"
         )
-    return read_json(base / "config.json", JsonObject)
+    return read_json(base / CONFIG, JsonObject)
 
 
 @dataclass(frozen=True)
@@ -150,29 +144,42 @@ class _Family:
     """What merging must know of a model family.
 
     Attributes:
-        build: the network of a base folder, called where new tensors take no memory.
+        read_config: the configuration of a base folder; raises ValueError for one that describes no such model.
+        build: the network of a configuration, called where new tensors take no memory.
         stored_name: name of a parameter in the files.
         config: (base folder, checkpoint folder) -> config.json of the merged model.
+        base_code: checkpoint folder -> whether the base's model code describes the merged model, too. Whoever finds
+            vanilla OpenVLA's code takes the model for a causal one.
     """
 
-    build: Callable[[Path], nn.Module]
+    read_config: Callable[[Path], Any]
+    build: Callable[[Any], nn.Module]
     stored_name: Callable[[str], str]
     config: Callable[[Path, Path], dict[str, Any]]
+    base_code: Callable[[Path], bool]
 
 
 _FAMILIES = {
     "openvla": _Family(
-        lambda folder: OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(folder)), str, _openvla_config
+        openvla_config,
+        OpenVLAForActionPrediction,
+        str,
+        _openvla_config,
+        lambda checkpoint: _attention(checkpoint) == "causal",
     ),
     "spatialvla": _Family(
-        lambda folder: SpatialVLAForConditionalGeneration.empty(read_config(folder)), official_name, _spatialvla_config
+        spatialvla_config,
+        SpatialVLAForConditionalGeneration.empty,
+        official_name,
+        _spatialvla_config,
+        lambda checkpoint: True,
     ),
 }
 
 
 def _family(base_folder: Path) -> _Family:
     check_folder(base_folder, tuple(_FAMILIES))
-    return _FAMILIES[read_json(base_folder / "config.json", JsonObject)["model_type"]]
+    return _FAMILIES[read_json(base_folder / CONFIG, JsonObject)["model_type"]]
 
 
 def merge(
@@ -209,23 +216,19 @@ def merge(
     family = _family(base_folder)
     with _opened(base_folder, checkpoint_dir) as (tensors, adapter):
         marker = _marker(base, base_folder, tensors, checkpoint_dir, adapter)
-        _refuse_overwriting(base_folder, output, overwrite)
         config = family.config(base_folder, checkpoint_dir)
-        _check_space(output, total_bytes(tensors.values()))
-        temporary = output / _TEMPORARY
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed merge
-        temporary.mkdir(parents=True)
-        try:
+        beside = side_files(base_folder, checkpoint_dir, output, base_code=family.base_code(checkpoint_dir))
+        refuse_overwriting(base_folder, checkpoint_dir, output, beside, overwrite)
+        size = total_bytes(tensors.values())
+        check_space(output, size, beside)
+        with prepared(output) as temporary:
+            for name, source in beside.items():
+                shutil.copyfile(source, temporary / name)
             _write_weights(temporary, tensors, adapter, shard_bytes, progress)
             checks = _verify(tensors, adapter, temporary, progress) if verify else None
-            write_json(temporary / "config.json", config)
+            write_json(temporary / CONFIG, config)
             write_json(temporary / MARKER, marker | {"checks": asdict(checks) if checks else None})
-            _publish(temporary, output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    _copy_missing(base_folder, checkpoint_dir, output)
     adapted = len(adapter.keys) + len(adapter.saved)
-    size = total_bytes(tensors.values())
     return MergeReport(output, adapted, len(tensors) - adapted, size, time.monotonic() - began, checks)
 
 
@@ -247,8 +250,8 @@ def verify_merge(
 
 def resolve_base(base: str | Path) -> Path:
     """Folder of a base model: `base` itself, or the local copy of a hub id (downloaded if it is not in the cache)."""
-    folder = local_folder(base, ("*.json", "*.safetensors", "*.py", "tokenizer.model"))
-    check_folder(folder, tuple(_FAMILIES))
+    folder = local_folder(base, WEIGHTS_AND_SETTINGS, missing=missing_of_model, optional=("*.py", "tokenizer.model"))
+    _family(folder).read_config(folder)
     return folder
 
 
@@ -276,7 +279,7 @@ def _match(
     """Base weight -> keys of its two factors. Names and shapes come from the model itself, built without memory."""
     family = _family(base_folder)
     with torch.device("meta"):
-        model = family.build(base_folder)
+        model = family.build(family.read_config(base_folder))
         for name, parameter in model.state_dict().items():
             stored = family.stored_name(name)
             shape = tensors[stored].shape if stored in tensors else None
@@ -304,11 +307,10 @@ def _marker(
     Raises:
         ValueError: the base already contains this adapter, or the adapter belongs to another base.
     """
-    path = checkpoint_dir / ADAPTER_FOLDER / "adapter_model.safetensors"
+    path = checkpoint_dir / ADAPTER_FOLDER / ADAPTER_WEIGHTS
     digest = _sha256(path)
-    contained = (
-        list(read_json(base_folder / MARKER, JsonObject)["adapters"]) if (base_folder / MARKER).is_file() else []
-    )
+    before = read_marker(base_folder)
+    contained = [] if before is None else before.adapters
     beside = base_folder / ADAPTER_FOLDER / path.name
     if digest in contained or (beside.is_file() and _sha256(beside) == digest):
         raise ValueError(
@@ -318,7 +320,7 @@ def _marker(
     identity = fingerprint(tensors)
     trained_on = (adapter.file.metadata() or {}).get("base_fingerprint")
     if trained_on not in (None, identity):
-        name = read_json(path.with_name("adapter_config.json"), JsonObject).get("base_model_name_or_path")
+        name = read_adapter_file(path.parent).base_model_name_or_path
         raise ValueError(
             f"{path} was trained on other weights than those in {base_folder} (training started from {name!r}); "
             "pass that model as --base_checkpoint"
@@ -332,24 +334,6 @@ def _marker(
         "adapted_tensors": len(adapter.keys) + len(adapter.saved),
         "prismo_version": __version__,
     }
-
-
-def _refuse_overwriting(base_folder: Path, output: Path, overwrite: bool) -> None:
-    if output.resolve() == base_folder.resolve():
-        raise ValueError(f"{output} is the base itself; choose another output folder")
-    present = sorted(path.name for path in output.glob("model*.safetensors"))
-    if present and not overwrite:
-        raise ValueError(
-            f"{output} already holds merged weights ({present[0]}{', ...' if len(present) > 1 else ''}). They work on "
-            "every GPU, so there is no need to merge again; --overwrite True replaces them"
-        )
-
-
-def _check_space(output: Path, needed: int) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output).free
-    if free < needed * 1.01:
-        raise OSError(f"{output} has {free / 1e9:.1f} GB free, the merged model takes {needed / 1e9:.1f} GB")
 
 
 def _write_weights(
@@ -403,29 +387,6 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
 
 def _same_kind(left: StoredTensor, right: StoredTensor) -> bool:
     return (left.dtype, left.shape) == (right.dtype, right.shape)
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    """Move the finished files into place; without config.json a half-moved folder is not taken for a checkpoint."""
-    for name in (INDEX, "config.json", MARKER):
-        (output / name).unlink(missing_ok=True)
-    for stale in output.glob("model*.safetensors"):
-        stale.unlink()
-    last = temporary / "config.json"
-    for path in [*(p for p in sorted(temporary.iterdir()) if p != last), last]:
-        path.replace(output / path.name)
-
-
-def _copy_missing(base_folder: Path, checkpoint_dir: Path, output: Path) -> None:
-    """Processor files, statistics and side modules that the output folder does not have yet."""
-    sources = (
-        [(checkpoint_dir, _BESIDE_WEIGHTS + _OF_CHECKPOINT)] if output.resolve() != checkpoint_dir.resolve() else []
-    )
-    for source, patterns in [*sources, (base_folder, _BESIDE_WEIGHTS)]:
-        for pattern in patterns:
-            for path in source.glob(pattern):
-                if not (output / path.name).exists():
-                    shutil.copyfile(path, output / path.name)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prismo.models.openvla.loading import weight_files
+from prismo.models.folder import weight_files
 
 T = TypeVar("T")
 DTYPES = {
@@ -36,7 +36,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX = "model.safetensors.index.json"
 _SAMPLE = 4096  # bytes per tensor that enter a fingerprint
 _ALIGNMENT = 8
 

@@ -7,8 +7,7 @@ hub repository with the published layout works, whatever its name and whatever s
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,32 +15,37 @@ from typing import Any, Literal
 from torch import Tensor
 
 from prismo.data.normalize import DatasetStats, load_statistics
-from prismo.models.component_files import TRAINING_CONFIG, Stem, find_component, read_component
+from prismo.embodiment import Embodiment
+from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_adapter_file
+from prismo.models.component_files import Stem, find_component, has_component, read_component
+from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished, missing_of_model
 from prismo.models.openvla import AttentionKind
+from prismo.models.openvla.loading import read_config as read_openvla_config
+from prismo.models.spatialvla.modeling import read_config as read_spatialvla_config
+from prismo.models.training_record import Camera, Count, TrainingRecord, attention_kind, read_training_record
 from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.util.hub import local_folder
+from prismo.util.hub import is_hub_id, local_folder, no_such_folder
 from prismo.util.schema import JsonObject, read_json
-
-_LOG = logging.getLogger(__name__)
 
 Head = Literal["l1", "diffusion", "discrete"]
 Family = Literal["openvla", "svla"]
 
-ADAPTER_FOLDER = "lora_adapter"
-_HASHED_WHOLE = (
-    "*.pt",
-    f"{ADAPTER_FOLDER}/*.safetensors",
-    f"{ADAPTER_FOLDER}/*.json",
-    "dataset_statistics.json",
-    "processor_config.json",
-)
 _BLOCK = 2**22
 _FAMILIES: dict[str, Family] = {"openvla": "openvla", "spatialvla": "svla"}
 _STATISTICS: dict[Family, tuple[str, ...]] = {
     "openvla": ("dataset_statistics.json", "config.json"),
     "svla": ("processor_config.json",),
 }
-_HUB_FILES = ["*.json", "*.safetensors", "*.pt", "*.model", "*.txt", "*.py", f"{ADAPTER_FOLDER}/*"]
+_READ_CONFIG: dict[Family, Callable[[Path], Any]] = {"openvla": read_openvla_config, "svla": read_spatialvla_config}
+_HUB_FILES = ("*.json", "*.safetensors", "*.pt")  # adapters too: the patterns reach into folders
+_HUB_EXTRAS = ("*.model", "*.txt", "*.py")
+
+
+@dataclass(frozen=True)
+class _ProcessorFile:
+    """processor_config.json of SpatialVLA, as far as settings go."""
+
+    action_chunk_size: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Checkpoint:
         chunk: actions per prediction.
         center_crop: it was trained on random crops (image_aug), so evaluation crops the center.
         diffusion_steps: length of its training schedule.
+        intrinsics: camera of its training pictures (SpatialVLA).
+        robot: whose actions it predicts.
         adapter: not None = the folder holds no merged model but an adapter for a base model.
         statistics: by unnorm_key.
     """
@@ -91,6 +97,8 @@ class Checkpoint:
     chunk: int | None
     center_crop: bool | None
     diffusion_steps: int | None
+    intrinsics: Camera | None
+    robot: Embodiment | None
     adapter: AdapterInfo | None
     statistics: Mapping[str, DatasetStats]
 
@@ -107,15 +115,20 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         ValueError: files contradict each other or cannot be read.
     """
     folder = checkpoint_folder(source)
-    merged = any(folder.glob("model*.safetensors")) and (folder / "config.json").is_file()
-    adapter = None if merged else _read_adapter(folder, base)
-    config = read_json(folder / "config.json", JsonObject) if (folder / "config.json").is_file() else {}
+    adapter = None
+    if is_model(folder):
+        check_folder(folder, tuple(_FAMILIES))
+    else:
+        adapter = _read_adapter(folder, base)
+    config = read_json(folder / CONFIG, JsonObject) if (folder / CONFIG).is_file() else {}
     family = _family(folder, config)
-    training = _read_training_config(folder)
+    if config:
+        _READ_CONFIG[family](folder)
+    record = read_training_record(folder)
     head_state = _component(folder, "action_head")
     proprio_state = _component(folder, "proprio_projector")
-    film = _component_file(folder, "vision_backbone") is not None
-    attention, evidence = _attention(folder, config, training, bool(head_state or proprio_state or film))
+    attention, evidence = attention_kind(folder, record, config)
+    said = record or TrainingRecord()
     return Checkpoint(
         source=str(source),
         folder=folder,
@@ -123,13 +136,15 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         head=_head_kind(folder, head_state),
         attention=attention,
         attention_evidence=evidence,
-        film=film,
-        num_images=training.get("num_images_in_input"),
-        proprio_dim=proprio_state["fc1.weight"].shape[1] if proprio_state else None,
-        action_dim=_action_dim(head_state),
-        chunk=_chunk(folder, family, training),
-        center_crop=_center_crop(folder, source, training),
-        diffusion_steps=training.get("num_diffusion_steps_train"),
+        film=has_component(folder, "vision_backbone"),
+        num_images=said.num_images_in_input,
+        proprio_dim=_matrix(folder, proprio_state, "fc1.weight").shape[1] if proprio_state else None,
+        action_dim=_action_dim(folder, head_state),
+        chunk=_chunk(folder, family, said),
+        center_crop=_center_crop(folder, source, said),
+        diffusion_steps=said.num_diffusion_steps_train,
+        intrinsics=said.intrinsics,
+        robot=said.embodiment,
         adapter=adapter,
         statistics=_statistics(folder, family),
     )
@@ -137,7 +152,21 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
 
 def checkpoint_folder(source: str | Path) -> Path:
     """Folder of a policy; a hub id is found in the hub's cache or downloaded (see `prismo.util.hub`)."""
-    return local_folder(source, _HUB_FILES).resolve()
+    return local_folder(source, _HUB_FILES, missing=_missing, optional=_HUB_EXTRAS).resolve()
+
+
+def weights_folder(checkpoint: Checkpoint) -> Path:
+    """Folder of the weights: the checkpoint's, or that of its adapter's base, which may have to be downloaded.
+
+    Raises:
+        FileNotFoundError: the base is nowhere.
+    """
+    if checkpoint.adapter is None:
+        return checkpoint.folder
+    try:
+        return local_folder(checkpoint.adapter.base, _HUB_FILES, missing=missing_of_model, optional=_HUB_EXTRAS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_no_base(checkpoint.folder, str(error))) from error
 
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
@@ -146,8 +175,7 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
     The big weight files enter by names, shapes and the first bytes of every tensor, the small files whole.
     """
     digest = hashlib.sha256()
-    weights = checkpoint.folder if checkpoint.adapter is None else checkpoint_folder(checkpoint.adapter.base)
-    digest.update(fingerprint(stored_tensors(weights)).encode())
+    digest.update(fingerprint(stored_tensors(weights_folder(checkpoint))).encode())
     names = (
         "*.pt",
         f"{ADAPTER_FOLDER}/*.safetensors",
@@ -163,36 +191,48 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def _missing(folder: Path) -> str | None:
+    """What a folder lacks to be a policy, as a sentence."""
+    adapter = folder / ADAPTER_FOLDER
+    if is_model(folder) or not (adapter / ADAPTER_CONFIG).is_file():
+        return missing_of_model(folder)
+    return None if (adapter / ADAPTER_WEIGHTS).is_file() else f"{adapter} has no {ADAPTER_WEIGHTS}"
+
+
+def _no_base(folder: Path, why: str) -> str:
+    return f"the base model of the adapter in {folder} is not there: {why} Say where it lies with --base_checkpoint"
+
+
 def _read_adapter(folder: Path, base: str | None) -> AdapterInfo:
-    path = folder / ADAPTER_FOLDER / "adapter_config.json"
+    path = folder / ADAPTER_FOLDER / ADAPTER_CONFIG
     if not path.is_file():
+        if is_unfinished(folder):
+            raise FileNotFoundError(f"{folder} is not a checkpoint. {UNFINISHED}")
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
             f"{folder} is not a checkpoint: expected config.json and model*.safetensors (merged), or {ADAPTER_FOLDER}/ "
             f"(unmerged); found {found}"
         )
-    config = read_json(path, JsonObject)
-    base = base or config.get("base_model_name_or_path")
+    config = read_adapter_file(path.parent)
+    base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{path} does not name its base model; give it as --base_checkpoint")
-    return AdapterInfo(int(config["r"]), str(base))
-
-
-def _read_training_config(folder: Path) -> dict[str, Any]:
-    path = folder / TRAINING_CONFIG
-    return read_json(path, JsonObject) if path.is_file() else {}
-
-
-def _component_file(folder: Path, stem: Stem) -> Path | None:
-    try:
-        return find_component(folder, stem)
-    except FileNotFoundError:
-        return None
+    if not Path(base).is_dir() and not is_hub_id(base):
+        raise FileNotFoundError(_no_base(folder, no_such_folder(base)))
+    return AdapterInfo(config.r, base)
 
 
 def _component(folder: Path, stem: Stem) -> dict[str, Tensor]:
-    path = _component_file(folder, stem)
-    return {} if path is None else read_component(path)
+    return read_component(find_component(folder, stem)) if has_component(folder, stem) else {}
+
+
+def _matrix(folder: Path, state: Mapping[str, Tensor], name: str) -> Tensor:
+    """A matrix of a side module."""
+    if name not in state or state[name].ndim != 2:
+        raise ValueError(
+            f"a module file in {folder} holds no matrix {name} (first tensor: {min(state)}); copy it again"
+        )
+    return state[name]
 
 
 def _family(folder: Path, config: Mapping[str, Any]) -> Family:
@@ -219,42 +259,23 @@ def _head_kind(folder: Path, state: Mapping[str, Tensor]) -> Head:
     )
 
 
-def _action_dim(state: Mapping[str, Tensor]) -> int | None:
+def _action_dim(folder: Path, state: Mapping[str, Tensor]) -> int | None:
     """The last layer's rows."""
-    last = [value for name, value in state.items() if name.endswith("fc2.weight")]
-    return last[0].shape[0] if last else None
+    last = [name for name in state if name.endswith("fc2.weight")]
+    return _matrix(folder, state, last[0]).shape[0] if last else None
 
 
-def _attention(
-    folder: Path, config: Mapping[str, Any], training: Mapping[str, Any], side_modules: bool
-) -> tuple[AttentionKind | None, str]:
-    """(kind, what says so). Published files do not state it, but what lies beside the weights gives it away."""
-    if training:
-        kind = training.get("attention", "bidirectional")
-        return kind, f"its {TRAINING_CONFIG} says {kind}"
-    if side_modules:
-        return "bidirectional", "its action head and projectors are those of parallel decoding (bidirectional)"
-    if config.get("attention"):
-        return config["attention"], f"its config.json says {config['attention']}"
-    code = folder / "modeling_prismatic.py"
-    if code.is_file():
-        # OFT's model code is copied into its checkpoints; only that one knows of chunks. Read as text, never run.
-        if "NUM_ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace"):
-            return "bidirectional", "the model code in its folder is that of OpenVLA-OFT (bidirectional)"
-        return "causal", "the model code in its folder is that of vanilla OpenVLA (causal)"
-    return None, "nothing says which"
-
-
-def _center_crop(folder: Path, source: str | Path, training: Mapping[str, Any]) -> bool | None:
-    if "image_aug" in training:
-        return bool(training["image_aug"])
+def _center_crop(folder: Path, source: str | Path, record: TrainingRecord) -> bool | None:
+    if record.image_aug is not None:
+        return record.image_aug
     return True if "image_aug" in f"{source} {folder.name}" else None
 
 
-def _chunk(folder: Path, family: Family, training: Mapping[str, Any]) -> int | None:
+def _chunk(folder: Path, family: Family, record: TrainingRecord) -> int | None:
+    path = folder / "processor_config.json"
     if family == "svla":
-        return read_json(folder / "processor_config.json", JsonObject).get("action_chunk_size")
-    return training.get("chunk")
+        return read_json(path, _ProcessorFile).action_chunk_size if path.is_file() else None
+    return record.chunk
 
 
 def _statistics(folder: Path, family: Family) -> dict[str, DatasetStats]:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from prismo.data.images import observation_image
 from prismo.data.normalize import DatasetStats, normalize, unnormalize
 from prismo.embodiment import Embodiment
+from prismo.models.adapter_file import ADAPTER_FOLDER, open_adapter
 from prismo.models.component_files import find_component, load_component, load_state, read_component
+from prismo.models.folder import missing_of_processor
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.openvla.prediction import ActionModules, predict_actions
@@ -27,7 +29,7 @@ from prismo.models.openvla.self_test import run_self_test
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.policies.base import PolicyInput
-from prismo.policies.checkpoint import ADAPTER_FOLDER, Checkpoint, checkpoint_folder
+from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.settings import PolicySettings, Quantization
 
 
@@ -164,7 +166,7 @@ def load_openvla_policy(
             module.to(device, dtype).eval()
     vla.eval()
     run_self_test(vla)
-    processor = PrismaticProcessor.from_pretrained(_processor_folder(checkpoint))
+    processor = PrismaticProcessor.from_pretrained(processor_folder(checkpoint))
     return OpenVLAPolicy(vla, modules, processor, settings, robot, checkpoint.statistics[settings.unnorm_key])
 
 
@@ -172,7 +174,7 @@ def _load_vla(
     checkpoint: Checkpoint, settings: PolicySettings, device: torch.device, dtype: torch.dtype
 ) -> OpenVLAForActionPrediction:
     """The model, with its adapter merged in memory and its FiLM towers in place."""
-    folder = checkpoint.folder if checkpoint.adapter is None else checkpoint_folder(checkpoint.adapter.base)
+    folder = weights_folder(checkpoint)
     # An adapter is merged in the dtype of the stored weights, so that it gives the weights that merging to disk gives.
     arguments: dict[str, Any] = {"dtype": dtype if checkpoint.adapter is None else "auto"}
     if settings.quantization is not None:
@@ -220,11 +222,9 @@ def merge_adapter(vla: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _check_base(checkpoint: Checkpoint) -> None:
     """Adapters of this project's trainer know the base that they belong to; on another one they give noise."""
-    from prismo.models.lora import open_adapter  # noqa: PLC0415 (imports peft)
-
     with open_adapter(checkpoint.folder / ADAPTER_FOLDER) as file:
         trained_on = (file.metadata() or {}).get("base_fingerprint")
-    base = checkpoint_folder(checkpoint.adapter.base)
+    base = weights_folder(checkpoint)
     if trained_on not in (None, fingerprint(stored_tensors(base))):
         raise ValueError(
             f"the adapter in {checkpoint.folder} was trained on other weights than those in {base}; give the model "
@@ -267,11 +267,11 @@ def _hidden_width(state: Mapping[str, Tensor]) -> int:
     return next(value for name, value in state.items() if name.endswith("fc1.weight")).shape[0]
 
 
-def _processor_folder(checkpoint: Checkpoint) -> Path:
+def processor_folder(checkpoint: Checkpoint) -> Path:
     """Trainers copy the processor into their checkpoints; one without it has its base model's."""
-    if (checkpoint.folder / "preprocessor_config.json").is_file() or checkpoint.adapter is None:
+    if checkpoint.adapter is None or not missing_of_processor(checkpoint.folder, "openvla"):
         return checkpoint.folder
-    return checkpoint_folder(checkpoint.adapter.base)
+    return weights_folder(checkpoint)
 
 
 def _quantization_config(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ from prismo.models.spatialvla import (
     predict_actions,
 )
 from prismo.policies.base import PolicyInput
-from prismo.policies.checkpoint import Checkpoint, checkpoint_folder
+from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.openvla import merge_adapter
 from prismo.policies.settings import PolicyFlags
 from prismo.util.text import did_you_mean
@@ -185,8 +185,7 @@ def load_spatialvla_policy(
     if checkpoint.adapter is None:
         model = SpatialVLAForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=dtype, device=device)
     else:  # merged in the stored dtype, as merging to disk does
-        base = checkpoint_folder(checkpoint.adapter.base)
-        model = SpatialVLAForConditionalGeneration.from_pretrained(base, device=device)
+        model = SpatialVLAForConditionalGeneration.from_pretrained(weights_folder(checkpoint), device=device)
         merge_adapter(model, checkpoint)
         model.to(dtype)
     processor = SpatialVLAProcessor.from_pretrained(checkpoint.folder, model.config)

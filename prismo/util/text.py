@@ -17,3 +17,9 @@ def did_you_mean(kind: str, name: str, options: Iterable[str]) -> str:
     close = nearest(name, known)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or '(none)'}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

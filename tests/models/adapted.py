@@ -1,11 +1,19 @@
 """What the LoRA, FiLM and merge tests share beside fixtures."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from prismo.models.lora import lora_parameters
+from prismo.models.lora import LoraSpec, lora_parameters
 from prismo.models.openvla import OpenVLAForActionPrediction
+
+SPEC = LoraSpec(rank=4, alpha=2)
+
+
+def load(folder: Path) -> OpenVLAForActionPrediction:
+    """The model of a folder in fp32."""
+    return OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32, self_test=False)
 
 
 def action_states(model: OpenVLAForActionPrediction, batch: SimpleNamespace) -> torch.Tensor:

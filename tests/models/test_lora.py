@@ -213,6 +213,34 @@ def test_missing_and_broken_files(checkpoint, tiny_model):
         load_adapter(tiny_model, checkpoint)
 
 
+def test_half_an_adapter_is_refused_even_where_it_is_not_used(checkpoint, tiny_base):
+    """Modules that never learn may be absent, which hid that one factor was."""
+    rewrite(checkpoint, lambda t: {n: v for n, v in t.items() if "attn_pool.q.lora_A" not in n})
+    with pytest.raises(ValueError, match=r"holds .*attn_pool\.q\.lora_B\.weight without .*lora_A"):
+        load_adapter(fresh(tiny_base), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("r", "4", "r should be a valid integer"),
+        ("r", 0, "r should be greater than or equal to 1"),
+        ("r", 8, "has rank 4, adapter_config.json says 8"),
+        ("lora_alpha", "NaN", "lora_alpha"),
+        ("lora_alpha", -2, "lora_alpha"),
+        ("target_modules", 5, "target_modules"),
+        ("target_modules", [], "target_modules"),
+        ("lora_dropout", 1.5, "lora_dropout should be less than 1"),
+        ("modules_to_save", "lm_head", "modules_to_save should be a valid"),
+    ],
+)
+def test_impossible_adapter_settings(checkpoint, tiny_base, key, value, says):
+    path = checkpoint / "lora_adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=says):
+        load_adapter(fresh(tiny_base), checkpoint)
+
+
 @pytest.mark.parametrize("bad", [{"rank": 0}, {"dropout": 1.0}])
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match="lora_"):

@@ -15,56 +15,20 @@ from safetensors.torch import load_file, save_file
 from prismo.data.normalize import load_statistics
 from prismo.models.component_files import save_component
 from prismo.models.film import add_film, load_film_backbone
-from prismo.models.lora import LoraSpec, add_lora, merged_weight, save_adapter
+from prismo.models.lora import add_lora, merged_weight, save_adapter
 from prismo.models.merge import merge, verify_merge
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
-from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
-from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.models.tiny import make_tiny_openvla
+from prismo.models.weight_files import stored_tensors
 from tests.golden import close, figures, salt, sizes, weight
-from tests.models.adapted import action_states, randomize_lora
+from tests.models.adapted import SPEC, action_states, load, randomize_lora
 
-SPEC = LoraSpec(rank=4, alpha=2)
 ADAPTER = Path("lora_adapter") / "adapter_model.safetensors"
 LM_HEAD = "base_model.model.language_model.lm_head.base_layer.weight"
 
 
-def load(folder: Path) -> OpenVLAForActionPrediction:
-    return OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32, self_test=False)
-
-
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: stored.read() for name, stored in stored_tensors(folder).items()}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """An fp32 base, so that merged and unmerged predictions can be compared closely."""
-    return make_tiny_openvla(tmp_path_factory.mktemp("merge") / "base", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """A checkpoint folder as the trainer leaves it (adapter, statistics, side modules) and its unmerged model."""
-    folder = tmp_path_factory.mktemp("merge") / "run--10_chkpt"
-    policy = make_tiny_policy(tmp_path_factory.mktemp("merge") / "policy")
-    folder.mkdir()
-    for name in ("dataset_statistics.json", "action_head--latest_checkpoint.pt", "preprocessor_config.json"):
-        shutil.copy(policy / name, folder)
-    model = load(base)
-    add_lora(model, SPEC)
-    randomize_lora(model)
-    save_adapter(model, folder, SPEC, base="openvla/openvla-7b", base_fingerprint=fingerprint(stored_tensors(base)))
-    return folder, model
-
-
-@pytest.fixture
-def checkpoint(trained, tmp_path) -> Path:
-    return Path(shutil.copytree(trained[0], tmp_path / "run--10_chkpt"))
-
-
-@pytest.fixture(scope="module")
-def merged(base, trained, tmp_path_factory) -> Path:
-    return merge(base, trained[0], tmp_path_factory.mktemp("merge") / "merged", progress=False).folder
 
 
 def test_merged_predicts_what_base_and_adapter_predict(merged, trained, batch):
@@ -115,6 +79,7 @@ def test_the_result_is_a_complete_checkpoint(base, merged):
         "model.safetensors.index.json",
         "merge.json",
         "dataset_statistics.json",
+        "training_config.json",
         "action_head--latest_checkpoint.pt",
         "preprocessor_config.json",
         "tokenizer.json",
@@ -123,6 +88,7 @@ def test_the_result_is_a_complete_checkpoint(base, merged):
     assert not any(name.startswith(".") for name in names)
     assert set(load_statistics(merged / "config.json")) == {"libero_spatial_no_noops"}
     assert set(load_statistics(base / "config.json")) == {"bridge_orig"}
+    assert json.loads((merged / "config.json").read_text())["attention"] == "bidirectional"
     PrismaticProcessor.from_pretrained(merged)
     OpenVLAForActionPrediction.from_pretrained(merged)
 
@@ -229,8 +195,8 @@ def test_bad_bases_are_one_clear_error(base, checkpoint, tmp_path):
 def test_a_hub_id_is_found_in_the_local_cache(base, checkpoint, tmp_path, monkeypatch):
     repository = tmp_path / "hub" / "models--openvla--openvla-7b"
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    shutil.copytree(base, repository / "snapshots" / "abc")
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(base, repository / "snapshots" / ("a" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     merge("openvla/openvla-7b", checkpoint, progress=False)
@@ -291,9 +257,11 @@ def test_film_runs_keep_the_vision_lora_in_the_backbone_file(base, trained, tmp_
     merge(base, folder, progress=False)
     name = "vision_backbone.featurizer.blocks.0.attn.qkv.weight"
     assert torch.equal(tensors_of(folder)[name], tensors_of(base)[name])
-    loaded = load(folder)
-    load_film_backbone(loaded, folder)
-    torch.testing.assert_close(action_states(loaded, batch), action_states(model, batch), atol=1e-4, rtol=1e-4)
+    elsewhere = merge(base, folder, tmp_path / "elsewhere", progress=False).folder  # without the adapter's scale
+    for merged in (folder, elsewhere):
+        loaded = load(merged)
+        load_film_backbone(loaded, merged)
+        torch.testing.assert_close(action_states(loaded, batch), action_states(model, batch), atol=1e-4, rtol=1e-4)
 
 
 def test_the_script_with_the_original_flags(base, checkpoint):

@@ -1,81 +1,68 @@
-"""Checks around `from_pretrained`: is it a checkpoint, are its files whole, does every tensor fit."""
+"""Checks around `from_pretrained`: does config.json describe an OpenVLA, does every tensor fit."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
+from annotated_types import Ge, Gt, Le
+from pydantic import FiniteFloat
 
-from prismo.util.hub import is_hub_id
+from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
+from prismo.models.vit import ViTConfig
+from prismo.util.schema import JsonObject, check, read_json
+from prismo.util.text import first_line
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+Size = Annotated[int, Ge(1), Le(1 << 24)]
+Layers = Annotated[int, Ge(1), Le(1000)]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by its index.
+@dataclass(frozen=True)
+class _Llama:
+    """`text_config`; what a file leaves out is Llama's default."""
+
+    vocab_size: Size = 1
+    hidden_size: Size = 1
+    intermediate_size: Size = 1
+    num_hidden_layers: Layers = 1
+    num_attention_heads: Size = 1
+    num_key_value_heads: Size | None = None
+    rms_norm_eps: Annotated[FiniteFloat, Gt(0)] = 1e-6
+
+
+@dataclass(frozen=True)
+class _OpenVLAFile:
+    """config.json of an OpenVLA; what a file leaves out is the default of `OpenVLAConfig`."""
+
+    vision_backbone_id: str = ""
+    llm_backbone_id: str = ""
+    arch_specifier: str = ""
+    use_fused_vision_backbone: bool | None = None
+    image_resize_strategy: str = ""
+    text_config: _Llama | None = None
+    llm_max_length: Size = 1
+    pad_token_id: Annotated[int, Ge(0)] = 0
+    pad_to_multiple_of: Size = 1
+    norm_stats: JsonObject | None = None
+    n_action_bins: Annotated[int, Ge(2), Le(1 << 16)] = 2
+    vision_towers: list[ViTConfig] | None = None
+    attention: AttentionKind = "bidirectional"
+
+
+def read_config(folder: Path) -> OpenVLAConfig:
+    """The configuration of a checkpoint folder.
 
     Raises:
-        FileNotFoundError: no weights, or a shard of the index is missing.
+        ValueError: config.json is damaged or describes no OpenVLA.
     """
-    if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder / _INDEX} names {', '.join(missing)}, which is not there; download the checkpoint again"
-            )
-        return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    adapter = " It holds a LoRA adapter: merge it first (vla-scripts/merge_lora_weights_and_save.py)."
-    raise FileNotFoundError(
-        f"{folder} has neither {_INDEX} nor {_SINGLE}.{adapter if (folder / 'lora_adapter').is_dir() else ''}"
-    )
-
-
-def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) -> None:
-    """One clear error for a local folder that cannot be loaded; hub ids pass.
-
-    Args:
-        model_types: what config.json may say.
-
-    Raises:
-        FileNotFoundError: not a folder (and no hub id), or not a checkpoint.
-        ValueError: config.json is of another model, or a weight file is truncated.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        if not is_hub_id(path):
-            raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b")
-        return
-    config = folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a checkpoint: no config.json. Expected a folder with config.json, "
-            "model*.safetensors and preprocessor_config.json"
-        )
+    path = folder / "config.json"
+    stored = read_json(path, JsonObject)
+    check(stored, _OpenVLAFile, str(path))
     try:
-        model_type = json.loads(config.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config} is not valid JSON ({error}); download it again") from error
-    if model_type not in model_types:
-        expected = " or ".join(repr(name) for name in model_types)
-        raise ValueError(f"{config} is of model_type {model_type!r}, expected {expected}")
-    for file in weight_files(folder):
-        _check_whole(file)
-
-
-def _check_whole(file: Path) -> None:
-    """safetensors compares the header's byte ranges with the file's size on opening."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or broken ({error}); download it again") from error
+        return OpenVLAConfig.from_dict(stored)
+    except Exception as error:  # whatever transformers has against sizes that contradict each other
+        raise ValueError(f"{path} describes no OpenVLA ({first_line(error)}); fetch it again") from error
 
 
 def check_loaded(path: str | Path, report: Any) -> None:

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from prismo.models.folder import check_folder
 from prismo.models.openvla.action_tokenizer import ActionTokenizer
 from prismo.models.openvla.attention import attention_mask_for
 from prismo.models.openvla.configuration import OpenVLAConfig
-from prismo.models.openvla.loading import check_folder, check_loaded
+from prismo.models.openvla.loading import check_loaded, read_config
 from prismo.models.openvla.self_test import run_self_test
 from prismo.models.vit import VisionTransformer, ViTConfig
 
@@ -174,10 +175,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             SelfTestError: the loaded model does not behave as its attention kind demands.
         """
         check_folder(pretrained_model_name_or_path)
+        if Path(pretrained_model_name_or_path).is_dir():
+            read_config(Path(pretrained_model_name_or_path))
         kwargs.pop("trust_remote_code", None)
-        model, report = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else a bare RuntimeError
+        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_loaded(pretrained_model_name_or_path, report)
         if self_test and all(p.device.type != "meta" for p in model.parameters()):
             run_self_test(model)

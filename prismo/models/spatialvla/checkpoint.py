@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prismo.models.openvla.loading import weight_files
+from prismo.models.folder import WEIGHTS_AND_SETTINGS, missing_of_model, weight_files
 from prismo.util.files import atomic_write, write_json
 from prismo.util.hub import local_folder
 
@@ -49,7 +49,7 @@ def official_name(name: str) -> str:
 
 def checkpoint_folder(path: str | Path) -> Path:
     """A local folder as it is; a hub id (`IPEC-COMMUNITY/spatialvla-4b-224-pt`) as its copy in the hub's cache."""
-    return local_folder(path, ("*.json", "*.safetensors"))
+    return local_folder(path, WEIGHTS_AND_SETTINGS, missing=missing_of_model)
 
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,0 +1,131 @@
+"""What makes a folder a checkpoint: a config.json and whole weight files. Looked at before anything heavy begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from prismo.util.hub import is_hub_id, no_such_folder
+from prismo.util.schema import read_json
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHTS_AND_SETTINGS = ("*.json", "*.safetensors")  # what a model is read from, in a hub repository
+MERGING = ".merging"  # where a merge prepares its files, inside the folder in which they will appear
+UNFINISHED = "It holds an unfinished merge (or copy): run the merge again, vla-scripts/merge_lora_weights_and_save.py"
+_EXPECTED = "Expected a folder with config.json, model*.safetensors and preprocessor_config.json"
+
+# Files that a processor is read from, by the model type; of several one is enough.
+_PROCESSORS = {
+    "openvla": (("preprocessor_config.json",), ("tokenizer.json", "tokenizer.model")),
+    "spatialvla": (("processor_config.json",), ("tokenizer.json",)),
+}
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`model.safetensors.index.json`: which file holds a tensor."""
+
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What config.json says of every model."""
+
+    model_type: str
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard of the index is missing.
+        ValueError: the index is damaged, or names a file outside of the folder.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX, _Index).weight_map.values()))
+        outside = [name for name in names if Path(name).name != name or "\\" in name]
+        if outside or not names:
+            found = repr(outside[0]) if outside else "nothing"
+            raise ValueError(f"{folder / INDEX} names {found}, expected files beside it; download the checkpoint again")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder / INDEX} names {', '.join(missing)}, which is not there; download the checkpoint again"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    adapter = " It holds a LoRA adapter: merge it first (vla-scripts/merge_lora_weights_and_save.py)."
+    raise FileNotFoundError(
+        f"{folder} has neither {INDEX} nor {SINGLE}.{adapter if (folder / 'lora_adapter').is_dir() else ''}"
+    )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether the folder holds a model, not an adapter alone; its files may still be damaged."""
+    return (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors"))
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a merge into this folder was cut off: config.json comes last (`prismo.models.publish`)."""
+    cut_off = (folder / MERGING).is_dir() or any(folder.glob("model*.safetensors"))
+    return cut_off and not (folder / CONFIG).is_file()
+
+
+def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) -> None:
+    """One clear error for a local folder that cannot be loaded; hub ids pass.
+
+    Args:
+        model_types: what config.json may say.
+
+    Raises:
+        FileNotFoundError: not a folder (and no hub id), or not a checkpoint.
+        ValueError: config.json is of another model, or a weight file is truncated.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if not is_hub_id(path):
+            raise FileNotFoundError(no_such_folder(path))
+        return
+    config = folder / CONFIG
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: no config.json. " + (UNFINISHED if is_unfinished(folder) else _EXPECTED)
+        )
+    model_type = read_json(config, _Config).model_type
+    if model_type not in model_types:
+        expected = " or ".join(repr(name) for name in model_types)
+        raise ValueError(f"{config} is of model_type {model_type!r}, expected {expected}")
+    for file in weight_files(folder):
+        _check_whole(file)
+
+
+def missing_of_model(folder: Path) -> str | None:
+    """What a folder lacks to be a base model, as a sentence; None for nothing (see `prismo.util.hub.local_folder`)."""
+    try:
+        check_folder(folder, tuple(_PROCESSORS))
+    except (OSError, ValueError) as error:
+        return str(error)
+    lacking = missing_of_processor(folder, read_json(folder / CONFIG, _Config).model_type)
+    return f"{folder} has no {', no '.join(lacking)}" if lacking else None
+
+
+def missing_of_processor(folder: Path, model_type: str) -> list[str]:
+    """Files that a folder lacks to read a processor from."""
+    needed = _PROCESSORS[model_type]
+    return [" or ".join(names) for names in needed if not any((folder / name).is_file() for name in names)]
+
+
+def _check_whole(file: Path) -> None:
+    """safetensors compares the header's byte ranges with the file's size on opening."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or broken ({error}); download it again") from error

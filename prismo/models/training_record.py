@@ -1,0 +1,90 @@
+"""What a checkpoint's files say about its training: `training_config.json`, or what gives it away without one.
+
+Merging writes down what it finds here, evaluation goes by it, so that both say the same of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from prismo.embodiment import Embodiment
+from prismo.models.component_files import TRAINING_CONFIG, Stem, has_component
+from prismo.models.openvla.configuration import AttentionKind
+from prismo.util.schema import read_json
+
+Count = Annotated[int, Ge(1)]
+Camera = Literal["checkpoint", "libero"]
+_CODE = "modeling_prismatic.py"
+_PARALLEL: tuple[Stem, ...] = ("action_head", "proprio_projector", "vision_backbone")
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What evaluation must know of the run, of all that `training_config.json` holds; None = it does not say.
+
+    Attributes:
+        attention: how the language model attended.
+        num_images_in_input: camera views.
+        image_aug: random crops and colours.
+        chunk: actions per prediction.
+        num_diffusion_steps_train: length of the diffusion schedule.
+        intrinsics: camera of SpatialVLA's pictures.
+        embodiment: the robot.
+    """
+
+    attention: AttentionKind = "bidirectional"
+    num_images_in_input: Count | None = None
+    image_aug: bool | None = None
+    chunk: Count | None = None
+    num_diffusion_steps_train: Count | None = None
+    intrinsics: Camera | None = None
+    embodiment: Embodiment | None = None
+
+
+def read_training_record(folder: Path) -> TrainingRecord | None:
+    """The record of a checkpoint folder; None where there is none (published checkpoints).
+
+    Raises:
+        ValueError: the file is damaged, or its robot cannot be.
+    """
+    path = folder / TRAINING_CONFIG
+    if not path.is_file():
+        return None
+    record = read_json(path, TrainingRecord)
+    robot = record.embodiment
+    if robot is not None and not all(-robot.action_dim <= dim < robot.action_dim for dim in robot.gripper_dims):
+        raise ValueError(
+            f"{path}: embodiment.gripper_dims {list(robot.gripper_dims)} are not among its {robot.action_dim} action "
+            "numbers; restore it or fetch it again"
+        )
+    return record
+
+
+def attention_kind(
+    folder: Path, record: TrainingRecord | None, config: Mapping[str, Any]
+) -> tuple[AttentionKind | None, str]:
+    """How an OpenVLA checkpoint attends, and what says so. Published files do not state it, others give it away.
+
+    Args:
+        folder: of the checkpoint.
+        record: its training record.
+        config: its config.json; empty for a folder with an adapter alone.
+    """
+    if record is not None:
+        return record.attention, f"its {TRAINING_CONFIG} says {record.attention}"
+    if any(has_component(folder, stem) for stem in _PARALLEL):
+        return "bidirectional", "its action head and projectors are those of parallel decoding (bidirectional)"
+    if config.get("attention"):
+        return config["attention"], f"its config.json says {config['attention']}"
+    code = folder / _CODE
+    if code.is_file():
+        # OFT's model code is copied into its checkpoints; only that one knows of chunks. Read as text, never run.
+        if "NUM_ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace"):
+            return "bidirectional", "the model code in its folder is that of OpenVLA-OFT (bidirectional)"
+        return "causal", "the model code in its folder is that of vanilla OpenVLA (causal)"
+    return None, "nothing says which"
