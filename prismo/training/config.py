@@ -77,8 +77,8 @@ class FinetuneConfig:
     # MultiStepLR, CosineAnnealingLR (down to a thousandth at max_steps) or LinearLR (down to 0 at max_steps)
     scheduler: str = "MultiStepLR"
     # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
-    # or with resume_step from the checkpoint in vla_path
-    resume: bool = False
+    # or with resume_step from the checkpoint in vla_path. "auto" starts the run where there is nothing to continue yet
+    resume: bool | Literal["auto"] = False
     # Step of the checkpoint in vla_path to continue from. Folders without trainer state (published ones) restore the
     # side modules and the step only
     resume_step: int | None = None
@@ -146,6 +146,8 @@ class FinetuneConfig:
     film_exclude_padding: bool = True
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
+    # Checkpoints that keep what resuming needs, newest first; it is several times as large as an adapter
+    keep_states: int = 1
     # Log to Weights & Biases (WANDB_MODE is respected). Default: when wandb_entity or wandb_project is given
     use_wandb: bool | None = None
     # Also write TensorBoard files into the run folder
@@ -220,12 +222,14 @@ class FinetuneConfig:
             raise ValueError(f"--learning_rate is {self.learning_rate}; expected a number between 0 and 1 such as 5e-4")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}; expected a share such as 0.05")
-        if self.resume_step is not None and not self.resume:
+        if self.resume_step is not None and self.resume is not True:
             raise ValueError("--resume_step is given without --resume True")
         if self.resume_step is not None and self.resume_step >= self.max_steps:
             raise ValueError(f"--resume_step {self.resume_step} is not below --max_steps {self.max_steps}")
-        if self.save_latest_checkpoint_only and self.keep_last is not None:
-            raise ValueError("--keep_last counts step folders, --save_latest_checkpoint_only True writes none")
+        if self.save_latest_checkpoint_only and (self.keep_last is not None or self.keep_states != 1):
+            raise ValueError(
+                "--keep_last and --keep_states count step folders, --save_latest_checkpoint_only True writes none"
+            )
         _ = self.policy_options, self.schedule, self.align_recipe  # their own checks
 
 
@@ -310,6 +314,7 @@ _AT_LEAST = {
     "min_sigma": 0,
     "num_workers": 0,
     "keep_last": 1,
+    "keep_states": 1,
     "seed": 0,
 }
 

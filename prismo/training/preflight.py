@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -42,13 +43,18 @@ class Plan(Generic[C]):
     resume: Resume | None
 
 
-def make_plan(config: C, world_size: int) -> Plan[C]:
-    """Check the files that a run needs.
+def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
+    """Take the run for this process and check the files that it needs.
+
+    Args:
+        held: gets the lock on the run, unless it is a dry run, which changes nothing.
 
     Raises:
         FileNotFoundError, ValueError, OSError: one sentence on what is wrong and what to do.
     """
     run = run_folder(config)
+    if not config.dry_run:
+        held.enter_context(run.locked())
     resume = find_resume(config, run)
     if resume is not None and resume.exact:
         config = _base_of(config, resume)
@@ -63,7 +69,6 @@ def make_plan(config: C, world_size: int) -> Plan[C]:
     _check_layers(config, base)
     _check_dataset(config)
     _check_extras(config)
-    run.path.mkdir(parents=True, exist_ok=True)
     total = config.batch_size * config.grad_accumulation_steps * world_size
     if total < _USUAL_BATCH:
         _LOG.warning(
@@ -73,7 +78,7 @@ def make_plan(config: C, world_size: int) -> Plan[C]:
             _USUAL_BATCH,
             -(-64 // (config.batch_size * world_size)),
         )
-    return Plan(config, run, resume)
+    return Plan(replace(config, resume=resume is not None), run, resume)
 
 
 def _base_of(config: C, resume: Resume) -> C:

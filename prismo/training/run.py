@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -47,11 +48,12 @@ def _run(kind: type[FinetuneConfig], arguments: Sequence[str] | None, is_main: b
     except _WRONG_INPUT as error:
         return _fail(error, 2, is_main)
     try:
-        plan = _plan_on_all(config, world)
-        if plan.config.dry_run:
-            _dry_run(plan, world)
-        else:
-            _train(plan, world)
+        with ExitStack() as held:
+            plan = _plan_on_all(config, world, held)
+            if plan.config.dry_run:
+                _dry_run(plan, world)
+            else:
+                _train(plan, world)
     except NonFiniteLossError as error:
         return _fail(error, 1, is_main)
     except _WRONG_INPUT as error:
@@ -67,13 +69,13 @@ def _fail(error: Exception, code: int, show: bool) -> int:
     return code
 
 
-def _plan_on_all(config: FinetuneConfig, world: World) -> Plan:
-    """The main process looks at the files; all processes get its result, or stop with its error."""
+def _plan_on_all(config: FinetuneConfig, world: World, held: ExitStack) -> Plan:
+    """The main process looks at the files and takes the run; all processes get its result, or stop with its error."""
     plan: Plan | None = None
     failure: Exception | None = None
     if world.is_main:
         try:
-            plan = make_plan(config, world.size)
+            plan = make_plan(config, world.size, held)
         except _WRONG_INPUT as error:
             failure = error
     plan = world.broadcast(plan)

@@ -163,7 +163,6 @@ class Trainer:
         if not self.world.is_main:
             return
         self.run.path.mkdir(parents=True, exist_ok=True)
-        self.run.remove_leftovers()
         self._check_space()
         write_training_config(self.run.path, self.config, self.task.robot, self.world.size, self.step.precision)
         settings = {name: str(value) for name, value in asdict(self.config).items()}
@@ -340,7 +339,7 @@ class Trainer:
                 f"cannot write the checkpoint after update {number} ({str(error).splitlines()[0]}); {before}. "
                 "Make room and continue with --resume True"
             ) from error
-        self.run.prune(self.config.keep_last)
+        self.run.prune(self.config.keep_last, self.config.keep_states)
         return self.run.path if latest else self.run.step_folder(number)
 
     def _give_up(self, update: _Update) -> None:
