@@ -93,6 +93,16 @@ def test_yaml_under_the_command_line(tmp_path):
     assert (config.batch_size, config.use_proprio) == (4, True)
 
 
+@pytest.mark.parametrize(("written", "value"), [("True", True), ("False", False), ("auto", "auto")])
+def test_resume_is_a_truth_value_or_auto(written, value, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"resume: {written}\n")
+    assert parse_config(FinetuneConfig, ["--resume", written]).resume == value
+    assert parse_config(FinetuneConfig, ["--config_path", str(file)]).resume == value
+    with pytest.raises(ValueError, match=r"`resume`.*\n.*\n.*Literal: Cannot convert 'atuo' .* into one of: auto"):
+        parse_config(FinetuneConfig, ["--resume", "atuo"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
