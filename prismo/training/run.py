@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
-from prismo.data.loader import CollateText, make_loader
+from prismo.data.loader import CollateText, Loader, make_loader
 from prismo.data.normalize import dump_statistics
 from prismo.models.merge import resolve_base
 from prismo.models.openvla import SelfTestError
@@ -95,15 +95,15 @@ def _train(plan: Plan, world: World) -> None:
     data = _open_datasets(config, family.chunk(base))
     collate = family.load_collate(config, base)
     robot = data[0].embodiment
-    task = family.build_task(config, base, robot, data[0].statistics, world)
+    loaders = _loaders(config, data, collate, world)
     if plan.resume is not None and plan.resume.exact:
-        _check_base(task.base_fingerprint, plan, base)
+        _check_position(plan, loaders[0])
+    task = family.build_task(config, base, robot, data[0].statistics, world)
     if world.is_main:
         dump_statistics(data[0].statistics, plan.run.path / "dataset_statistics.json")
         trained = sum(p.numel() for p in task.objective.parameters() if p.requires_grad)
         _LOG.info("%s: %s windows, %s trained weights", plan.run.path.name, f"{len(data[0]):,}", f"{trained:,}")
     errors = ActionErrors(data[0].statistics, robot, world.device)
-    loaders = _loaders(config, data, collate, world)
     trainer = Trainer(config, task, RunData(*loaders, errors), plan.run, world, plan.resume)
     done = trainer.fit()
     if world.is_main:
@@ -143,12 +143,13 @@ def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: Collate
     return [train, val]
 
 
-def _check_base(found: str, plan: Plan, base: object) -> None:
-    expected = read_state(plan.resume.folder).base_fingerprint
-    if found != expected:
+def _check_position(plan: Plan, loader: Loader) -> None:
+    """The place in the data that a run goes on from exists."""
+    sample, size = read_state(plan.resume.folder).data.sample, loader.samples_per_epoch
+    if sample >= size:
         raise ValueError(
-            f"{plan.resume.folder} was trained on other weights than those in {base}; pass the model that the run "
-            "started from as --vla_path"
+            f"{plan.resume.folder} was saved at sample {sample} of an epoch, which has {size} here: the dataset is not "
+            "the one that the run was started with"
         )
 
 

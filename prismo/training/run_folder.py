@@ -3,9 +3,10 @@
     {run_root_dir}/{run_id}/                   logs, statistics, and the checkpoint of --save_latest_checkpoint_only
     {run_root_dir}/{run_id}--{step}_chkpt/     one checkpoint per saved step
 
-One process at a time has a run (`RunFolder.locked`). A step folder appears under its name only when it is complete. The files of a "latest" checkpoint lie among the logs and
-cannot appear at once: they are prepared in `.checkpoint/` and moved from there, and whoever finds that folder finishes
-the move. So at every instant one complete checkpoint can be found.
+One process at a time has a run (`RunFolder.locked`). A step folder appears under its name only when it is complete. The
+files of a "latest" checkpoint lie among the logs and cannot appear at once: they are prepared in `.checkpoint/` and
+moved from there, and whoever finds that folder finishes the move. So at every instant one complete checkpoint can be
+found.
 """
 
 from __future__ import annotations

@@ -366,7 +366,7 @@ def test_resume_says_which_changes_alter_the_run(long_run, flags, tmp_path, capl
     shutil.copytree(long_run.parent, tmp_path / "copy")
     options = {"lora_dropout": 0.1, "resume": True, "max_steps": 7}
     assert train(flags(tmp_path / "copy", learning_rate=1e-4, save_freq=50, **options)) == 0
-    assert "not bit for bit as uninterrupted: learning_rate 0.0005 -> 0.0001\n" in caplog.text
+    assert "restored exactly, but the run goes on with changed flags: learning_rate 0.0005 -> 0.0001\n" in caplog.text
 
 
 def test_resume_of_a_finished_run_changes_nothing(long_run, flags):

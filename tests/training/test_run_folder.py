@@ -73,7 +73,10 @@ def test_one_process_at_a_time_has_a_run(tmp_path):
     run = RunFolder(tmp_path / "run")
     with run.locked():
         (run.path / "metrics.jsonl").write_text("")
-        with pytest.raises(LockedError, match=r"process \d+ on .* is at work on .*/run\. .*--run_id_note"), run.locked():
+        with (
+            pytest.raises(LockedError, match=r"process \d+ on .* is at work on .*/run\. .*--run_id_note"),
+            run.locked(),
+        ):
             pass
     with run.locked():
         pass
@@ -123,7 +126,9 @@ def test_states_to_keep(tmp_path, caplog):
 def test_going_back_to_an_earlier_step(tmp_path):
     """Newer checkpoints would be mixed up with those of the new attempt, and the next restart would take them."""
     run = run_of(tmp_path, 1, 2, 3)
-    with pytest.raises(ValueError, match=r"--3_chkpt is newer than --resume_step 2.*--vla_path .*--2_chkpt .*_override"):
+    with pytest.raises(
+        ValueError, match=r"--3_chkpt is newer than --resume_step 2.*--vla_path .*--2_chkpt .*_override"
+    ):
         resume(tmp_path, resume_step=2)
     other, found = resume(tmp_path, vla_path=str(run.step_folder(2)), run_id_override="other")
     assert (other.path, found) == (tmp_path / "other", Resume(run.step_folder(2), 2, exact=True))
@@ -136,7 +141,9 @@ def test_an_older_checkpoint_says_what_it_lacks(tmp_path, by_folder):
     run = run_of(tmp_path, 1, 2)
     run.prune(None, 1)
     given = {"vla_path": str(run.step_folder(1))} if by_folder else {}
-    with pytest.raises(FileNotFoundError, match=r"--1_chkpt has no trainer_state.*--keep_states.*--2_chkpt.*merge_lora"):
+    with pytest.raises(
+        FileNotFoundError, match=r"--1_chkpt has no trainer_state.*--keep_states.*--2_chkpt.*merge_lora"
+    ):
         resume(tmp_path, resume_step=1, **given)
 
 
