@@ -148,11 +148,14 @@ def check_state(checkpoint: Path) -> TrainerState:
         ValueError: a file is damaged, or weights and optimizer do not belong together.
     """
     folder = checkpoint / STATE_FOLDER
-    weights = _read(folder / _WEIGHTS)
+    weights, moments, state = _read(folder / _WEIGHTS), _read(folder / _OPTIMIZER), read_state(checkpoint)
     shapes = {name: weights.kind(name)[1] for name in weights}
     _check_tensors(weights, shapes)
-    _check_tensors(_read(folder / _OPTIMIZER), _moments(shapes))
-    return read_state(checkpoint)
+    _check_tensors(moments, _moments(shapes))
+    for name in shapes:
+        if not 1 <= (count := moments[f"step.{name}"].item()) <= state.step:
+            raise ValueError(f"{moments.path}: {name} was updated {count:g} times in {state.step} updates; {_ADVICE}")
+    return state
 
 
 def load_state(checkpoint: Path, step: TrainStep) -> None:

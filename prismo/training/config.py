@@ -237,7 +237,7 @@ class FinetuneConfig:
 class FinetuneAlignConfig(FinetuneConfig):
     """A training run with Spatial Forcing: vision tokens are aligned with features of a frozen teacher."""
 
-    # Weights of VGGT-1B (model.pt or a folder with it)
+    # Weights of VGGT-1B (model.pt or a folder with it), or of another teacher. "random" needs none
     vggt_path: str = "official_ckpts/vggt_model.pt"
     # Alignment objective; only "cosine"
     align_loss_type: str = "cosine"
@@ -283,6 +283,12 @@ class FinetuneAlignConfig(FinetuneConfig):
     @property
     def compiles(self) -> bool:
         return self.compile or self.compile_vggt
+
+    @property
+    def teacher_path(self) -> str | None:
+        """File of the teacher. The default of `vggt_path` is VGGT's and means nothing to another."""
+        is_given = self.teacher == "vggt" or self.vggt_path != type(self).vggt_path
+        return self.vggt_path if is_given else None
 
     def teacher_precision(self, device: torch.device) -> torch.dtype:
         """Of the teacher's weights on `device`."""

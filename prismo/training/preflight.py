@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from prismo.align import outline_teacher
 from prismo.align.recipe import layer_index
-from prismo.align.vggt import read_config
 from prismo.data.specs import resolve
 from prismo.models.merge import resolve_base
 from prismo.models.weight_files import fingerprint, stored_tensors
@@ -123,8 +123,7 @@ def _check_layers(config: FinetuneConfig, base: Path) -> None:
             f"--vla_layers_align {recipe.vla_layers_align}: {config.vla_path} has {states} hidden states, "
             f"{-states} to {states - 1} (the paper aligns 24 of 33)"
         )
-    if config.teacher == "vggt":
-        layer_index(recipe.vggt_layers_align, read_config(config.vggt_path).depth)
+    layer_index(recipe.vggt_layers_align, outline_teacher(config.teacher, config.teacher_path).layers)
 
 
 def _check_dataset(config: FinetuneConfig) -> None:
