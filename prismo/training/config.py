@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -214,14 +215,11 @@ class FinetuneConfig:
             raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; set one to False")
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
-        for flag, low in _AT_LEAST.items():
-            value = getattr(self, flag)
-            if value is not None and not value >= low:
-                raise ValueError(f"--{flag} is {value}; expected at least {low}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"--learning_rate is {self.learning_rate}; expected a number between 0 and 1 such as 5e-4")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val_fraction is {self.val_fraction}; expected a share such as 0.05")
+        for field in fields(self):
+            _check_bounds(field.name, getattr(self, field.name))
+        for flag in ("run_id_note", "run_id_override"):
+            if getattr(self, flag):
+                check_name(f"--{flag}", getattr(self, flag))
         if self.resume_step is not None and self.resume is not True:
             raise ValueError("--resume_step is given without --resume True")
         if self.resume_step is not None and self.resume_step >= self.max_steps:
@@ -300,29 +298,42 @@ class FinetuneAlignConfig(FinetuneConfig):
         _check_choice("vggt_dtype", self.vggt_dtype, get_args(Precision))
 
 
-_AT_LEAST = {
-    "num_diffusion_steps_train": 1,
-    "num_images_in_input": 1,
-    "batch_size": 1,
-    "lr_warmup_steps": 0,
-    "num_steps_before_decay": 0,
-    "grad_accumulation_steps": 1,
-    "max_steps": 1,
-    "val_freq": 1,
-    "val_time_limit": 1,
-    "save_freq": 1,
-    "resume_step": 0,
-    "diffusion_sample_freq": 1,
-    "wandb_log_freq": 1,
-    "max_grad_norm": 0,
-    "weight_decay": 0,
-    "lora_alpha": 1,
-    "min_sigma": 0,
-    "num_workers": 0,
-    "keep_last": 1,
-    "keep_states": 1,
-    "seed": 0,
+_ENDLESS = 10**9  # updates
+# Every flag that is a number: the smallest and the largest value. Behind them lie slips of the keyboard, tracebacks of
+# libraries, and numbers that mean nothing (NaN is in no range).
+BOUNDS: dict[str, tuple[float, float]] = {
+    "shuffle_buffer_size": (0, _ENDLESS),
+    "num_diffusion_steps_train": (1, 10_000),
+    "num_images_in_input": (1, 16),
+    "batch_size": (1, 4096),
+    "learning_rate": (1e-12, 1),
+    "lr_warmup_steps": (0, _ENDLESS),
+    "num_steps_before_decay": (0, _ENDLESS),
+    "grad_accumulation_steps": (1, 100_000),
+    "max_steps": (1, _ENDLESS),
+    "val_freq": (1, _ENDLESS),
+    "val_time_limit": (1, 10**7),
+    "save_freq": (1, _ENDLESS),
+    "resume_step": (0, _ENDLESS),
+    "diffusion_sample_freq": (1, _ENDLESS),
+    "lora_rank": (1, 4096),
+    "lora_dropout": (0, 0.99),
+    "wandb_log_freq": (1, _ENDLESS),
+    "seed": (0, 2**32 - 1),
+    "max_grad_norm": (0, 1e6),
+    "weight_decay": (0, 1),
+    "lora_alpha": (1, 65_536),
+    "min_sigma": (0, 100),
+    "num_workers": (0, 1024),
+    "val_fraction": (0, 0.99),
+    "keep_last": (1, _ENDLESS),
+    "keep_states": (1, _ENDLESS),
+    "align_loss_coeff": (0, 1e6),
+    "vla_layers_align": (-1000, 1000),
+    "vggt_layers_align": (-1000, 1000),
+    "align_map_freq": (0, _ENDLESS),
 }
+_LONGEST_NAME = 200  # bytes; a file system takes 255, and checkpoints add to a run's name
 
 C = TypeVar("C", bound=FinetuneConfig)
 
@@ -336,6 +347,31 @@ def parse_config(kind: type[C], arguments: Sequence[str] | None = None) -> C:
     config = parse_flags(kind, arguments)
     config.validate()
     return config
+
+
+def check_name(what: str, name: str) -> str:
+    """A name that a run may have: one part of a path, in which checkpoints keep theirs.
+
+    Raises:
+        ValueError: begins with `what`.
+    """
+    taken = name.startswith(".") or name != name.strip() or re.search(r"--\d+_chkpt$", name)
+    if taken or "/" in name or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"{what} is {name!r}; a name of a folder is expected: at most {_LONGEST_NAME} printable characters without "
+            "/, not beginning with a dot and not ending like a checkpoint"
+        )
+    return name
+
+
+def _check_bounds(flag: str, value: object) -> None:
+    if flag not in BOUNDS or value is None:
+        return
+    low, high = BOUNDS[flag]
+    if not value >= low:
+        raise ValueError(f"--{flag} is {value}; expected at least {low}")
+    if value > high:
+        raise ValueError(f"--{flag} is {value}; expected at most {high}")
 
 
 def _check_choice(flag: str, value: str, options: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from prismo.models.component_files import Step
-from prismo.training.config import FinetuneConfig
+from prismo.training.config import FinetuneConfig, check_name
 from prismo.util.files import atomic_folder
 from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import JsonObject, read_json
@@ -225,7 +225,8 @@ def run_id(config: FinetuneConfig) -> str:
     name += f"+lora-r{config.lora_rank}+dropout-{config.lora_dropout}" if config.use_lora else "+full"
     if config.image_aug:
         name += "--image_aug"
-    return f"{name}--{config.run_id_note}" if config.run_id_note else name
+    name = f"{name}--{config.run_id_note}" if config.run_id_note else name
+    return check_name("without --run_id_override the name of this run", name)
 
 
 def is_checkpoint(folder: Path) -> bool:
