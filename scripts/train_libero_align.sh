@@ -3,7 +3,7 @@
 #
 #   scripts/train_libero_align.sh spatial               # or object, goal, 10, joint
 #   NPROC=4 scripts/train_libero_align.sh goal --save_freq 5000 --run_id_note mine
-#   scripts/train_libero_align.sh spatial --resume True # after a crash: the same command goes on where it stopped
+#   scripts/train_libero_align.sh spatial --resume auto # starts, and after a crash goes on where it stopped
 #
 # Published runs: 8 GPUs, batch 8 each (64 per update), 150,000 updates, rate 5e-4 and a tenth of it from 100,000 on.
 # With fewer GPUs keep 64 per update: --grad_accumulation_steps 2 on four of them. OpenVLA-OFT found 50,000 updates best

@@ -5,7 +5,7 @@
 #   MODE=full scripts/train_libero_spatialvla.sh spatial     # all weights instead of LoRA; several GPUs share one copy
 #   ALIGN=1 scripts/train_libero_spatialvla.sh spatial       # with VGGT alignment of the image tokens
 #   NPROC=4 scripts/train_libero_spatialvla.sh goal --grad_accumulation_steps 2 --run_id_note mine
-#   scripts/train_libero_spatialvla.sh spatial --resume True # after a crash: the same command goes on where it stopped
+#   scripts/train_libero_spatialvla.sh spatial --resume auto # starts, and after a crash goes on where it stopped
 #
 # Rank, alpha, rates, schedule and 256 samples per update are those of the authors' fine-tuning scripts for Bridge. What
 # they used for LIBERO was never published: updates and the use of adapted bins (ADAPT=0 leaves them out) are our guess.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -39,8 +40,25 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TeacherOutline:
+    """What a run must know of a teacher before it is loaded.
+
+    Attributes:
+        width, layers: see `Teacher`.
+        parameters: how many weights.
+    """
+
+    width: int
+    layers: int
+    parameters: int
+
+
 class TeacherLoader(Protocol):
-    """A function that builds a frozen teacher from its weights file."""
+    """A function that builds a frozen teacher from its weights file.
+
+    On the device "meta" only sizes are wanted (`outline_teacher`), so a loader does well not to read weights for it.
+    """
 
     def __call__(
         self, path: str | Path | None, *, dtype: torch.dtype, device: str | torch.device, compile: bool
@@ -65,7 +83,7 @@ def load_teacher(
 
     Args:
         name: a key of `TEACHERS`: "vggt", or "random" for the untrained control arm.
-        path: the weights file ("random" reads only its sizes from it, and takes VGGT-1B's without).
+        path: the weights file ("random" takes only sizes from it, and VGGT-1B's where there is none).
         dtype: of the weights, torch.float32 or torch.bfloat16.
         device: where to put them.
         compile: use torch.compile: faster steps after a slow first one.
@@ -77,3 +95,10 @@ def load_teacher(
     if name not in TEACHERS:
         raise ValueError(did_you_mean("teacher", name, TEACHERS))
     return TEACHERS[name](path, dtype=dtype, device=device, compile=compile)
+
+
+def outline_teacher(name: str, path: str | Path | None = None) -> TeacherOutline:
+    """The sizes of a teacher; nothing stays in memory. Raises as `load_teacher` does."""
+    teacher = load_teacher(name, path, device="meta")
+    parameters = sum(parameter.numel() for parameter in teacher.parameters())
+    return TeacherOutline(teacher.width, teacher.layers, parameters)

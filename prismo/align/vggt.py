@@ -10,7 +10,6 @@ Shape legend: B samples, V views, P = 1 camera + registers + patches tokens of o
 from __future__ import annotations
 
 import math
-import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from prismo.align.recipe import layer_index
@@ -211,7 +210,7 @@ def load_vggt(
             ignored; the aggregator must be complete.
         dtype: torch.float32 (computes like the original, also under autocast) or torch.bfloat16 (faster, half the
             memory; tests/align/test_vggt.py states the difference).
-        device: where to put the weights.
+        device: where to put the weights; on "meta" they are not even read.
         compile: see `VGGTAggregator.compile_blocks`; the first call then takes about a minute.
 
     Returns:
@@ -224,7 +223,7 @@ def load_vggt(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"VGGT runs in torch.float32 or torch.bfloat16, not {dtype}")
     path = _weights_file(path)
-    state = _read_aggregator(path)
+    state = _read_aggregator(path, shapes_only=torch.device(device).type == "meta")
     with torch.device("meta"):
         model = VGGTAggregator(infer_config(state, path))
     _check_tensors({name: value.shape for name, value in model.state_dict().items()}, state, path)
@@ -236,8 +235,7 @@ def load_vggt(
 
 def read_config(path: str | Path) -> VGGTConfig:
     """Sizes of the aggregator in a weights file; raises like `load_vggt`."""
-    path = _weights_file(path)
-    return infer_config(_read_aggregator(path), path)
+    return load_vggt(path, device="meta").config
 
 
 def infer_config(state: Mapping[str, Tensor], path: str | Path = "the file") -> VGGTConfig:
@@ -291,8 +289,11 @@ def _weights_file(path: str | Path | None) -> Path:
     )
 
 
-def _read_aggregator(path: Path) -> dict[str, Tensor]:
+def _read_aggregator(path: Path, shapes_only: bool) -> dict[str, Tensor]:
     """Tensors under `aggregator.` (prefix removed), mapped into memory rather than read.
+
+    Args:
+        shapes_only: read no weights; the tensors lie on the device "meta".
 
     Raises:
         ValueError: damaged, or with tensors that are neither the aggregator's nor those of VGGT's heads.
@@ -301,13 +302,14 @@ def _read_aggregator(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
-                state = {name: file.get_tensor(name) for name in names if name.startswith(_PREFIX)}
+                read = _shape_of if shapes_only else safe_open.get_tensor
+                state = {name: read(file, name) for name in names if name.startswith(_PREFIX)}
         else:
             # weights_only: a checkpoint from the internet must not run code. Only zip files can be mapped.
             mapped = zipfile.is_zipfile(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             names = list(state) if isinstance(state, Mapping) else []
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # over what is no checkpoint torch's unpickler stumbles with anything, KeyError too
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot read VGGT weights from {path} ({reason}); fetch the file again") from error
     unknown = [name for name in names if not str(name).startswith((_PREFIX, *_HEADS))]
@@ -322,6 +324,10 @@ def _read_aggregator(path: Path) -> dict[str, Tensor]:
             f"{_some(unknown) if unknown else 'none of them'}"
         )
     return aggregator
+
+
+def _shape_of(file: safe_open, name: str) -> Tensor:
+    return torch.empty(file.get_slice(name).get_shape(), device="meta")
 
 
 def _check_tensors(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], path: Path) -> None:

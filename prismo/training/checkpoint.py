@@ -1,4 +1,4 @@
-"""The trainer state of a checkpoint: everything that makes a resumed run go on bit for bit.
+"""The trainer state of a checkpoint: everything of a run, restored exactly.
 
     trainer_state/weights.safetensors      what is trained, fp32
     trainer_state/optimizer.safetensors    AdamW's moments and update counts
@@ -8,7 +8,8 @@ Tensors are stored whole, also those of a run that shards them, so a run may go 
 
 Learning rate, dropout and diffusion noise are pure functions of seed, update and process (`Schedule`, `seed_noise`), so
 no scheduler or generator has to be stored for any rank. With another number of processes the position in the data stays
-exact; dropout and diffusion noise are then other draws.
+exact; dropout and diffusion noise are then other draws. On a CPU a resumed run therefore equals the uninterrupted one
+bit for bit; on GPUs as far as their kernels repeat themselves, which the backward pass of attention does not.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Lt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import prismo
+from prismo.align import AlignRecipe
 from prismo.embodiment import Embodiment
 from prismo.eval.versions import git_commit
 from prismo.training.config import FinetuneConfig
@@ -36,6 +40,7 @@ from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, read_json
 
 _FORMAT = 1
+_ADVICE = "restore it or resume from another checkpoint"
 _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 # Flags that decide what the stored tensors mean or which sample comes next; a resumed run must agree on them.
@@ -54,20 +59,43 @@ _CHANGES_NUMBERS = (
 
 
 @dataclass(frozen=True)
+class DataPosition:
+    """`prismo.data.loader.Loader.state_dict`."""
+
+    epoch: Annotated[int, Ge(0), Lt(2**31)]
+    sample: Annotated[int, Ge(0), Lt(2**53)]
+
+
+@dataclass(frozen=True)
 class TrainerState:
     """Content of state.json.
 
     Attributes:
         step: updates done.
-        data: `prismo.data.loader.Loader.state_dict`.
+        data: position in the data.
         world_size: processes of the run.
         base_fingerprint: of the base weights (`prismo.models.weight_files.fingerprint`).
     """
 
-    step: int
-    data: dict[str, int]
-    world_size: int
+    step: Annotated[int, Ge(1)]
+    data: DataPosition
+    world_size: Annotated[int, Ge(1)]
     base_fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What a state.json of any version has."""
+
+    format: int
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What is looked at of a training_config.json beside the flags of the same names."""
+
+    vla_path: str
+    align_recipe: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -103,10 +131,31 @@ def save_state(checkpoint: Path, gathered: WholeState, state: TrainerState) -> N
 def read_state(checkpoint: Path) -> TrainerState:
     """The small part of a trainer state."""
     path = checkpoint / STATE_FOLDER / STATE_FILE
-    content = read_json(path, JsonObject)
-    if content.pop("format", None) != _FORMAT:
+    if read_json(path, _Version, advice=_ADVICE).format != _FORMAT:
         raise ValueError(f"{path} is of another version of this project; resume with that version")
-    return TrainerState(**content)
+    return read_json(path, TrainerState, advice=_ADVICE)
+
+
+def base_of(checkpoint: Path) -> str:
+    """The `vla_path` that a checkpoint of ours was trained from."""
+    return read_json(checkpoint / TRAINING_CONFIG, _Started, advice=_ADVICE).vla_path
+
+
+def check_state(checkpoint: Path) -> TrainerState:
+    """Look at everything of a trainer state that shows without a model; returns the small part.
+
+    Raises:
+        ValueError: a file is damaged, or weights and optimizer do not belong together.
+    """
+    folder = checkpoint / STATE_FOLDER
+    weights, moments, state = _read(folder / _WEIGHTS), _read(folder / _OPTIMIZER), read_state(checkpoint)
+    shapes = {name: weights.kind(name)[1] for name in weights}
+    _check_tensors(weights, shapes)
+    _check_tensors(moments, _moments(shapes))
+    for name in shapes:
+        if not 1 <= (count := moments[f"step.{name}"].item()) <= state.step:
+            raise ValueError(f"{moments.path}: {name} was updated {count:g} times in {state.step} updates; {_ADVICE}")
+    return state
 
 
 def load_state(checkpoint: Path, step: TrainStep) -> None:
@@ -116,18 +165,14 @@ def load_state(checkpoint: Path, step: TrainStep) -> None:
         ValueError: the files are damaged, or belong to a run with other trained parts.
     """
     folder = checkpoint / STATE_FOLDER
-    weights = dict(zip(step.optimizer.names, step.optimizer.parameters, strict=True))
-    stored = _read(folder / _WEIGHTS)
-    if different := sorted(stored.keys() ^ weights.keys()):
-        raise ValueError(
-            f"{folder} does not fit this run: {different[0]} and {len(different) - 1} more weights are trained only in "
-            "one of the two; resume with the flags of the first start"
-        )
-    for name, parameter in weights.items():
-        if stored.shape(name) != tuple(parameter.shape):
-            raise ValueError(f"{folder}: {name} is {stored.shape(name)}, this run has {tuple(parameter.shape)}")
-        local(parameter.detach()).copy_(scatter(stored[name], parameter))
-    step.optimizer.load_state(_read(folder / _OPTIMIZER))
+    parameters = dict(zip(step.optimizer.names, step.optimizer.parameters, strict=True))
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    weights, moments = _read(folder / _WEIGHTS), _read(folder / _OPTIMIZER)
+    _check_tensors(weights, shapes)
+    _check_tensors(moments, _moments(shapes))
+    for name, parameter in parameters.items():
+        local(parameter.detach()).copy_(scatter(weights[name], parameter))
+    step.optimizer.load_state(moments)
 
 
 def write_training_config(
@@ -139,6 +184,7 @@ def write_training_config(
     recipe = config.align_recipe
     content |= {
         "robot": robot.name,
+        "embodiment": dataclasses.asdict(robot),
         "action_dim": robot.action_dim,
         "proprio_dim": robot.proprio_dim,
         "chunk": robot.chunk,
@@ -161,16 +207,16 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
         ValueError: a flag differs that the stored state depends on.
     """
     path = checkpoint / TRAINING_CONFIG
-    before = read_json(path, JsonObject)
-    recipe = config.align_recipe
-    now = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    now |= {"align_recipe": None if recipe is None else dataclasses.asdict(recipe)}
-    changed = {
-        name: (before[name], str(value) if isinstance(value, Path) else value)
-        for name, value in now.items()
-        if name in before and before[name] != (str(value) if isinstance(value, Path) else value)
-    }
-    fatal = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items() if name in (*_FIXED, "align_recipe")]
+    before = read_json(path, JsonObject, advice=_ADVICE)
+    recipe = read_json(path, _Started, advice=_ADVICE).align_recipe
+    changed = {}
+    for field in dataclasses.fields(config):
+        now = getattr(config, field.name)
+        now = str(now) if isinstance(now, Path) else now
+        if (old := before.get(field.name, field.default)) != now:
+            changed[field.name] = (old, now)
+    fatal = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items() if name in _FIXED]
+    fatal += _other_alignment(recipe, config.align_recipe)
     if fatal:
         raise ValueError(f"--resume True with other flags than {path}: {'; '.join(fatal)}. Resume with the old values")
     if config.scheduler == "MultiStepLR":
@@ -178,14 +224,25 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
     return [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name in _CHANGES_NUMBERS]
 
 
+def _other_alignment(before: Mapping[str, Any] | None, now: AlignRecipe | None) -> list[str]:
+    """Flags of the alignment that differ; none at all is coefficient 0."""
+    if before is None or now is None:
+        pair = tuple((recipe or {"align_loss_coeff": 0})["align_loss_coeff"] for recipe in (before, now and vars(now)))
+        return [] if pair[0] == pair[1] else [f"--align_loss_coeff {pair[0]} -> {pair[1]}"]
+    return [f"--{name} {before.get(name)} -> {new}" for name, new in vars(now).items() if before.get(name) != new]
+
+
 class _Stored(Mapping[str, Tensor]):
     """Tensors of a file, each read when it is asked for: every process of a machine reads the whole state."""
 
-    def __init__(self, file: safe_open) -> None:
-        self._file, self._names = file, list(file.keys())
+    def __init__(self, path: Path, file: safe_open) -> None:
+        self.path, self._file, self._names = path, file, dict.fromkeys(file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -193,15 +250,41 @@ class _Stored(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+    def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type and shape, from the header."""
+        stored = self._file.get_slice(name)
+        return stored.get_dtype(), tuple(stored.get_shape())
 
 
 def _read(path: Path) -> _Stored:
     try:
-        return _Stored(safe_open(path, framework="pt"))
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is missing or broken ({error}); resume from another checkpoint") from error
+        return _Stored(path, safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or broken ({error}); {_ADVICE}") from error
+
+
+def _moments(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of AdamW's state for weights of these shapes (`GuardedAdamW.whole_state`)."""
+    moments = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    return moments | {f"step.{name}": () for name in shapes}
+
+
+def _check_tensors(stored: _Stored, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Names, types and shapes; the fused optimizer takes whatever it gets, and crashes."""
+    if different := sorted(stored.keys() ^ expected.keys()):
+        one = different[0]
+        more = f", and {len(different) - 1} more differ" if len(different) > 1 else ""
+        raise ValueError(
+            f"{stored.path} does not fit: {one} is {'unknown' if one in stored else 'missing'}{more}. Resume with the "
+            f"flags of the first start; else {_ADVICE}"
+        )
+    for name, shape in expected.items():
+        found = stored.kind(name)
+        if found != ("F32", shape):
+            raise ValueError(
+                f"{stored.path} does not fit: {name} is {found[0]} {list(found[1])}, expected F32 {list(shape)}. "
+                f"Resume with the flags of the first start; else {_ADVICE}"
+            )
 
 
 def _versions() -> dict[str, str | None]:

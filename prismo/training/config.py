@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -77,8 +78,8 @@ class FinetuneConfig:
     # MultiStepLR, CosineAnnealingLR (down to a thousandth at max_steps) or LinearLR (down to 0 at max_steps)
     scheduler: str = "MultiStepLR"
     # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
-    # or with resume_step from the checkpoint in vla_path
-    resume: bool = False
+    # or with resume_step from the checkpoint in vla_path. "auto" starts the run where there is nothing to continue yet
+    resume: bool | Literal["auto"] = False
     # Step of the checkpoint in vla_path to continue from. Folders without trainer state (published ones) restore the
     # side modules and the step only
     resume_step: int | None = None
@@ -146,6 +147,8 @@ class FinetuneConfig:
     film_exclude_padding: bool = True
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
+    # Checkpoints that keep what resuming needs, newest first; it is several times as large as an adapter
+    keep_states: int = 1
     # Log to Weights & Biases (WANDB_MODE is respected). Default: when wandb_entity or wandb_project is given
     use_wandb: bool | None = None
     # Also write TensorBoard files into the run folder
@@ -212,20 +215,19 @@ class FinetuneConfig:
             raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; set one to False")
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
-        for flag, low in _AT_LEAST.items():
-            value = getattr(self, flag)
-            if value is not None and not value >= low:
-                raise ValueError(f"--{flag} is {value}; expected at least {low}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"--learning_rate is {self.learning_rate}; expected a number between 0 and 1 such as 5e-4")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val_fraction is {self.val_fraction}; expected a share such as 0.05")
-        if self.resume_step is not None and not self.resume:
+        for field in fields(self):
+            _check_bounds(field.name, getattr(self, field.name))
+        for flag in ("run_id_note", "run_id_override"):
+            if getattr(self, flag):
+                check_name(f"--{flag}", getattr(self, flag))
+        if self.resume_step is not None and self.resume is not True:
             raise ValueError("--resume_step is given without --resume True")
         if self.resume_step is not None and self.resume_step >= self.max_steps:
             raise ValueError(f"--resume_step {self.resume_step} is not below --max_steps {self.max_steps}")
-        if self.save_latest_checkpoint_only and self.keep_last is not None:
-            raise ValueError("--keep_last counts step folders, --save_latest_checkpoint_only True writes none")
+        if self.save_latest_checkpoint_only and (self.keep_last is not None or self.keep_states != 1):
+            raise ValueError(
+                "--keep_last and --keep_states count step folders, --save_latest_checkpoint_only True writes none"
+            )
         _ = self.policy_options, self.schedule, self.align_recipe  # their own checks
 
 
@@ -233,7 +235,7 @@ class FinetuneConfig:
 class FinetuneAlignConfig(FinetuneConfig):
     """A training run with Spatial Forcing: vision tokens are aligned with features of a frozen teacher."""
 
-    # Weights of VGGT-1B (model.pt or a folder with it)
+    # Weights of VGGT-1B (model.pt or a folder with it), or of another teacher. "random" needs none
     vggt_path: str = "official_ckpts/vggt_model.pt"
     # Alignment objective; only "cosine"
     align_loss_type: str = "cosine"
@@ -280,6 +282,12 @@ class FinetuneAlignConfig(FinetuneConfig):
     def compiles(self) -> bool:
         return self.compile or self.compile_vggt
 
+    @property
+    def teacher_path(self) -> str | None:
+        """File of the teacher. The default of `vggt_path` is VGGT's and means nothing to another."""
+        is_given = self.teacher == "vggt" or self.vggt_path != type(self).vggt_path
+        return self.vggt_path if is_given else None
+
     def teacher_precision(self, device: torch.device) -> torch.dtype:
         """Of the teacher's weights on `device`."""
         return self.precision(device) if self.vggt_dtype == "auto" else getattr(torch, self.vggt_dtype)
@@ -290,28 +298,42 @@ class FinetuneAlignConfig(FinetuneConfig):
         _check_choice("vggt_dtype", self.vggt_dtype, get_args(Precision))
 
 
-_AT_LEAST = {
-    "num_diffusion_steps_train": 1,
-    "num_images_in_input": 1,
-    "batch_size": 1,
-    "lr_warmup_steps": 0,
-    "num_steps_before_decay": 0,
-    "grad_accumulation_steps": 1,
-    "max_steps": 1,
-    "val_freq": 1,
-    "val_time_limit": 1,
-    "save_freq": 1,
-    "resume_step": 0,
-    "diffusion_sample_freq": 1,
-    "wandb_log_freq": 1,
-    "max_grad_norm": 0,
-    "weight_decay": 0,
-    "lora_alpha": 1,
-    "min_sigma": 0,
-    "num_workers": 0,
-    "keep_last": 1,
-    "seed": 0,
+_ENDLESS = 10**9  # updates
+# Every flag that is a number: the smallest and the largest value. Behind them lie slips of the keyboard, tracebacks of
+# libraries, and numbers that mean nothing (NaN is in no range).
+BOUNDS: dict[str, tuple[float, float]] = {
+    "shuffle_buffer_size": (0, _ENDLESS),
+    "num_diffusion_steps_train": (1, 10_000),
+    "num_images_in_input": (1, 16),
+    "batch_size": (1, 4096),
+    "learning_rate": (1e-12, 1),
+    "lr_warmup_steps": (0, _ENDLESS),
+    "num_steps_before_decay": (0, _ENDLESS),
+    "grad_accumulation_steps": (1, 100_000),
+    "max_steps": (1, _ENDLESS),
+    "val_freq": (1, _ENDLESS),
+    "val_time_limit": (1, 10**7),
+    "save_freq": (1, _ENDLESS),
+    "resume_step": (0, _ENDLESS),
+    "diffusion_sample_freq": (1, _ENDLESS),
+    "lora_rank": (1, 4096),
+    "lora_dropout": (0, 0.99),
+    "wandb_log_freq": (1, _ENDLESS),
+    "seed": (0, 2**32 - 1),
+    "max_grad_norm": (0, 1e6),
+    "weight_decay": (0, 1),
+    "lora_alpha": (1, 65_536),
+    "min_sigma": (0, 100),
+    "num_workers": (0, 1024),
+    "val_fraction": (0, 0.99),
+    "keep_last": (1, _ENDLESS),
+    "keep_states": (1, _ENDLESS),
+    "align_loss_coeff": (0, 1e6),
+    "vla_layers_align": (-1000, 1000),
+    "vggt_layers_align": (-1000, 1000),
+    "align_map_freq": (0, _ENDLESS),
 }
+_LONGEST_NAME = 200  # bytes; a file system takes 255, and checkpoints add to a run's name
 
 C = TypeVar("C", bound=FinetuneConfig)
 
@@ -325,6 +347,31 @@ def parse_config(kind: type[C], arguments: Sequence[str] | None = None) -> C:
     config = parse_flags(kind, arguments)
     config.validate()
     return config
+
+
+def check_name(what: str, name: str) -> str:
+    """A name that a run may have: one part of a path, in which checkpoints keep theirs.
+
+    Raises:
+        ValueError: begins with `what`.
+    """
+    taken = name.startswith(".") or name != name.strip() or re.search(r"--\d+_chkpt$", name)
+    if taken or "/" in name or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"{what} is {name!r}; a name of a folder is expected: at most {_LONGEST_NAME} printable characters without "
+            "/, not beginning with a dot and not ending like a checkpoint"
+        )
+    return name
+
+
+def _check_bounds(flag: str, value: object) -> None:
+    if flag not in BOUNDS or value is None:
+        return
+    low, high = BOUNDS[flag]
+    if not value >= low:
+        raise ValueError(f"--{flag} is {value}; expected at least {low}")
+    if value > high:
+        raise ValueError(f"--{flag} is {value}; expected at most {high}")
 
 
 def _check_choice(flag: str, value: str, options: Sequence[str]) -> None:

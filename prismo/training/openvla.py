@@ -110,7 +110,7 @@ def load_alignment(config: FinetuneConfig, llm_dim: int, world: World) -> Spatia
         return None
     teacher = load_teacher(
         config.teacher,
-        config.vggt_path,
+        config.teacher_path,
         dtype=config.teacher_precision(world.device),
         device=world.device,
         compile=config.compile_vggt,

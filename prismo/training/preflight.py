@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from prismo.align import outline_teacher
 from prismo.align.recipe import layer_index
-from prismo.align.vggt import read_config
 from prismo.data.specs import resolve
 from prismo.models.merge import resolve_base
-from prismo.training.checkpoint import check_same_run
+from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.training.checkpoint import base_of, check_same_run, check_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.families import family_of
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
-from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 _USUAL_BATCH = 32
@@ -42,28 +43,30 @@ class Plan(Generic[C]):
     resume: Resume | None
 
 
-def make_plan(config: C, world_size: int) -> Plan[C]:
-    """Check the files that a run needs.
+def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
+    """Take the run for this process and check the files that it needs.
+
+    Args:
+        held: gets the lock on the run, unless it is a dry run, which changes nothing.
 
     Raises:
         FileNotFoundError, ValueError, OSError: one sentence on what is wrong and what to do.
     """
     run = run_folder(config)
+    if not config.dry_run:
+        held.enter_context(run.locked())
     resume = find_resume(config, run)
     if resume is not None and resume.exact:
         config = _base_of(config, resume)
     base = resolve_base(config.vla_path)
     config = family_of(base).settle(config, base, world_size)
     if resume is not None and resume.exact:
-        changes = check_same_run(resume.folder, config)
-        if changes:
-            _LOG.warning("resumed with changed flags, so not bit for bit as uninterrupted: %s", ", ".join(changes))
+        _check_continuation(config, base, resume)
     if resume is not None and not resume.exact:
         _check_writes_elsewhere(config, run, base)
     _check_layers(config, base)
     _check_dataset(config)
     _check_extras(config)
-    run.path.mkdir(parents=True, exist_ok=True)
     total = config.batch_size * config.grad_accumulation_steps * world_size
     if total < _USUAL_BATCH:
         _LOG.warning(
@@ -73,16 +76,28 @@ def make_plan(config: C, world_size: int) -> Plan[C]:
             _USUAL_BATCH,
             -(-64 // (config.batch_size * world_size)),
         )
-    return Plan(config, run, resume)
+    return Plan(replace(config, resume=resume is not None), run, resume)
 
 
 def _base_of(config: C, resume: Resume) -> C:
     """The flags with the base model of the checkpoint, where vla_path names the checkpoint itself."""
-    recorded = read_json(resume.folder / TRAINING_CONFIG, JsonObject)["vla_path"]
     given = Path(config.vla_path)
     if given.is_dir() and ((given / TRAINING_CONFIG).is_file() or given.resolve() == resume.folder.resolve()):
-        return replace(config, vla_path=recorded)
+        return replace(config, vla_path=base_of(resume.folder))
     return config
+
+
+def _check_continuation(config: FinetuneConfig, base: Path, resume: Resume) -> None:
+    """The checkpoint is whole, and of this model and these flags."""
+    state = check_state(resume.folder)
+    changes = check_same_run(resume.folder, config)
+    if fingerprint(stored_tensors(base)) != state.base_fingerprint:
+        raise ValueError(
+            f"{resume.folder} was trained on other weights than those in {base}; pass the model that the run started "
+            "from as --vla_path"
+        )
+    if changes:
+        _LOG.warning("the state is restored exactly, but the run goes on with changed flags: %s", ", ".join(changes))
 
 
 def _check_writes_elsewhere(config: FinetuneConfig, run: RunFolder, base: Path) -> None:
@@ -108,8 +123,7 @@ def _check_layers(config: FinetuneConfig, base: Path) -> None:
             f"--vla_layers_align {recipe.vla_layers_align}: {config.vla_path} has {states} hidden states, "
             f"{-states} to {states - 1} (the paper aligns 24 of 33)"
         )
-    if config.teacher == "vggt":
-        layer_index(recipe.vggt_layers_align, read_config(config.vggt_path).depth)
+    layer_index(recipe.vggt_layers_align, outline_teacher(config.teacher, config.teacher_path).layers)
 
 
 def _check_dataset(config: FinetuneConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prismo.align.vggt import VGGTAggregator, VGGTConfig, read_config
+from prismo.align import outline_teacher
 from prismo.data.loader import Batch
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.pictures import contact_sheet, save_picture
@@ -49,10 +49,9 @@ def count_parameters(config: FinetuneConfig, outline: Outline) -> Sizes:
     """Sizes from configurations alone; nothing is allocated."""
     trained, teacher = dict(outline.trained), 0
     if config.align_recipe is not None and isinstance(config, FinetuneAlignConfig):
-        sizes = read_config(config.vggt_path) if config.teacher == "vggt" else VGGTConfig()
-        with torch.device("meta"):
-            teacher = sum(parameter.numel() for parameter in VGGTAggregator(sizes).parameters())
-        hidden, width = outline.llm.hidden_size, 2 * sizes.width
+        described = outline_teacher(config.teacher, config.teacher_path)
+        teacher = described.parameters
+        hidden, width = outline.llm.hidden_size, described.width
         norm = 2 * hidden if config.use_vlm_norm else 0
         trained["align_projector"] = (hidden + 1) * width + (width + 1) * width + norm
     return Sizes(outline.base, trained, teacher)

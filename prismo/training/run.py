@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
-from prismo.data.loader import CollateText, make_loader
+from prismo.data.loader import CollateText, Loader, make_loader
 from prismo.data.normalize import dump_statistics
 from prismo.models.merge import resolve_base
 from prismo.models.openvla import SelfTestError
@@ -47,11 +48,12 @@ def _run(kind: type[FinetuneConfig], arguments: Sequence[str] | None, is_main: b
     except _WRONG_INPUT as error:
         return _fail(error, 2, is_main)
     try:
-        plan = _plan_on_all(config, world)
-        if plan.config.dry_run:
-            _dry_run(plan, world)
-        else:
-            _train(plan, world)
+        with ExitStack() as held:
+            plan = _plan_on_all(config, world, held)
+            if plan.config.dry_run:
+                _dry_run(plan, world)
+            else:
+                _train(plan, world)
     except NonFiniteLossError as error:
         return _fail(error, 1, is_main)
     except _WRONG_INPUT as error:
@@ -67,13 +69,13 @@ def _fail(error: Exception, code: int, show: bool) -> int:
     return code
 
 
-def _plan_on_all(config: FinetuneConfig, world: World) -> Plan:
-    """The main process looks at the files; all processes get its result, or stop with its error."""
+def _plan_on_all(config: FinetuneConfig, world: World, held: ExitStack) -> Plan:
+    """The main process looks at the files and takes the run; all processes get its result, or stop with its error."""
     plan: Plan | None = None
     failure: Exception | None = None
     if world.is_main:
         try:
-            plan = make_plan(config, world.size)
+            plan = make_plan(config, world.size, held)
         except _WRONG_INPUT as error:
             failure = error
     plan = world.broadcast(plan)
@@ -93,15 +95,15 @@ def _train(plan: Plan, world: World) -> None:
     data = _open_datasets(config, family.chunk(base))
     collate = family.load_collate(config, base)
     robot = data[0].embodiment
-    task = family.build_task(config, base, robot, data[0].statistics, world)
+    loaders = _loaders(config, data, collate, world)
     if plan.resume is not None and plan.resume.exact:
-        _check_base(task.base_fingerprint, plan, base)
+        _check_position(plan, loaders[0])
+    task = family.build_task(config, base, robot, data[0].statistics, world)
     if world.is_main:
         dump_statistics(data[0].statistics, plan.run.path / "dataset_statistics.json")
         trained = sum(p.numel() for p in task.objective.parameters() if p.requires_grad)
         _LOG.info("%s: %s windows, %s trained weights", plan.run.path.name, f"{len(data[0]):,}", f"{trained:,}")
     errors = ActionErrors(data[0].statistics, robot, world.device)
-    loaders = _loaders(config, data, collate, world)
     trainer = Trainer(config, task, RunData(*loaders, errors), plan.run, world, plan.resume)
     done = trainer.fit()
     if world.is_main:
@@ -141,12 +143,13 @@ def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: Collate
     return [train, val]
 
 
-def _check_base(found: str, plan: Plan, base: object) -> None:
-    expected = read_state(plan.resume.folder).base_fingerprint
-    if found != expected:
+def _check_position(plan: Plan, loader: Loader) -> None:
+    """The place in the data that a run goes on from exists."""
+    sample, size = read_state(plan.resume.folder).data.sample, loader.samples_per_epoch
+    if sample >= size:
         raise ValueError(
-            f"{plan.resume.folder} was trained on other weights than those in {base}; pass the model that the run "
-            "started from as --vla_path"
+            f"{plan.resume.folder} was saved at sample {sample} of an epoch, which has {size} here: the dataset is not "
+            "the one that the run was started with"
         )
 
 

@@ -3,29 +3,47 @@
     {run_root_dir}/{run_id}/                   logs, statistics, and the checkpoint of --save_latest_checkpoint_only
     {run_root_dir}/{run_id}--{step}_chkpt/     one checkpoint per saved step
 
-A step folder appears under its name only when it is complete. The files of a "latest" checkpoint lie among the logs and
-cannot appear at once: they are prepared in `.checkpoint/` and moved from there, and whoever finds that folder finishes
-the move. So at every instant one complete checkpoint can be found.
+One process at a time has a run (`RunFolder.locked`). A step folder appears under its name only when it is complete. The
+files of a "latest" checkpoint lie among the logs and cannot appear at once: they are prepared in `.checkpoint/` and
+moved from there, and whoever finds that folder finishes the move. So at every instant one complete checkpoint can be
+found.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
 
 from prismo.models.component_files import Step
-from prismo.training.config import FinetuneConfig
+from prismo.training.config import FinetuneConfig, check_name
 from prismo.util.files import atomic_folder
+from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import JsonObject, read_json
 
+_LOG = logging.getLogger(__name__)
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "state.json"
 TRAINING_CONFIG = "training_config.json"
+_LOCK = ".lock"
 _STAGED = ".checkpoint"
+# What a killed process leaves of an entry: half of its successor, itself moved aside, or doomed.
+_LEFTOVER = r"\.({name})\.([0-9a-f]{{8}}|old\.[0-9a-f]{{8}}|removed)"
+# Flags that name a run, and in how many of them another one may differ to be called a near miss.
+_NAMING = (
+    "vla_path", "dataset_name", "batch_size", "grad_accumulation_steps", "learning_rate", "use_lora", "lora_rank",
+    "lora_dropout", "image_aug", "run_id_note", "run_id_override",
+)  # fmt: skip
+_NEAR = 3
+_OWN_ENTRIES = rf"{re.escape(_STAGED)}|{STATE_FOLDER}|\w+\.jsonl?"
 _STEP_SUFFIX = re.compile(r"--(\d+)_chkpt$")
 # A merged model that belongs to an older adapter; without config.json nobody takes the folder for a merged checkpoint.
 _MERGED = ("config.json", "merge.json", "model*.safetensors*")
@@ -47,6 +65,13 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class _State:
+    """What is looked at of a state.json to find checkpoints; `prismo.training.checkpoint` reads the rest."""
+
+    step: Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """The folder of a run, `{run_root_dir}/{run_id}`."""
 
@@ -58,17 +83,12 @@ class RunFolder:
 
     def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, newest first."""
-        found = []
         folders = [self.path, *self.path.parent.glob("*_chkpt")] if self.path.parent.is_dir() else []
+        found = []
         for folder in folders:
             match = _STEP_SUFFIX.search(folder.name)
-            if folder != self.path and not (match and folder == self.step_folder(int(match[1]))):
-                continue
-            state = folder / STATE_FOLDER / STATE_FILE
-            if state.is_file():
-                found.append(Checkpoint(folder, int(read_json(state, JsonObject)["step"]), True))
-            elif match:
-                found.append(Checkpoint(folder, int(match[1]), False))
+            if folder == self.path or (match and folder == self.step_folder(int(match[1]))):
+                found += _checkpoint_in(folder)
         return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     @contextmanager
@@ -97,24 +117,95 @@ class RunFolder:
             entry.replace(target)
         staged.rmdir()
 
-    def remove_leftovers(self) -> None:
-        """Delete half-written folders of killed runs."""
-        for folder in (*self.path.parent.glob(f".{self.path.name}--*_chkpt.*"), *self.path.glob(f".{_STAGED}.*")):
-            shutil.rmtree(folder, ignore_errors=True)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Have this run for this process alone, in order: without what killed processes left half done.
 
-    def prune(self, keep_last: int | None) -> None:
-        """Delete step folders but the newest `keep_last`, and trainer states but that of the newest checkpoint.
+        Raises:
+            LockedError: another process has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / _LOCK
+        try:
+            held = take_lock(lock)
+        except LockedError as error:
+            raise LockedError(
+                f"{error}. Wait until it has ended, or give this run another name with --run_id_note or "
+                "--run_id_override"
+            ) from error
+        with held:
+            if os.fstat(held.fileno()).st_nlink == 0:
+                raise LockedError(f"another process was just looking at {self.path}; start again")
+            try:
+                self._tidy()
+                yield
+            finally:
+                if [path.name for path in self.path.glob("*")] == [_LOCK]:  # of a run that could not start
+                    lock.unlink()
+                    self.path.rmdir()
+
+    def _tidy(self) -> None:
+        """Finish or undo what killed processes began."""
+        _clear_leftovers(self.path.parent, rf"{re.escape(self.path.name)}--\d+_chkpt")
+        _clear_leftovers(self.path, _OWN_ENTRIES)
+        self.finish_pending()
+        for checkpoint in self.checkpoints():
+            _clear_leftovers(checkpoint.folder, STATE_FOLDER)
+
+    def prune(self, keep_last: int | None, keep_states: int) -> None:
+        """Delete step folders but the newest `keep_last`, and trainer states but the newest `keep_states`.
 
         A trainer state is several times as large as the policy and only of use to go on from it.
         """
-        checkpoints = self.checkpoints()
-        for number, checkpoint in enumerate(checkpoints):
-            if number == 0:
-                continue
+        states = 0
+        for number, checkpoint in enumerate(self.checkpoints()):
+            states += checkpoint.resumable
             if keep_last is not None and number >= keep_last and checkpoint.folder != self.path:
                 _remove(checkpoint.folder)
-            elif checkpoint.resumable:
+            elif checkpoint.resumable and states > keep_states:
                 _remove(checkpoint.folder / STATE_FOLDER)
+                _LOG.info(
+                    "%s can no longer be resumed from: --keep_states %d keeps the trainer state of the newest",
+                    checkpoint.folder,
+                    keep_states,
+                )
+
+
+def _checkpoint_in(folder: Path) -> list[Checkpoint]:
+    """The checkpoint of a folder, if there is one.
+
+    Raises:
+        ValueError: its state.json is damaged.
+    """
+    named = _STEP_SUFFIX.search(folder.name) or _STEP_SUFFIX.search(folder.resolve().name)
+    for parent in (folder / _STAGED, folder):  # a prepared one is complete, see `finish_pending`
+        state = parent / STATE_FOLDER / STATE_FILE
+        if state.is_file():
+            advice = f"restore it, or delete {state.parent} to go on from another checkpoint"
+            step = read_json(state, _State, advice=advice).step
+            if named and step != int(named[1]):
+                raise ValueError(f"{state}: its step is {step}, that of the folder {int(named[1])}; {advice}")
+            return [Checkpoint(folder, step, True)]
+    return [Checkpoint(folder, int(named[1]), False)] if named else []
+
+
+def _clear_leftovers(folder: Path, names: str) -> None:
+    """Delete what killed processes left in `folder` of entries whose names match `names`, exactly.
+
+    Names of runs begin alike (`X` and `X--note`), and the other run may be writing at this moment. What was moved aside
+    gets its name back where nothing has taken its place (see `atomic_folder`).
+    """
+    for left in list(folder.iterdir()):
+        match = re.fullmatch(_LEFTOVER.format(name=names), left.name)
+        if match is None:
+            continue
+        original = left.with_name(match[1])
+        if match[2].startswith("old.") and not original.exists():
+            left.replace(original)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
 
 
 def _remove(folder: Path) -> None:
@@ -124,11 +215,9 @@ def _remove(folder: Path) -> None:
 
 
 def run_id(config: FinetuneConfig) -> str:
-    """Name of the run, as the original builds it."""
+    """Name of a new run, as the original builds it."""
     if config.run_id_override:
         return config.run_id_override
-    if config.resume and is_checkpoint(Path(config.vla_path)):
-        return _STEP_SUFFIX.sub("", Path(config.vla_path).resolve().name)
     base = config.vla_path.rstrip("/").split("/")[-1]
     dataset = Path(config.dataset_name).stem if config.dataset_name.endswith((".yaml", ".yml")) else config.dataset_name
     batch = config.batch_size * config.grad_accumulation_steps
@@ -136,7 +225,8 @@ def run_id(config: FinetuneConfig) -> str:
     name += f"+lora-r{config.lora_rank}+dropout-{config.lora_dropout}" if config.use_lora else "+full"
     if config.image_aug:
         name += "--image_aug"
-    return f"{name}--{config.run_id_note}" if config.run_id_note else name
+    name = f"{name}--{config.run_id_note}" if config.run_id_note else name
+    return check_name("without --run_id_override the name of this run", name)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -160,11 +250,20 @@ class Resume:
 
 
 def run_folder(config: FinetuneConfig) -> RunFolder:
-    """The folder that the run writes to. A checkpoint given as vla_path to resume from continues beside itself."""
-    root = config.run_root_dir
-    if config.resume and not config.run_id_override and is_checkpoint(Path(config.vla_path)):
-        root = Path(config.vla_path).resolve().parent
-    return RunFolder(root / run_id(config))
+    """The folder that the run writes to.
+
+    A checkpoint given as vla_path to resume from continues beside itself; with "auto" only if its run has a checkpoint
+    to go on from, because a new run belongs into run_root_dir.
+    """
+    new = RunFolder(config.run_root_dir / run_id(config))
+    given = Path(config.vla_path)
+    if not config.resume or config.run_id_override or not is_checkpoint(given):
+        return new
+    given = given.resolve()
+    beside = RunFolder(given.with_name(_STEP_SUFFIX.sub("", given.name)))
+    if config.resume == "auto" and not any(checkpoint.resumable for checkpoint in beside.checkpoints()):
+        return new
+    return beside
 
 
 def find_resume(config: FinetuneConfig, run: RunFolder) -> Resume | None:
@@ -172,31 +271,80 @@ def find_resume(config: FinetuneConfig, run: RunFolder) -> Resume | None:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a new run in a folder that already holds checkpoints.
+        ValueError: a new run in a folder that already holds checkpoints, a damaged checkpoint, or newer ones that those
+            of this run would be mixed up with.
     """
-    run.finish_pending()
     present = run.checkpoints()
-    if not config.resume:
-        if present:
-            raise ValueError(
-                f"{present[0].folder} already is a checkpoint of this run (step {present[0].step}). Continue it with "
-                "--resume True, or name another run with --run_id_note or --run_id_override"
-            )
-        return None
     given, wanted = Path(config.vla_path), config.resume_step
-    candidates = list(present)
-    if (given / STATE_FOLDER / STATE_FILE).is_file():
-        candidates.append(
-            Checkpoint(given, int(read_json(given / STATE_FOLDER / STATE_FILE, JsonObject)["step"]), True)
-        )
-    for checkpoint in candidates:
+    for checkpoint in (*present, *_checkpoint_in(given)) if config.resume else ():
         if checkpoint.resumable and wanted in (None, checkpoint.step):
-            return Resume(checkpoint.folder, checkpoint.step, exact=True)
-    if wanted is not None and is_checkpoint(given):
-        return Resume(given, wanted, exact=False)
-    shown = ", ".join(f"{c.folder.name} (step {c.step}, no trainer state)" for c in present) or "nothing"
-    raise FileNotFoundError(
-        f"--resume True: no complete checkpoint{'' if wanted is None else f' of step {wanted}'} with trainer state in "
-        f"{run.path} or {run.path}--*_chkpt; found {shown}. Start the run without --resume, or continue a published "
-        "checkpoint with --vla_path its merged folder and --resume_step its step"
+            return _without_newer(Resume(checkpoint.folder, checkpoint.step, exact=True), present, wanted)
+    if config.resume is True:
+        lacking = next((c.folder for c in present if c.step == wanted), given)
+        if wanted is None or not is_checkpoint(lacking):
+            raise FileNotFoundError(_nothing_found(config, run, present))
+        if not is_checkpoint(given) or not (given / "config.json").is_file():
+            raise FileNotFoundError(_state_is_gone(lacking, present))
+        return _without_newer(Resume(given, wanted, exact=False), present, wanted)
+    if present:
+        raise ValueError(
+            f"{present[0].folder} already is a checkpoint of this run (step {present[0].step}). Continue it with "
+            "--resume True, or name another run with --run_id_note or --run_id_override"
+        )
+    return None
+
+
+def _without_newer(found: Resume, present: Sequence[Checkpoint], wanted: int | None) -> Resume:
+    """`found`, unless there are newer checkpoints, which the next start would take for those of this attempt."""
+    if wanted is not None and present and present[0].step > wanted:
+        raise ValueError(
+            f"{present[0].folder} is newer than --resume_step {wanted}. Leave --resume_step out to go on from the "
+            "newest checkpoint; or move the newer ones away; or go back under another name: "
+            f"--vla_path {found.folder} --resume True --resume_step {wanted} --run_id_override NAME"
+        )
+    return found
+
+
+def _state_is_gone(lacking: Path, present: Sequence[Checkpoint]) -> str:
+    """Why a checkpoint of the right step is not enough, and what else there is."""
+    resumable = [checkpoint.folder for checkpoint in present if checkpoint.resumable]
+    newest = f"Go on from {resumable[0]} by leaving --resume_step out, or merge" if resumable else "Merge"
+    return (
+        f"{lacking} has no {STATE_FOLDER}: only the newest checkpoints keep theirs (--keep_states). {newest} this one "
+        "(python vla-scripts/merge_lora_weights_and_save.py --base_checkpoint BASE_MODEL "
+        f"--lora_finetuned_checkpoint_dir {lacking}) and give it as --vla_path; weights and side modules are then "
+        "restored, the optimizer is not"
     )
+
+
+def _nothing_found(config: FinetuneConfig, run: RunFolder, present: Sequence[Checkpoint]) -> str:
+    """What was looked for, what there is, and the run that was probably meant."""
+    step = "" if config.resume_step is None else f" of step {config.resume_step}"
+    shown = ", ".join(f"{c.folder.name} (step {c.step}, no trainer state)" for c in present) or "nothing"
+    return (
+        f"--resume True: no complete checkpoint{step} with trainer state in {run.path} or {run.path}--*_chkpt; found "
+        f"{shown}. {_near_miss(config, run)}Start the run without --resume (or with --resume auto, which starts where "
+        "there is nothing to continue), or continue a published checkpoint with --vla_path its merged folder and "
+        "--resume_step its step"
+    )
+
+
+def _near_miss(config: FinetuneConfig, run: RunFolder) -> str:
+    """The run beside this one whose name differs by the fewest flags, as a sentence; empty if none is near."""
+    near: list[tuple[int, str]] = []
+    for path in run.path.parent.glob(f"*/{TRAINING_CONFIG}"):
+        try:
+            started, checkpoints = read_json(path, JsonObject), RunFolder(path.parent).checkpoints()
+        except ValueError:  # a damaged neighbour is no matter of this run
+            continue
+        if _STEP_SUFFIX.search(path.parent.name) or not any(checkpoint.resumable for checkpoint in checkpoints):
+            continue
+        differing = [
+            f"--{name} {started[name]} (here {getattr(config, name)})"
+            for name in _NAMING
+            if name in started and started[name] != getattr(config, name)
+        ]
+        if len(differing) <= _NEAR:
+            flags = f", started with {', '.join(differing)}" if differing else ""
+            near.append((len(differing), f"The nearest run is {path.parent} (step {checkpoints[0].step}){flags}. "))
+    return min(near)[1] if near else ""

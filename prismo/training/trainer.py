@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prismo.data.loader import Batch, Loader
 from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import (
+    DataPosition,
     TrainerState,
     WholeState,
     gather_state,
@@ -163,7 +164,6 @@ class Trainer:
         if not self.world.is_main:
             return
         self.run.path.mkdir(parents=True, exist_ok=True)
-        self.run.remove_leftovers()
         self._check_space()
         write_training_config(self.run.path, self.config, self.task.robot, self.world.size, self.step.precision)
         settings = {name: str(value) for name, value in asdict(self.config).items()}
@@ -183,7 +183,7 @@ class Trainer:
         self.done = resume.step
         if resume.exact:
             load_state(resume.folder, self.step)
-            self.data.train.load_state_dict(read_state(resume.folder).data)
+            self.data.train.load_state_dict(asdict(read_state(resume.folder).data))
             self._position = self.data.train.state_dict()
             return
         files = self.task.load_modules(resume.folder, resume.step)
@@ -332,7 +332,8 @@ class Trainer:
             with self.run.new_checkpoint(number, latest=latest) as (folder, name):
                 self.task.write(folder, name, state.weights)
                 write_training_config(folder, self.config, self.task.robot, self.world.size, self.step.precision)
-                save_state(folder, state, TrainerState(number, position, self.world.size, self.task.base_fingerprint))
+                done = TrainerState(number, DataPosition(**position), self.world.size, self.task.base_fingerprint)
+                save_state(folder, state, done)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk has another name in each library
             present = self.run.checkpoints()
             before = f"the checkpoint before is whole: {present[0].folder}" if present else "there is none before"
@@ -340,7 +341,7 @@ class Trainer:
                 f"cannot write the checkpoint after update {number} ({str(error).splitlines()[0]}); {before}. "
                 "Make room and continue with --resume True"
             ) from error
-        self.run.prune(self.config.keep_last)
+        self.run.prune(self.config.keep_last, self.config.keep_states)
         return self.run.path if latest else self.run.step_folder(number)
 
     def _give_up(self, update: _Update) -> None:

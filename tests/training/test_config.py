@@ -4,12 +4,13 @@ import os
 import subprocess
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from prismo.align import AlignRecipe
-from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
-from prismo.training.run_folder import run_id
+from prismo.training.config import BOUNDS, FinetuneAlignConfig, FinetuneConfig, parse_config
+from prismo.training.run_folder import run_folder, run_id
 
 ORIGINAL = {
     "vla_path": "openvla/openvla-7b",
@@ -93,6 +94,16 @@ def test_yaml_under_the_command_line(tmp_path):
     assert (config.batch_size, config.use_proprio) == (4, True)
 
 
+@pytest.mark.parametrize(("written", "value"), [("True", True), ("False", False), ("auto", "auto")])
+def test_resume_is_a_truth_value_or_auto(written, value, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"resume: {written}\n")
+    assert parse_config(FinetuneConfig, ["--resume", written]).resume == value
+    assert parse_config(FinetuneConfig, ["--config_path", str(file)]).resume == value
+    with pytest.raises(ValueError, match=r"--resume atuo: another type than bool\|auto"):
+        parse_config(FinetuneConfig, ["--resume", "atuo"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,11 +123,55 @@ def test_yaml_under_the_command_line(tmp_path):
         ("--dtype bf16", "Did you mean 'bfloat16'"),
         ("--config_path nowhere.yaml", "there is no file nowhere.yaml"),
         ("--keep_last 2 --save_latest_checkpoint_only True", "--keep_last"),
+        ("--keep_states 2 --save_latest_checkpoint_only True", "--keep_states"),
+        ("--keep_states 0", "--keep_states is 0; expected at least 1"),
+        ("--resume auto --resume_step 5", "--resume True"),
+        ("--lora_rank 100000000", "--lora_rank is 100000000; expected at most"),
+        ("--lora_rank 0", "--lora_rank is 0; expected at least 1"),
+        ("--batch_size 1000000000", "--batch_size is 1000000000; expected at most"),
+        ("--seed 99999999999999999999999", "--seed is 9+; expected at most"),
+        ("--seed -1", "--seed is -1; expected at least 0"),
+        ("--weight_decay nan", "--weight_decay is nan; expected"),
+        ("--max_grad_norm inf", "--max_grad_norm is inf; expected at most"),
+        ("--learning_rate nan", "--learning_rate is nan; expected"),
+        ("--align_loss_coeff nan", "--align_loss_coeff is nan; expected"),
+        ("--align_loss_coeff -1", "--align_loss_coeff is -1.0; expected at least 0"),
+        ("--align_map_freq -1", "--align_map_freq is -1; expected at least 0"),
+        ("--shuffle_buffer_size -1", "--shuffle_buffer_size is -1; expected at least 0"),
+        ("--num_workers 100000", "--num_workers is 100000; expected at most"),
+        ("--run_id_note ../x", "--run_id_note is '../x'; a name of a folder"),
+        ("--run_id_note a/b", "--run_id_note is 'a/b'; a name of a folder"),
+        ("--run_id_override ../../escape", r"--run_id_override is '\.\./\.\./escape'; a name of a folder"),
+        ("--run_id_override a\tb", r"--run_id_override is 'a\\tb'; a name of a folder"),
+        ("--run_id_override .hidden", "--run_id_override is '.hidden'; a name of a folder"),
+        ("--run_id_override run--5_chkpt", "--run_id_override is 'run--5_chkpt'; a name of a folder"),
+        (f"--run_id_override {'x' * 201}", "--run_id_override is 'x+'; a name of a folder"),
     ],
 )
 def test_wrong_flags_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        parse_config(FinetuneAlignConfig, arguments.split())
+        parse_config(FinetuneAlignConfig, arguments.split(" "))
+
+
+def test_every_number_has_bounds():
+    numbers = {
+        name
+        for name, hint in get_type_hints(FinetuneAlignConfig).items()
+        if {int, float} & {hint, *get_args(hint)} and name in {field.name for field in fields(FinetuneAlignConfig)}
+    }
+    assert len(numbers) > 25
+    assert numbers == BOUNDS.keys()
+
+
+@pytest.mark.parametrize("name", ["openvla-7b+libero--note", "a b", "läuft", "v1.2"])
+def test_names_that_runs_may_have(name):
+    assert run_id(parse_config(FinetuneConfig, ["--run_id_override", name])) == name
+
+
+def test_a_generated_name_is_checked_as_well(tmp_path):
+    config = FinetuneConfig(vla_path="x" * 230, dataset_name="libero", run_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"without --run_id_override the name of this run is 'x+"):
+        run_folder(config)
 
 
 def test_unknown_yaml_key(tmp_path):

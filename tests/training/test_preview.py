@@ -1,12 +1,16 @@
 """Sizes and expected memory of the published recipe, from configurations alone."""
 
 import torch
+from torch import nn
 
+from prismo.align import TEACHERS, random_teacher
+from prismo.align.vggt import read_config
 from prismo.embodiment import LIBERO
 from prismo.models.openvla import OpenVLAConfig
 from prismo.training.config import FinetuneAlignConfig
 from prismo.training.openvla import outline
 from prismo.training.preview import count_parameters, expected_memory
+from tests.training.conftest import metrics, train
 
 RECIPE = FinetuneAlignConfig(
     teacher="random", num_images_in_input=2, use_proprio=True, vla_layers_align=24, use_vlm_norm=True, use_vggt_pe=True
@@ -26,3 +30,53 @@ def test_published_recipe(tmp_path):
     assert sizes.trained["LoRA"] == 107_969_280
     memory = expected_memory(RECIPE, sizes, outline(RECIPE, tmp_path, LIBERO), torch.device("cuda"), 1)
     assert abs(sum(memory.values()) / MEASURED_GIB - 1) < 0.2
+
+
+class Patches(nn.Module):
+    """A teacher of 12 channels and two layers."""
+
+    width, layers = 12, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 12, bias=False)
+
+    def features(self, images, layer, view_mask=None):
+        return self.line(images.movedim(2, -1)[:, :, ::14, ::14])
+
+
+def load_patches(path, *, dtype, device, compile):
+    assert path is None  # the default of --vggt_path is VGGT's
+    return Patches().to(device, dtype)
+
+
+def without_file(arguments: list[str]) -> list[str]:
+    position = arguments.index("--vggt_path")
+    return arguments[:position] + arguments[position + 2 :]
+
+
+def test_an_own_teacher_is_shown_checked_and_trained(flags, tmp_path, capsys, caplog, monkeypatch, tiny_base):
+    hidden = OpenVLAConfig.from_pretrained(tiny_base).text_config.hidden_size
+    monkeypatch.setitem(TEACHERS, "patches", load_patches)
+    arguments = without_file(flags(tmp_path, teacher="patches", max_steps=1, batch_size=1))
+    assert train([*arguments, "--dry_run", "True"]) == 0
+    shown = capsys.readouterr().out
+    assert f"teacher (frozen)  {36:>15,}" in shown
+    assert f"align_projector   {(hidden + 1) * 12 + 13 * 12 + 2 * hidden:>15,}" in shown
+    assert train([*arguments, "--vggt_layers_align", "2"]) == 2
+    assert "vggt_layers_align=2 is out of range: the teacher has 2 layers" in caplog.text
+    assert train(arguments) == 0
+    assert metrics(tmp_path / "run")[1]["align_loss"] > 0
+
+
+def test_the_control_arm_needs_no_vggt_file(flags, tmp_path, capsys, small_vggt, monkeypatch):
+    arguments = flags(tmp_path, teacher="random", dry_run=True)
+    assert train(without_file(arguments)) == 0
+    assert "909,112,320" in capsys.readouterr().out
+    assert train([*arguments, "--vggt_path", str(tmp_path / "absent.pt")]) == 0
+    assert "909,112,320" in capsys.readouterr().out
+    monkeypatch.setattr(
+        random_teacher, "VGGTConfig", lambda: read_config(small_vggt)
+    )  # not to make 909 million weights
+    arguments = flags(tmp_path, teacher="random", max_steps=1, batch_size=1)
+    assert train(without_file(arguments)) == 0

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -26,11 +26,26 @@ TIMEOUT = 240
 STEPS = 8
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    """A test that fails in the middle leaves no process behind."""
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            kill_9(process)
+
+
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=REPOSITORY, start_new_session=True
         )
+    _STARTED.append(process)
+    return process
 
 
 def run(command: list[str], log: Path) -> None:
@@ -150,15 +165,20 @@ def test_resume_with_another_number_of_processes(two_processes, flags, tmp_path)
     assert stored["data"] == {"epoch": 0, "sample": 2 * STEPS + 2}
 
 
+def half_written(run_folder: RunFolder) -> list[Path]:
+    """Checkpoints that a process is writing."""
+    return list(run_folder.path.parent.glob(f".{run_folder.path.name}--*_chkpt.????????"))
+
+
 def stop_in_the_middle_of_a_save(process: subprocess.Popen[bytes], run_folder: RunFolder, log: Path) -> None:
     """Freeze the process while it writes a checkpoint that is not the first."""
 
     def caught() -> bool:
-        if not (run_folder.checkpoints() and list(run_folder.path.parent.glob(".run--*_chkpt.*"))):
+        if not (run_folder.checkpoints() and half_written(run_folder)):
             return False
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.05)
-        if list(run_folder.path.parent.glob(".run--*_chkpt.*/lora_adapter")):
+        if any((folder / "lora_adapter").is_dir() for folder in half_written(run_folder)):
             return True
         process.send_signal(signal.SIGCONT)  # too early or too late: the next one
         return False
@@ -166,23 +186,72 @@ def stop_in_the_middle_of_a_save(process: subprocess.Popen[bytes], run_folder: R
     wait_until(process, log, caught)
 
 
-def test_one_process_killed_while_saving_and_resumed(flags, tmp_path):
-    """Plain `python`, no torchrun: kill -9 in the middle of a save, then resume in another process."""
-    options = {"max_steps": STEPS, "save_freq": 1, "batch_size": 1}
-    assert train(flags(tmp_path / "whole", **options)) == 0
+SAVE_OFTEN = {"max_steps": STEPS, "save_freq": 1, "batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory) -> RunFolder:
+    """A run of one process that saves after every update."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert train(flags(root, **SAVE_OFTEN)) == 0
+    return RunFolder(root / "run")
+
+
+def test_one_process_killed_while_saving_and_resumed(undisturbed, flags, tmp_path, caplog, capsys):
+    """Plain `python`, no torchrun: kill -9 in the middle of a save, then resume in another process.
+
+    Before the kill, while the process is only frozen, nobody else gets its run.
+    """
     log = tmp_path / "log"
-    process = start([sys.executable, str(SCRIPT), *flags(tmp_path, **options)], log)
+    process = start([sys.executable, str(SCRIPT), *flags(tmp_path, **SAVE_OFTEN)], log)
     run_folder = RunFolder(tmp_path / "run")
     stop_in_the_middle_of_a_save(process, run_folder, log)
+    writing = half_written(run_folder)
+    given = [*flags(tmp_path, **SAVE_OFTEN, resume=True), "--vla_path", str(run_folder.checkpoints()[0].folder)]
+    overridden = given.index("--run_id_override")
+    for arguments in (
+        flags(tmp_path, **SAVE_OFTEN),
+        flags(tmp_path, **SAVE_OFTEN, resume=True),
+        given[:overridden] + given[overridden + 2 :],  # goes on beside the checkpoint
+    ):
+        caplog.clear()
+        assert train(arguments) == 2
+        assert f"process {process.pid} on" in caplog.text
+        assert "is at work on" in caplog.text
+    assert train(flags(tmp_path, **SAVE_OFTEN, resume=True, dry_run=True)) == 0
+    assert "first batch" in capsys.readouterr().out
+    assert half_written(run_folder) == writing
     kill_9(process)
     newest = run_folder.checkpoints()[0]
     assert newest.resumable
     assert newest.step < STEPS
-    assert list(tmp_path.glob(".run--*_chkpt.*")), "the kill did not hit a save"
-    assert train(flags(tmp_path, resume=True, **options)) == 0
+    assert writing, "the kill did not hit a save"
+    assert train(flags(tmp_path, resume=True, **SAVE_OFTEN)) == 0
     assert not list(tmp_path.glob(".run--*"))
-    assert_same_state(run_folder.step_folder(STEPS), RunFolder(tmp_path / "whole" / "run").step_folder(STEPS))
-    assert figures(run_folder.path) == figures(tmp_path / "whole" / "run")
+    assert_same_state(run_folder.step_folder(STEPS), undisturbed.step_folder(STEPS))
+    assert figures(run_folder.path) == figures(undisturbed.path)
+
+
+def test_two_runs_whose_names_begin_alike(undisturbed, flags, tmp_path):
+    """`run` is started, saves, prunes and is resumed while `run--note` beside it is in the middle of a save."""
+    log = tmp_path / "log"
+    process = start([sys.executable, str(SCRIPT), *flags(tmp_path, **SAVE_OFTEN, run_id_override="run--note")], log)
+    note, plain = RunFolder(tmp_path / "run--note"), RunFolder(tmp_path / "run")
+    stop_in_the_middle_of_a_save(process, note, log)
+    writing, finished = half_written(note), note.checkpoints()
+    for steps in (2, 3):
+        options = SAVE_OFTEN | {"max_steps": steps, "keep_last": 1, "resume": steps == 3}
+        assert train(flags(tmp_path, **options)) == 0
+        assert (half_written(note), note.checkpoints()) == (writing, finished)
+    process.send_signal(signal.SIGCONT)
+    assert train(flags(tmp_path, **SAVE_OFTEN, keep_last=1, resume=True)) == 0  # at the same time
+    assert process.wait(TIMEOUT) == 0, log.read_text()[-4000:]
+    for run_folder in (note, plain):
+        assert_same_state(run_folder.step_folder(STEPS), undisturbed.step_folder(STEPS))
+        assert figures(run_folder.path) == figures(undisturbed.path)
+    assert [c.step for c in plain.checkpoints()] == [STEPS]
+    assert [c.step for c in note.checkpoints()] == list(range(STEPS, 0, -1))
+    assert not list(tmp_path.glob(".run*"))
 
 
 def test_ctrl_c_saves_and_ends_with_success(flags, tmp_path):

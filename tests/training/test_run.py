@@ -141,11 +141,11 @@ def test_accumulation_saves_once_and_counts_updates(flags, tmp_path):
 def test_latest_only_can_be_resumed(flags, tmp_path, long_run):
     """The original cannot read the file names that it writes (defect 5)."""
     options = {"save_latest_checkpoint_only": True, "save_freq": 2, "lora_dropout": 0.1, "align_map_freq": 5}
-    assert train(flags(tmp_path, max_steps=3, **options)) == 0
+    assert train(flags(tmp_path, max_steps=3, resume="auto", **options)) == 0  # nothing there yet: it starts
     run = tmp_path / "run"
     assert (run / "action_head--latest_checkpoint.pt").is_file()
     assert not list(tmp_path.glob("*_chkpt"))
-    assert train(flags(tmp_path, max_steps=6, resume=True, **options)) == 0
+    assert train(flags(tmp_path, max_steps=6, resume="auto", **options)) == 0
     assert_same_state(run, RunFolder(long_run).step_folder(6))
     assert not (run / ".checkpoint").exists()
 
@@ -180,6 +180,19 @@ def test_keep_last(flags, tmp_path):
     assert train(flags(tmp_path, max_steps=4, save_freq=1, keep_last=2)) == 0
     assert [c.step for c in RunFolder(tmp_path / "run").checkpoints()] == [4, 3]
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run--4_chkpt", "run--3_chkpt"}
+
+
+def test_going_back_to_a_kept_state(flags, tmp_path):
+    """After a spike: an earlier step goes on under another name, and the run as it was is untouched."""
+    options = {"max_steps": 3, "save_freq": 1, "batch_size": 1}
+    assert train(flags(tmp_path, keep_states=2, **options)) == 0
+    run = RunFolder(tmp_path / "run")
+    assert [(c.step, c.resumable) for c in run.checkpoints()] == [(3, True), (2, True), (1, False)]
+    before = contents(tmp_path)
+    given = {"vla_path": run.step_folder(2), "resume": True, "run_id_override": "again"}
+    assert train(flags(tmp_path, **given, **options)) == 0
+    assert_same_state(RunFolder(tmp_path / "again").step_folder(3), run.step_folder(3))
+    assert before.items() <= contents(tmp_path).items()
 
 
 def test_losses_fall(flags, tmp_path):
@@ -353,7 +366,7 @@ def test_resume_says_which_changes_alter_the_run(long_run, flags, tmp_path, capl
     shutil.copytree(long_run.parent, tmp_path / "copy")
     options = {"lora_dropout": 0.1, "resume": True, "max_steps": 7}
     assert train(flags(tmp_path / "copy", learning_rate=1e-4, save_freq=50, **options)) == 0
-    assert "not bit for bit as uninterrupted: learning_rate 0.0005 -> 0.0001\n" in caplog.text
+    assert "restored exactly, but the run goes on with changed flags: learning_rate 0.0005 -> 0.0001\n" in caplog.text
 
 
 def test_resume_of_a_finished_run_changes_nothing(long_run, flags):

@@ -402,6 +402,6 @@ def test_the_slurm_twin_runs_the_same_command(tmp_path):
     words = shown("train_libero_spatialvla.slurm", ["goal"], tmp_path, ADAPT="0", SLURM_RESTART_COUNT="1", **slurm)
     assert words[:4] == ["--nnodes", "2", "--nproc-per-node", "4"]
     assert words[words.index("--rdzv-endpoint") + 1] == "node0:20007"
-    plain = shown("train_libero_spatialvla.sh", ["goal", "--resume", "True"], tmp_path, ADAPT="0")
+    plain = shown("train_libero_spatialvla.sh", ["goal", "--resume", "auto"], tmp_path, ADAPT="0")
     entry = "vla-scripts/finetune.py"
     assert words[words.index(entry) :] == plain[plain.index(entry) :]
