@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,13 @@ def prepare(cfg: EvalConfig) -> Evaluation:
             cfg.run_id_note,
             _identity_settings(cfg, spec, settings, worker.assets),
         )
-        description = {"checkpoint": cfg.pretrained_checkpoint, "versions": versions}
         run, resumed = open_run(
-            cfg.local_log_dir, identity, description, resume=cfg.resume, retry_errors=cfg.retry_errors
+            cfg.local_log_dir,
+            identity,
+            checkpoint=cfg.pretrained_checkpoint,
+            versions=versions,
+            resume=cfg.resume,
+            retry_errors=cfg.retry_errors,
         )
         stack.callback(run.close)
         for warning in version_warnings(versions):
@@ -80,7 +84,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
         if resumed:
             _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
         todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
-        wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, run.description)
+        wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, asdict(run.about))
         policy = spec.load() if todo else None
         return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all())
 
@@ -188,8 +192,8 @@ class Evaluation:
         success, wanted = rollout.outcome == "success", self.cfg.save_videos
         if rollout.frames is None or wanted == "none" or (wanted == "failures" and success):
             return None
-        family = self.run_folder.description["family"]
-        path = video_path(self.cfg.rollout_dir, self.run_folder.timestamp, family, episode, success)
+        about = self.run_folder.about
+        path = video_path(self.cfg.rollout_dir, about.timestamp, about.family, episode, success)
         try:
             write_video(path, rollout.frames)
         except OSError as error:  # a full disk must not cost the episode
@@ -201,7 +205,7 @@ class Evaluation:
         """results.json: what came out, and everything it depends on."""
         content = {
             **summary.to_json(),
-            **self.run_folder.description,
+            **asdict(self.run_folder.about),
             "versions": self.versions,
             "warnings": version_warnings(self.versions),
             "policy": None if self.policy is None else self.policy.describe(),
