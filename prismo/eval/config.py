@@ -51,6 +51,10 @@ class EvalConfig(PolicyFlags):
     resume: bool = True
     # Run the episodes again that ended in an error
     retry_errors: bool = False
+    # Continue a run although its first episodes were played with other versions of simulator, renderer or code
+    allow_mixed: bool = False
+    # Stop after that many equal errors in a row (0: never)
+    max_errors: int = 3
     # Also log to Weights & Biases
     use_wandb: bool = False
     wandb_entity: str | None = None
