@@ -327,7 +327,7 @@ def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSetti
         "checkpoint_hash": checkpoint_hash(spec.checkpoint),
         "policy": spec.describe(),
         "dtype": str(spec.dtype),
-        "task_ids": cfg.task_ids,
+        "task_ids": None if cfg.task_ids is None else sorted(set(cfg.task_ids)),
         "num_trials_per_task": cfg.num_trials_per_task,
         "num_open_loop_steps": settings.open_loop_steps,
         "num_steps_wait": settings.settle_steps,

@@ -170,8 +170,6 @@ def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[s
         except FileExistsError:
             continue
     lock = take_lock(path / _LOCK)
-    about = RunFile(
-        identity.suite, identity.family, identity.note, timestamp, identity.settings, checkpoint, versions
-    )
+    about = RunFile(identity.suite, identity.family, identity.note, timestamp, identity.settings, checkpoint, versions)
     write_json(path / _RUN, asdict(about))
     return RunFolder(path, about, lock)

@@ -255,7 +255,9 @@ def test_a_run_goes_on_with_the_versions_that_it_began_with(finished: EvalConfig
 
 def test_errors_of_other_versions_are_retried(finished: EvalConfig, tmp_path: Path) -> None:
     """Different errors stop nothing. Nothing is mixed where all that the other version left are errors."""
-    cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0], num_trials_per_task=3)
+    cfg = replace(
+        finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0], num_trials_per_task=3
+    )
     with prepare(cfg) as evaluation:
         policy = FailingPolicy(evaluation.policy, 1, 2, 3, error=lambda n: [OSError, ValueError][n % 2]("x"))
         assert replace(evaluation, policy=policy).run().total.errors == 3
@@ -268,7 +270,9 @@ def test_errors_of_other_versions_are_retried(finished: EvalConfig, tmp_path: Pa
 
 def test_an_error_of_every_episode_ends_the_evaluation(finished: EvalConfig, tmp_path: Path) -> None:
     """Out of memory in all 500 episodes: three are enough, whatever the numbers in the message."""
-    cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0], num_trials_per_task=4)
+    cfg = replace(
+        finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0], num_trials_per_task=4
+    )
     logs = Path(cfg.local_log_dir)
 
     def out_of_memory(episode: int) -> Exception:

@@ -4,8 +4,8 @@
         --pretrained_checkpoint runs/...--150000_chkpt --task_suite_name libero_spatial
 
 The kind of policy (head, images, proprio, crop, attention) is read from the checkpoint. A stopped evaluation goes on
-with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 if something was wrong before the first or
-results could not be written.
+with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 if something was wrong before the first
+or results could not be written.
 """
 
 import sys
