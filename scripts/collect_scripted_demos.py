@@ -38,7 +38,7 @@ class CollectConfig:
     image_size: int = 256
     # Seed of scenes and noise: episode k of a task uses seed + k
     seed: int = 0
-    # Folder of LIBERO's assets, or "stand-ins". Default: PRISMO_LIBERO_ASSETS, what is installed, stand-ins
+    # Folder of LIBERO's assets, or "stand-ins". Default: PRISMO_LIBERO_ASSETS, what is installed
     libero_assets: str | None = None
     # Fetch LIBERO's assets (200 MB) from the hub where none are found
     download_assets: bool = False

@@ -78,7 +78,7 @@ def check_simulator(args: argparse.Namespace) -> Iterator[Finding]:
     """Versions of the simulator, what draws, and whether physics and pixels are those of the training data."""
     try:
         package_folder()
-        assets = resolve_assets(args.libero_assets)
+        assets = resolve_assets(args.libero_assets, fallback=True)
         worker = SimWorker(assets, cuda_device=physical_cuda_index(0) if torch.cuda.is_available() else None)
     except (ImportError, OSError, GLUnavailableError) as error:
         yield Finding("FAIL", str(error))
@@ -105,7 +105,9 @@ def _probes(worker: SimWorker, output_dir: Path) -> Iterator[Finding]:
         yield Finding("ok" if drawn else "FAIL", f"{output_dir / name}.png {'saved' if drawn else 'is blank'}")
     if worker.assets.are_stand_ins:
         yield Finding(
-            "note", "assets: built-in stand-ins (smoke runs only); probes of floor and bowl need LIBERO's own"
+            "note",
+            "assets: built-in stand-ins (smoke runs only, on request: --libero_assets stand-ins); probes of floor and "
+            "bowl need LIBERO's own",
         )
         return
     yield Finding("ok", f"assets: {worker.assets.folder}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prismo.policies import PolicyFlags
-from prismo.sim import MAX_STEPS, SUITES, load_tasks
+from prismo.sim import MAX_STEPS, SUITES
+from prismo.sim.suites import check_task_ids
+from prismo.util.flags import at_least
 from prismo.util.text import did_you_mean
 
 SaveVideos = Literal["all", "failures", "none"]
 DEFAULT_STATES = "DEFAULT"
+_MAX_SEED = 2**32 - 1  # numpy's
 BENCHMARK_STATES = 50  # initial states per task that LIBERO ships
 
 
@@ -51,6 +55,10 @@ class EvalConfig(PolicyFlags):
     resume: bool = True
     # Run the episodes again that ended in an error
     retry_errors: bool = False
+    # Continue a run although its first episodes were played with other versions of simulator, renderer or code
+    allow_mixed: bool = False
+    # Stop after that many equal errors in a row (0: never)
+    max_errors: int = 3
     # Also log to Weights & Biases
     use_wandb: bool = False
     wandb_entity: str | None = None
@@ -64,28 +72,26 @@ class EvalConfig(PolicyFlags):
         Raises:
             ValueError: naming the flag, what it was and what it may be.
         """
+        super().validate()
         if self.task_suite_name not in SUITES:
             raise ValueError(did_you_mean("task_suite_name", self.task_suite_name, SUITES))
         if self.save_videos not in get_args(SaveVideos):
             raise ValueError(did_you_mean("save_videos", self.save_videos, get_args(SaveVideos)))
-        for flag, value, low in (
-            ("num_trials_per_task", self.num_trials_per_task, 1),
-            ("num_open_loop_steps", self.num_open_loop_steps, 1),
-            ("num_steps_wait", self.num_steps_wait, 0),
-            ("max_steps", self.max_steps, 1),
-            ("env_img_res", self.env_img_res, 16),
-        ):
-            if value is not None and value < low:
-                raise ValueError(f"--{flag} is {value}; expected at least {low}")
+        at_least(self, num_trials_per_task=1, num_open_loop_steps=1, num_steps_wait=0, max_steps=1)
+        at_least(self, env_img_res=16, max_errors=0, seed=0)
+        if self.seed > _MAX_SEED:
+            raise ValueError(f"--seed is {self.seed}; expected at most {_MAX_SEED}")
+        if self.run_id_note is not None and not re.fullmatch(r"[^/\x00-\x1f]{0,100}", self.run_id_note):
+            raise ValueError(
+                f"--run_id_note is {self.run_id_note!r}; it becomes part of a folder's name: give at most 100 "
+                "characters without slashes and line breaks"
+            )
         if self.initial_states_path == DEFAULT_STATES and self.num_trials_per_task > BENCHMARK_STATES:
             raise ValueError(
                 f"--num_trials_per_task is {self.num_trials_per_task}, but LIBERO has {BENCHMARK_STATES} initial "
                 "states per task; for more give your own with --initial_states_path"
             )
-        count = len(load_tasks(self.task_suite_name))
-        wrong = [index for index in self.task_ids or () if not 0 <= index < count]
-        if wrong:
-            raise ValueError(f"--task_ids holds {wrong}; {self.task_suite_name} has tasks 0 to {count - 1}")
+        check_task_ids(self.task_suite_name, self.task_ids)
 
     @property
     def episode_steps(self) -> int:

@@ -58,4 +58,11 @@ def _initial_states(cfg: EvalConfig, task: Task) -> dict[int, np.ndarray | None]
             )
         return dict.fromkeys(range(cfg.num_trials_per_task))
     states = read_custom_init_states(cfg.initial_states_path, task)
-    return {trial: state for trial, state in states.items() if trial < cfg.num_trials_per_task}
+    chosen = {trial: state for trial, state in states.items() if trial < cfg.num_trials_per_task}
+    if not chosen:
+        first = min(states)
+        raise ValueError(
+            f"{cfg.initial_states_path}: {task.name} would have no episode, because its first success is demo_{first}; "
+            f"give at least --num_trials_per_task {first + 1}, or leave the task out with --task_ids"
+        )
+    return chosen

@@ -8,12 +8,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
+from pydantic import Field, FiniteFloat
 
 from prismo.eval.rollout import Outcome
 from prismo.sim.rates import Rate
+from prismo.util.schema import read_json_lines
+
+Count = Annotated[int, Ge(0)]
+Ordinal = Annotated[int, Ge(1)]
+Seconds = Annotated[FiniteFloat, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -34,25 +42,27 @@ class EpisodeResult:
         video: path, or None.
         error: traceback, or None.
         finished: local time, ISO 8601.
+        versions: of what played it (`prismo.eval.versions.episode_versions`); empty in lines of earlier releases.
     """
 
-    episode: int
+    episode: Ordinal
     suite: str
-    task_id: int
+    task_id: Count
     task: str
-    init_state: int
-    env_seed: int
-    policy_seed: int
+    init_state: Count
+    env_seed: Count
+    policy_seed: Count
     outcome: Outcome
-    steps: int
-    queries: int
-    seconds: float
-    policy_seconds: float
-    actions_sha256: str
-    attempts: int = 1
+    steps: Count
+    queries: Count
+    seconds: Seconds
+    policy_seconds: Seconds
+    actions_sha256: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    attempts: Ordinal = 1
     video: str | None = None
     error: str | None = None
     finished: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
 
 
 class EpisodeLog:
@@ -74,12 +84,22 @@ class EpisodeLog:
         return dict(self._results)
 
     def append(self, result: EpisodeResult) -> None:
-        """Add one line and flush it to the disk."""
-        line = json.dumps(asdict(result), ensure_ascii=False) + "\n"
+        """Add one line and flush it to the disk; a line that does not fit there is taken back.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        line = (json.dumps(asdict(result), ensure_ascii=False) + "\n").encode()
         handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(handle, line.encode())
-            os.fsync(handle)
+            end = os.fstat(handle).st_size
+            try:
+                while line:
+                    line = line[os.write(handle, line) :]  # a disk that fills up takes a part of it
+                os.fsync(handle)
+            except BaseException:
+                os.ftruncate(handle, end)
+                raise
         finally:
             os.close(handle)
         self._results[result.episode] = result
@@ -89,17 +109,8 @@ class EpisodeLog:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self._path, whole)
-        known = {field.name for field in fields(EpisodeResult)}
-        for number, line in enumerate(content[:whole].decode().splitlines(), start=1):
-            try:
-                values = json.loads(line)
-                result = EpisodeResult(**{name: value for name, value in values.items() if name in known})
-            except (json.JSONDecodeError, TypeError) as error:
-                raise ValueError(
-                    f"{self._path}, line {number} is damaged ({error}); remove the line (its episode is then repeated) "
-                    "or start a new run with --resume False"
-                ) from error
-            self._results[result.episode] = result
+        advice = "remove the line (its episode is then repeated) or start a new run with --resume False"
+        self._results = {r.episode: r for r in read_json_lines(self._path, EpisodeResult, advice=advice)}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import random
+import re
 import time
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,13 @@ from prismo.eval.results import EpisodeResult, Summary, format_table, summarize
 from prismo.eval.rollout import Rollout, RolloutSettings, run_episode
 from prismo.eval.run_folder import RunFolder, RunIdentity, open_run
 from prismo.eval.text_log import TextLog, WandbLog
-from prismo.eval.versions import collect_versions, version_warnings
+from prismo.eval.versions import (
+    changed_versions,
+    collect_versions,
+    episode_versions,
+    mixed_versions,
+    version_warnings,
+)
 from prismo.eval.video import check_video_writer, video_path, write_video
 from prismo.policies import Policy, PolicySpec, checkpoint_hash, prepare_policy
 from prismo.sim import SimWorker
@@ -69,20 +77,30 @@ def prepare(cfg: EvalConfig) -> Evaluation:
             cfg.run_id_note,
             _identity_settings(cfg, spec, settings, worker.assets),
         )
-        description = {"checkpoint": cfg.pretrained_checkpoint, "versions": versions}
         run, resumed = open_run(
-            cfg.local_log_dir, identity, description, resume=cfg.resume, retry_errors=cfg.retry_errors
+            cfg.local_log_dir,
+            identity,
+            checkpoint=cfg.pretrained_checkpoint,
+            versions=versions,
+            resume=cfg.resume,
+            retry_errors=cfg.retry_errors,
         )
         stack.callback(run.close)
         for warning in version_warnings(versions):
             _LOG.warning(warning)
         done = run.log.results
-        if resumed:
-            _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
         todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
-        wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, run.description)
+        if resumed:
+            if todo and not cfg.allow_mixed:
+                _refuse_mixture(run, {e.number for e in todo}, versions)
+            _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
+        wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, asdict(run.about))
         policy = spec.load() if todo else None
         return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all())
+
+
+class RepeatedError(RuntimeError):
+    """Episode after episode ends in the same error, so the evaluation was stopped."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +132,29 @@ class Evaluation:
         self.resources.close()
 
     def run(self) -> Summary:
-        """Play what is left, one episode after the other, and write results.json."""
+        """Play what is left, one episode after the other, and write results.json.
+
+        Raises:
+            RepeatedError: see `--max_errors`.
+            OSError: results cannot be written. What is in the log stays there; the same command continues.
+        """
         start, run = time.perf_counter(), self.run_folder
         seed_everything(self.cfg.seed)
         try:
             with TextLog(run.text_log) as text, logging_redirect_tqdm():
                 self._play(text)
                 summary = summarize(run.log.results.values(), len(self.episodes))
-                text.end(summary)
+                text.end(summary, self._warnings())
         except KeyboardInterrupt:
             done = len(run.log.results)
             _LOG.warning("stopped after %d of %d episodes; the same command continues", done, len(self.episodes))
             raise
+        except OSError as error:
+            done = len(run.log.results)
+            raise OSError(
+                f"stopped after {done} of {len(self.episodes)} episodes: {run.path} cannot be written ({error}). "
+                "Make room; the same command continues"
+            ) from error
         self._write_results(summary, time.perf_counter() - start)
         self.wandb.task("total", list(run.log.results.values()))
         self.wandb.close(run.text_log)
@@ -142,14 +171,14 @@ class Evaluation:
 
     def _play(self, text: TextLog) -> None:
         log = self.run_folder.log
+        causes: list[str | None] = []
         with tqdm(total=len(self.episodes), initial=len(self.episodes) - len(self.todo), unit="episode") as bar:
             for episode in self.todo:
                 rollout = run_episode(self.worker, self.policy, episode, self.settings)
                 result = self._result(episode, rollout)
                 log.append(result)
                 if result.error:
-                    reason = result.error.strip().splitlines()[-1]
-                    _LOG.error("episode %d (%s): %s", result.episode, result.task, reason)
+                    _LOG.error("episode %d (%s): %s", result.episode, result.task, _reason(result.error))
                 results = log.results
                 done = list(results.values())
                 text.episode(result, done)
@@ -160,6 +189,18 @@ class Evaluation:
                     self.wandb.task(result.task, task_results)
                 bar.update()
                 bar.set_postfix_str(_progress(done))
+                causes.append(_cause(result.error))
+                self._stop_at_repeated(causes)
+
+    def _stop_at_repeated(self, causes: list[str | None]) -> None:
+        """Raise RepeatedError where the last episodes have the same cause, which is then none of theirs."""
+        limit = self.cfg.max_errors
+        if limit and causes[-1] is not None and causes[-limit:] == [causes[-1]] * limit:
+            raise RepeatedError(
+                f"{limit} episodes in a row ended in the same error ({causes[-1]}); the tracebacks are in "
+                f"{self.run_folder.path / 'episodes.jsonl'}. When its cause is gone, the same command with "
+                "--retry_errors True repeats them and goes on; --max_errors 0 goes on in any case"
+            )
 
     def _result(self, episode: Episode, rollout: Rollout) -> EpisodeResult:
         """The line of an episode, with its video written."""
@@ -181,6 +222,7 @@ class Evaluation:
             video=self._video(episode, rollout),
             error=rollout.error,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+            versions=episode_versions(self.versions),
         )
 
     def _video(self, episode: Episode, rollout: Rollout) -> str | None:
@@ -188,8 +230,8 @@ class Evaluation:
         success, wanted = rollout.outcome == "success", self.cfg.save_videos
         if rollout.frames is None or wanted == "none" or (wanted == "failures" and success):
             return None
-        family = self.run_folder.description["family"]
-        path = video_path(self.cfg.rollout_dir, self.run_folder.timestamp, family, episode, success)
+        about = self.run_folder.about
+        path = video_path(self.cfg.rollout_dir, about.timestamp, about.family, episode, success)
         try:
             write_video(path, rollout.frames)
         except OSError as error:  # a full disk must not cost the episode
@@ -197,13 +239,25 @@ class Evaluation:
             return None
         return str(path)
 
+    def _warnings(self) -> list[str]:
+        """One sentence for everything that makes the rates incomparable."""
+        mixed = self._mixed_versions()
+        several = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in mixed.items())
+        found = [f"episodes were played with different versions: {several}"] if mixed else []
+        return [*version_warnings(self.versions), *found]
+
+    def _mixed_versions(self) -> dict[str, list[str | None]]:
+        return mixed_versions(_versions_of(self.run_folder, self.run_folder.log.results.values()))
+
     def _write_results(self, summary: Summary, seconds: float) -> None:
         """results.json: what came out, and everything it depends on."""
         content = {
+            "smoke_run": self.worker.assets.are_stand_ins,  # boxes and cylinders: the rates compare with nothing
             **summary.to_json(),
-            **self.run_folder.description,
-            "versions": self.versions,
-            "warnings": version_warnings(self.versions),
+            **asdict(self.run_folder.about),
+            "versions": self.versions,  # of this start
+            "mixed_versions": self._mixed_versions(),
+            "warnings": self._warnings(),
             "policy": None if self.policy is None else self.policy.describe(),
             "wall_seconds": round(seconds, 1),  # of this start only
             "episode_seconds": round(sum(r.seconds for r in self.run_folder.log.results.values()), 1),
@@ -249,6 +303,23 @@ def _try_first_scene(worker: SimWorker, episode: Episode) -> None:
     worker.reset(episode.task.suite, episode.task.index, start, seed=episode.env_seed, settle_steps=0)
 
 
+def _versions_of(run: RunFolder, results: Iterable[EpisodeResult]) -> list[Mapping[str, Any]]:
+    """What played each episode; lines of earlier releases do not say it."""
+    return [result.versions or run.about.versions for result in results]
+
+
+def _refuse_mixture(run: RunFolder, todo: Collection[int], versions: dict[str, Any]) -> None:
+    """Raise ValueError where the episodes that stay were played with other versions than those of now."""
+    kept = [result for number, result in run.log.results.items() if number not in todo]
+    changed = changed_versions(_versions_of(run, kept), versions)
+    if changed:
+        raise ValueError(
+            f"{run.path} holds {len(kept)} episodes that were played with other versions ({changed}), and a rate of "
+            "both would be that of neither. Go back to those versions, start a new run with --resume False, or "
+            "continue all the same with --allow_mixed True"
+        )
+
+
 def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSettings, assets: Assets) -> dict[str, Any]:
     """Everything that changes an episode, as JSON reads it back."""
     states = cfg.initial_states_path
@@ -256,7 +327,7 @@ def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSetti
         "checkpoint_hash": checkpoint_hash(spec.checkpoint),
         "policy": spec.describe(),
         "dtype": str(spec.dtype),
-        "task_ids": cfg.task_ids,
+        "task_ids": None if cfg.task_ids is None else sorted(set(cfg.task_ids)),
         "num_trials_per_task": cfg.num_trials_per_task,
         "num_open_loop_steps": settings.open_loop_steps,
         "num_steps_wait": settings.settle_steps,
@@ -267,6 +338,16 @@ def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSetti
         "seed": cfg.seed,
     }
     return json.loads(json.dumps(values))
+
+
+def _reason(error: str) -> str:
+    """The last line of a traceback."""
+    return error.strip().splitlines()[-1]
+
+
+def _cause(error: str | None) -> str | None:
+    """The reason without its numbers (bytes, addresses, process ids): the same for the same cause."""
+    return None if error is None else re.sub(r"\d+", "#", _reason(error))
 
 
 def _progress(done: list[EpisodeResult]) -> str:

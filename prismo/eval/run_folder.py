@@ -9,16 +9,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import Field
 
 from prismo.eval.results import EpisodeLog
 from prismo.util.files import write_json
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.locks import LockedError, take_lock
+from prismo.util.schema import read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,18 +51,38 @@ class RunIdentity:
         return f"{self.prefix}{timestamp}" + (f"--{self.note}" if self.note else "")
 
 
+@dataclass(frozen=True)
+class RunFile:
+    """Content of run.json.
+
+    Attributes:
+        suite, family, note, settings: of the identity.
+        timestamp: of the first start, in the run's name.
+        checkpoint: as the user named it.
+        versions: at the first start (`prismo.eval.versions.collect_versions`).
+    """
+
+    suite: str
+    family: str
+    note: str | None
+    timestamp: Annotated[str, Field(pattern=r"^\d{4}(_\d\d){2}-\d\d(_\d\d){2}$")]
+    settings: dict[str, Any]
+    checkpoint: str
+    versions: dict[str, Any]
+
+
 class RunFolder:
     """An open run; only one process at a time has it.
 
     Attributes:
         path: its folder.
-        timestamp: of its start, also after a restart.
+        about: its run.json, also after a restart that of the first start.
         log: its episodes.
     """
 
-    def __init__(self, path: Path, timestamp: str, lock: IO[bytes]) -> None:
+    def __init__(self, path: Path, about: RunFile, lock: IO[bytes]) -> None:
         self.path = path
-        self.timestamp = timestamp
+        self.about = about
         self.log = EpisodeLog(path / _EPISODES)
         self._lock = lock
 
@@ -73,30 +95,34 @@ class RunFolder:
     def results_file(self) -> Path:
         return self.path / _RESULTS
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """Content of run.json."""
-        return read_json(self.path / _RUN, JsonObject)
-
     def close(self) -> None:
         """Let others have it."""
         self._lock.close()
 
 
 def open_run(
-    root: str | Path, identity: RunIdentity, description: dict[str, Any], *, resume: bool, retry_errors: bool
+    root: str | Path,
+    identity: RunIdentity,
+    *,
+    checkpoint: str,
+    versions: dict[str, Any],
+    resume: bool,
+    retry_errors: bool,
 ) -> tuple[RunFolder, bool]:
     """The newest unfinished run of this identity, or a new one.
 
     A finished run is continued only for `retry_errors`, if it has errors. A run that another process is at work on is
-    left alone.
+    left alone, one whose run.json is damaged is passed over with a warning.
 
     Args:
         root: `--local_log_dir`.
-        description: what run.json holds besides identity and timestamp.
+        checkpoint, versions: for the run.json of a new run.
 
     Returns:
         The run, and whether it is continued.
+
+    Raises:
+        ValueError: the episodes of the run that is to be continued are damaged.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -105,27 +131,35 @@ def open_run(
             run = _continue(path.parent, identity, retry_errors)
             if run is not None:
                 return run, True
-    return _create(root, identity, description), False
+    return _create(root, identity, checkpoint, versions), False
 
 
 def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> RunFolder | None:
     """The run in `path`, if it is ours to go on with."""
-    stored = read_json(path / _RUN, JsonObject)
-    if stored.get("settings") != identity.settings or stored.get("note") != identity.note:
+    try:
+        about = read_json(path / _RUN, RunFile)
+    except ValueError as error:
+        _LOG.warning("%s is passed over: %s", path.name, error)
         return None
-    lock = _lock(path)
-    if lock is None:
-        _LOG.info("another process is at work on %s", path)
+    if about.settings != identity.settings or about.note != identity.note:
         return None
-    run = RunFolder(path, stored["timestamp"], lock)
-    finished = run.results_file.is_file()
-    if finished and not (retry_errors and any(r.outcome == "error" for r in run.log.results.values())):
+    try:
+        lock = take_lock(path / _LOCK)
+    except LockedError as error:
+        _LOG.info("%s", error)
+        return None
+    finished = (path / _RESULTS).is_file()
+    if finished and not retry_errors:
+        lock.close()
+        return None
+    run = RunFolder(path, about, lock)
+    if finished and not any(r.outcome == "error" for r in run.log.results.values()):
         run.close()
         return None
     return run
 
 
-def _create(root: Path, identity: RunIdentity, description: dict[str, Any]) -> RunFolder:
+def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[str, Any]) -> RunFolder:
     """A new run. Two started in the same second get different names."""
     while True:
         timestamp = datetime.now().strftime(TIMESTAMP)
@@ -135,18 +169,7 @@ def _create(root: Path, identity: RunIdentity, description: dict[str, Any]) -> R
             break
         except FileExistsError:
             continue
-    lock = _lock(path)
-    about = {"suite": identity.suite, "family": identity.family, "note": identity.note, "timestamp": timestamp}
-    write_json(path / _RUN, {**about, "settings": identity.settings, **description})
-    return RunFolder(path, timestamp, lock)
-
-
-def _lock(path: Path) -> IO[bytes] | None:
-    """The open lock file, or None if another process holds it; the system lets go of it when a process dies."""
-    file = (path / _LOCK).open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    lock = take_lock(path / _LOCK)
+    about = RunFile(identity.suite, identity.family, identity.note, timestamp, identity.settings, checkpoint, versions)
+    write_json(path / _RUN, asdict(about))
+    return RunFolder(path, about, lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,9 +48,11 @@ class TextLog:
         self.write(f"Current task success rate: {tally(task).success_rate}")
         self.write(f"Current total success rate: {tally(done).success_rate}")
 
-    def end(self, summary: Summary) -> None:
-        """The final block."""
+    def end(self, summary: Summary, warnings: Iterable[str]) -> None:
+        """The final block, behind what makes its rates incomparable."""
         rate = summary.total.success_rate or 0.0
+        for warning in warnings:
+            self.write(f"Warning: {warning}")
         self.write("Final results:")
         self.write(f"Total episodes: {summary.total.episodes}")
         self.write(f"Total successes: {summary.total.successes}")

@@ -6,19 +6,22 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 import prismo
 from prismo.sim.interface import SimInfo
+from prismo.sim.worker import PACKAGES
+from prismo.util.git import git_commit
 
 # MuJoCo 3.3.3 darkens the floors of LIBERO-Object, 3.4.0 changes how the bowls of LIBERO-Spatial come to rest. Either
 # costs success without an error, so everything that was not checked counts as wrong.
 TESTED_MUJOCO = ("2.3.7", "3.3.2")
 TESTED_ROBOSUITE = ("1.4.1", "1.4.0")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
+_OF_EPISODE = ("prismo", "git", *_PACKAGES, *PACKAGES, "renderer")
 
 
 def collect_versions(simulator: SimInfo) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def collect_versions(simulator: SimInfo) -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         **simulator.versions,
         "gl": simulator.gl,
+        "renderer": simulator.renderer,
         "assets": simulator.assets,
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -52,14 +56,26 @@ def version_warnings(versions: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout that runs, with `-dirty` where files differ from it; None for an installed package."""
-    root = Path(prismo.__file__).resolve().parents[1]
-    if shutil.which("git") is None or not (root / ".git").exists():
-        return None
-    call = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+def episode_versions(versions: Mapping[str, Any]) -> dict[str, str | None]:
+    """Those of `collect_versions` that may change what happens in an episode; every episode's line holds them."""
+    return {name: versions.get(name) for name in _OF_EPISODE}
+
+
+def mixed_versions(episodes: Iterable[Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """By name: all versions with which the episodes were played, where these are several."""
+    found: dict[str, list[str | None]] = {}
+    for versions in episodes:
+        for name in _OF_EPISODE:
+            if name in versions and versions[name] not in found.setdefault(name, []):
+                found[name].append(versions[name])
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def changed_versions(episodes: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> str:
+    """What has changed since the episodes were played, in words; empty where nothing has."""
+    mixed = mixed_versions([*episodes, episode_versions(now)])
+    former = {name: [str(value) for value in values if value != now[name]] for name, values in mixed.items()}
+    return "; ".join(f"{name} {', '.join(values)}, now {now[name]}" for name, values in former.items())
 
 
 def gpu_driver() -> str | None:

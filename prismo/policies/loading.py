@@ -56,12 +56,18 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | Non
     Raises:
         FileNotFoundError, ValueError: see `open_checkpoint` and `resolve_settings`.
     """
+    flags.validate()
     if flags.model_family not in (None, *FAMILIES):
         raise ValueError(did_you_mean("model_family", flags.model_family, FAMILIES))
     if not flags.pretrained_checkpoint:
         raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
     device = _device(flags.device)
     checkpoint = open_checkpoint(flags.pretrained_checkpoint, flags.base_checkpoint)
+    if flags.base_checkpoint and checkpoint.adapter is None:
+        raise ValueError(
+            f"--base_checkpoint {flags.base_checkpoint}, but the weights in {checkpoint.source} are merged: they need "
+            "no base; leave it out"
+        )
     if flags.model_family not in (None, checkpoint.family):
         raise ValueError(f"--model_family {flags.model_family}, but {checkpoint.source} is of {checkpoint.family!r}")
     if checkpoint.family == "svla":
@@ -77,6 +83,7 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}, but torch finds no GPU here")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device {name}, but torch finds {count or 'no'} GPU{'' if count == 1 else 's'} here")
     return device

@@ -8,18 +8,21 @@ of checkpoint, and a wrong one meant 0 % without an error.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prismo.data.normalize import resolve_unnorm_key
 from prismo.embodiment import Embodiment
 from prismo.models.openvla import AttentionKind
 from prismo.policies.checkpoint import Checkpoint, Head
+from prismo.util.flags import at_least
 from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
 
 Quantization = Literal["8bit", "4bit"]
+Intrinsics = Literal["checkpoint", "libero"]
 
 # What the original's scripts assume where a checkpoint does not say how many cameras it saw.
 _USUAL_IMAGES = {"libero": 2, "aloha": 3}
@@ -72,6 +75,19 @@ class PolicyFlags:
     device: str | None = None
     # Run although flags contradict the checkpoint
     force: bool = False
+
+    def validate(self) -> None:
+        """What can be seen without a checkpoint.
+
+        Raises:
+            ValueError: naming the flag, what it was and what it may be.
+        """
+        at_least(self, num_images_in_input=1, num_diffusion_steps_train=1, num_diffusion_steps_inference=1)
+        at_least(self, lora_rank=1, ensemble_alpha=0)
+        if self.intrinsics not in (None, *get_args(Intrinsics)):
+            raise ValueError(did_you_mean("intrinsics", self.intrinsics, get_args(Intrinsics)))
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
+            raise ValueError(f"--device is {self.device!r}; expected cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)

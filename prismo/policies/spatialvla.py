@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +28,10 @@ from prismo.models.spatialvla import (
 from prismo.policies.base import PolicyInput
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.openvla import merge_adapter
-from prismo.policies.settings import PolicyFlags
-from prismo.util.text import did_you_mean
+from prismo.policies.settings import Intrinsics, PolicyFlags
 
 _LOG = logging.getLogger(__name__)
 
-Intrinsics = Literal["checkpoint", "libero"]
 _FRANKA_KEY = "droid/1.0.0"  # the published checkpoints' statistics of the arm that LIBERO simulates
 _CROP_AREA = 0.9
 
@@ -154,9 +152,6 @@ def resolve_spatialvla_settings(
         raise ValueError(
             f"SpatialVLA takes one image and an instruction and predicts action tokens; leave out {', '.join(wrong)}"
         )
-    intrinsics = flags.intrinsics or "checkpoint"
-    if intrinsics not in get_args(Intrinsics):
-        raise ValueError(did_you_mean("intrinsics", intrinsics, get_args(Intrinsics)))
     ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
     crop = flags.center_crop if flags.center_crop is not None else checkpoint.center_crop
     return SpatialVLASettings(
@@ -165,7 +160,7 @@ def resolve_spatialvla_settings(
         center_crop=True if crop is None else crop,
         adaptive_ensemble=ensemble,
         ensemble_alpha=flags.ensemble_alpha,
-        intrinsics=intrinsics,
+        intrinsics=flags.intrinsics or "checkpoint",
     )
 
 

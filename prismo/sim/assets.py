@@ -1,7 +1,8 @@
 """Where meshes, textures and scenes come from, and the folder that simulators may write to.
 
 LIBERO's assets (about 200 MB) are not in its package. In this order: a folder that the user names, the package's own
-`assets` folder, what a former download left, a download if the user allows one, the built-in stand-ins.
+`assets` folder, what a former download left, a download if the user allows one. The built-in stand-ins are used where
+they are asked for: a policy that was trained on the real scenes has no chance among boxes and cylinders.
 """
 
 from __future__ import annotations
@@ -41,24 +42,31 @@ class Assets:
         return self.source == STAND_INS
 
 
-def resolve_assets(folder: str | Path | None = None, *, download: bool = False) -> Assets:
-    """Find the assets; which ones is logged, loudly if they are stand-ins.
+def resolve_assets(folder: str | Path | None = None, *, download: bool = False, fallback: bool = False) -> Assets:
+    """Find the assets; stand-ins are logged loudly.
 
     Args:
         folder: the content of LIBERO's `assets` folder; default: the environment variable PRISMO_LIBERO_ASSETS.
             "stand-ins" asks for the built-in ones.
-        download: allow fetching `lerobot/libero-assets` from the hub; where that fails, stand-ins are used as well.
+        download: allow fetching `lerobot/libero-assets` from the hub.
+        fallback: use the stand-ins where there is nothing else (for checks of a machine, whose figures nobody keeps).
 
     Raises:
-        FileNotFoundError: the named folder is missing or is not an assets folder.
+        FileNotFoundError: the named folder is missing or is not an assets folder, or none is named and nothing found.
     """
     folder = folder or os.environ.get(ASSETS_VARIABLE) or None
     if folder is not None and str(folder) != STAND_INS:
         return Assets(_check(Path(folder)), "folder")
     if folder is None:
-        found = _installed() or (_download() if download else None)
+        found, why = _find(download)
         if found is not None:
             return found
+        if not fallback:
+            raise FileNotFoundError(
+                f"no LIBERO assets (meshes and textures) {why}. Type --libero_assets DIR (or set {ASSETS_VARIABLE}) "
+                f"where you have them, allow the download of {HUB_REPOSITORY} with --download_assets, or type "
+                f"--libero_assets {STAND_INS} for a smoke run with boxes and cylinders"
+            )
     log.warning(
         "LIBERO's scenes are built-in stand-ins (boxes and cylinders), fit for smoke runs only: success rates compare "
         "with nothing. For real results set %s to LIBERO's assets folder or allow the download of %s.",
@@ -79,28 +87,34 @@ def _check(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _installed() -> Assets | None:
-    """Assets in the package, or downloaded before by us (hub cache) or by hf-libero."""
+def _find(download: bool) -> tuple[Assets | None, str]:
+    """Assets in the package, downloaded before by hf-libero or by us (hub cache), or now; else why there are none."""
     package = package_folder() / "assets"
     if (package / "scenes").is_dir():
-        return Assets(package, "package")
+        return Assets(package, "package"), ""
     former = Path.home() / ".cache" / "libero" / "assets"
     if (former / "scenes").is_dir():
-        return Assets(former, "hub")
-    return _download(local_files_only=True)
+        return Assets(former, "hub"), ""
+    try:
+        return _fetch(local_files_only=True), ""
+    except OSError:
+        if not download:
+            return None, "are installed"
+    try:
+        return _fetch(), ""
+    except OSError as error:
+        return None, f"are installed, and the download of {HUB_REPOSITORY} failed ({' '.join(str(error).split())})"
 
 
-def _download(*, local_files_only: bool = False) -> Assets | None:
-    """From the hub, or only what its cache holds; None if that fails."""
+def _fetch(*, local_files_only: bool = False) -> Assets:
+    """From the hub, or only what its cache holds; OSError if that fails."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (an assets folder needs no hub client)
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     try:
         folder = snapshot_download(HUB_REPOSITORY, repo_type="dataset", local_files_only=local_files_only)
-    except (OSError, HfHubHTTPError) as error:
-        if not local_files_only:
-            log.warning("could not download LIBERO's assets (%s): %s", HUB_REPOSITORY, error)
-        return None
+    except HfHubHTTPError as error:  # no OSError in every version of the client
+        raise ConnectionError(str(error)) from error
     return Assets(_check(Path(folder)), "hub")
 
 

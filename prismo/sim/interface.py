@@ -94,11 +94,13 @@ class SimInfo:
         assets: "stand-ins" (a smoke run: not comparable with anything) or where LIBERO's own assets come from.
         gl: the backend in words, or "none" for a simulator without cameras.
         versions: of mujoco, robosuite, bddl and hf-libero.
+        renderer: the backend without the number of its device: what pixels depend on.
     """
 
     assets: str
     gl: str
     versions: dict[str, str] = field(default_factory=dict)
+    renderer: str = "none"
 
 
 def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:

@@ -11,13 +11,16 @@ import importlib.util
 import io
 import pickle
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen
+from pydantic import Field, FiniteFloat
 
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.schema import read_json
 from prismo.util.text import did_you_mean
 
 # Policy steps before an episode counts as failed, after the longest human demonstration of each suite: 193, 254, 270,
@@ -30,6 +33,17 @@ MAX_STEPS = {
     "libero_90": 400,
 }
 SUITES = tuple(MAX_STEPS)
+
+
+@dataclass(frozen=True)
+class InitialState:
+    """Of one demonstration in an `--initial_states_path` file: whether it succeeded, and [1 + nq + nv] numbers."""
+
+    success: bool
+    initial_state: Annotated[list[FiniteFloat], MinLen(1)]
+
+
+InitialStates = dict[str, dict[Annotated[str, Field(pattern=r"^demo_\d+$")], InitialState]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,20 @@ def load_task(suite: str, task_id: int) -> Task:
     return tasks[task_id]
 
 
+def check_task_ids(suite: str, task_ids: Sequence[int] | None) -> None:
+    """Refuse a choice of tasks (None: all) that a suite does not have.
+
+    Raises:
+        ValueError: unknown suite, no task, or one outside of it.
+    """
+    count = len(load_tasks(suite))
+    if task_ids is not None and not task_ids:
+        raise ValueError(f"--task_ids is empty; leave it out for all tasks of {suite} (0 to {count - 1})")
+    wrong = [index for index in task_ids or () if not 0 <= index < count]
+    if wrong:
+        raise ValueError(f"--task_ids holds {wrong}; {suite} has tasks 0 to {count - 1}")
+
+
 def _language(name: str) -> str:
     # "KITCHEN_SCENE3_turn_on_the_stove": the scene is no part of the instruction.
     if name[0].isupper():
@@ -173,16 +201,16 @@ def read_custom_init_states(path: str | Path, task: Task) -> dict[int, np.ndarra
     so indices may have gaps.
 
     Raises:
-        ValueError: the task is not in the file, or none of its demonstrations succeeded.
+        ValueError: the file is damaged, the task is not in it, or none of its demonstrations succeeded.
     """
-    content = read_json(path, JsonObject)
+    content = read_json(path, InitialStates, advice="write it again with scripts/regenerate_libero_dataset.py")
     key = task.language.replace(" ", "_")
     if key not in content:
         raise ValueError(f"{path}: {did_you_mean('task', key, content)}")
     states = {
-        int(name.removeprefix("demo_")): np.asarray(demo["initial_state"], dtype=np.float64)
+        int(name.removeprefix("demo_")): np.asarray(demo.initial_state, dtype=np.float64)
         for name, demo in content[key].items()
-        if demo["success"]
+        if demo.success
     }
     if not states:
         raise ValueError(f"{path}: no demonstration of {key!r} succeeded, so there is no state to start from")

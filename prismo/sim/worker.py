@@ -98,6 +98,7 @@ class SimWorker:
             assets=self.assets.source,
             gl=str(self.backend or "none"),
             versions={name: _version(name) for name in PACKAGES},
+            renderer="none" if self.backend is None else f"{self.backend.name} ({self.backend.renderer})",
         )
 
     @property

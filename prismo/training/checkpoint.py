@@ -31,12 +31,12 @@ from torch import Tensor
 import prismo
 from prismo.align import AlignRecipe
 from prismo.embodiment import Embodiment
-from prismo.eval.versions import git_commit
 from prismo.training.config import FinetuneConfig
 from prismo.training.run_folder import STATE_FILE, STATE_FOLDER, TRAINING_CONFIG
 from prismo.training.sharding import local, scatter, whole
 from prismo.training.step import TrainStep
 from prismo.util.files import write_json
+from prismo.util.git import git_commit
 from prismo.util.schema import JsonObject, read_json
 
 _FORMAT = 1

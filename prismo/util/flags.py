@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import shutil
 import sys
 import textwrap
@@ -52,6 +53,18 @@ def parse_flags(kind: type[C], arguments: Sequence[str] | None = None) -> C:
     if missing := [f"--{name}" for name, option in options.items() if option.required and name not in values]:
         raise ValueError(f"missing {', '.join(missing)}; --help lists all flags")
     return kind(**values)
+
+
+def at_least(flags: object, **lowest: float) -> None:
+    """Refuse the first of these flags that is below its bound, or no finite number. None passes: it was not given.
+
+    Raises:
+        ValueError: naming the flag, its value and the bound.
+    """
+    for name, low in lowest.items():
+        value = getattr(flags, name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"--{name} is {value}; expected at least {low}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from prismo.eval.config import EvalConfig
 from prismo.models.tiny import make_tiny_policy
 from prismo.sim import SimWorker
+from prismo.sim.assets import ASSETS_VARIABLE, STAND_INS, resolve_assets
 from prismo.sim.gl import GLUnavailableError
 
 SUITE = "libero_object"
+ASSETS = os.environ.get(ASSETS_VARIABLE) or STAND_INS
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +29,7 @@ def object_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def simulator() -> Iterator[SimWorker]:
     """A simulator with the assets of PRISMO_LIBERO_ASSETS, else with the stand-ins; tests reset it."""
     try:
-        worker = SimWorker(image_size=64)
+        worker = SimWorker(resolve_assets(ASSETS), image_size=64)
     except (GLUnavailableError, ModuleNotFoundError) as error:
         pytest.skip(f"no simulator here: {error}")
     with worker:
@@ -50,7 +53,7 @@ def make_config(policy: Path, folder: Path, **flags: object) -> EvalConfig:
         "save_videos": "none",
         "local_log_dir": str(folder / "logs"),
         "rollout_dir": str(folder / "rollouts"),
-        "download_assets": False,
+        "libero_assets": ASSETS,
     }
     return EvalConfig(**{**values, **flags})
 

@@ -56,6 +56,19 @@ def test_custom_initial_states_leave_out_failed_demonstrations(tmp_path: Path) -
         plan_episodes(replace(cfg, task_ids=[2]))
 
 
+def test_a_task_without_a_state_is_named(tmp_path: Path) -> None:
+    """Its first success lies behind the trials: without a word it would be missing from the rate."""
+    key = load_tasks("libero_object")[0].language.replace(" ", "_")
+    states = {f"demo_{i}": {"success": i == 7, "initial_state": [0.0] * 5} for i in range(9)}
+    file = tmp_path / "states.json"
+    file.write_text(json.dumps({key: states}))
+    cfg = EvalConfig(
+        task_suite_name="libero_object", task_ids=[0], num_trials_per_task=5, initial_states_path=str(file)
+    )
+    with pytest.raises(ValueError, match=r"its first success is demo_7.*--num_trials_per_task 8"):
+        plan_episodes(cfg)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -64,6 +77,16 @@ def test_custom_initial_states_leave_out_failed_demonstrations(tmp_path: Path) -
         ({"save_videos": "some"}, "Available: all, failures, none"),
         ({"task_ids": [0, 10]}, r"holds \[10\]; libero_spatial has tasks 0 to 9"),
         ({"num_open_loop_steps": 0}, "expected at least 1"),
+        ({"task_ids": []}, r"--task_ids is empty; leave it out for all tasks"),
+        ({"task_ids": [0, -1]}, r"holds \[-1\]"),
+        ({"seed": -1}, "--seed is -1; expected at least 0"),
+        ({"seed": 2**32}, "--seed is 4294967296; expected at most 4294967295"),
+        ({"max_errors": -1}, "--max_errors is -1"),
+        ({"run_id_note": "a/b"}, "--run_id_note is 'a/b'; it becomes part of a folder's name"),
+        ({"run_id_note": "../../escape"}, "--run_id_note"),
+        ({"run_id_note": "a\tb"}, "--run_id_note"),
+        ({"run_id_note": "x" * 200}, "--run_id_note"),
+        ({"ensemble_alpha": float("nan")}, "--ensemble_alpha is nan"),
     ],
 )
 def test_wrong_flags(flags: dict, says: str) -> None:

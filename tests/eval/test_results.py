@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,11 +35,54 @@ def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
     assert list(EpisodeLog(path).results) == [1, 2]
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_a_line_that_the_disk_has_no_room_for_is_taken_back(tmp_path: Path) -> None:
+    """The kernel writes what fits and says so by a smaller number, here as on a disk that fills up."""
     path = tmp_path / "episodes.jsonl"
-    path.write_text("nonsense\n" + json.dumps(asdict(RESULT)) + "\n")
-    with pytest.raises(ValueError, match="line 1 is damaged"):
+    log = EpisodeLog(path)
+    log.append(RESULT)
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.append(replace(RESULT, episode=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == whole
+    assert list(log.results) == [1]
+    log.append(replace(RESULT, episode=3))
+    assert list(EpisodeLog(path).results) == [1, 3]
+
+
+def test_line_ends_of_other_alphabets_are_kept(tmp_path: Path) -> None:
+    log = EpisodeLog(tmp_path / "episodes.jsonl")
+    log.append(replace(RESULT, outcome="error", error="one\u2028two\x85three"))
+    assert EpisodeLog(tmp_path / "episodes.jsonl").results == log.results
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("nonsense", "line 1: not valid JSON"),
+        ("[1]", "line 1: its content should be"),
+        (json.dumps({**asdict(RESULT), "steps": "93"}), "line 1: steps should be a valid integer"),
+        (json.dumps({**asdict(RESULT), "episode": 0}), "line 1: episode should be greater than or equal to 1"),
+        (json.dumps({**asdict(RESULT), "outcome": "won"}), "line 1: outcome should be 'success', 'failure' or 'error'"),
+        (json.dumps({**asdict(RESULT), "seconds": float("nan")}), "line 1: seconds should be a finite number"),
+        (json.dumps({"episode": 1}), "line 1: suite is missing"),
+    ],
+)
+def test_a_damaged_line_is_named(line: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(line + "\n" + json.dumps(asdict(RESULT)) + "\n")
+    with pytest.raises(ValueError, match=rf"{path} {says}.*; remove the line .*--resume False"):
         EpisodeLog(path)
+
+
+def test_a_line_with_more_than_we_know_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(json.dumps({**asdict(RESULT), "later": True}) + "\n")
+    assert EpisodeLog(path).results == {1: RESULT}
 
 
 def test_the_last_line_of_an_episode_counts(tmp_path: Path) -> None:

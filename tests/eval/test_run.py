@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,11 +19,14 @@ import numpy as np
 import pytest
 
 from prismo.eval.config import EvalConfig
-from prismo.eval.run import evaluate, prepare
+from prismo.eval.run import RepeatedError, evaluate, prepare
 from prismo.policies import Policy, PolicyInput
 from prismo.sim import SimulatorError
-from tests.eval.conftest import identity, lines, make_config
+from prismo.sim.assets import STAND_INS
+from tests.eval.conftest import ASSETS, identity, lines, make_config
+from tests.processes import MARK, left_after
 
+GPU_ERROR = "the GPU fell off the bus"
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "robot" / "libero" / "run_libero_eval.py"
 pytestmark = pytest.mark.usefixtures("simulator")  # skips where none can run
 
@@ -62,6 +66,10 @@ def test_files_of_a_run(finished: EvalConfig) -> None:
     assert versions["gl"].startswith(("EGL", "OSMesa"))
     stand_ins = versions["assets"] == "stand-ins"
     assert any("smoke run" in warning for warning in results["warnings"]) == stand_ins
+    assert (next(iter(results)), results["smoke_run"]) == ("smoke_run", stand_ins)
+    assert results["mixed_versions"] == {}
+    assert all(line["versions"]["mujoco"] == "3.3.2" for line in lines(logs))
+    assert lines(logs)[0]["versions"]["renderer"].startswith(("egl (", "osmesa ("))
     assert [(line["episode"], line["task_id"], line["init_state"]) for line in lines(logs)] == [
         (1, 0, 0),
         (2, 0, 1),
@@ -77,6 +85,7 @@ def test_the_originals_text_log_and_videos(finished: EvalConfig) -> None:
     logs = Path(finished.local_log_dir)
     (text,) = logs.glob("EVAL-libero_object-openvla-*.txt")
     content = text.read_text()
+    assert ("Warning: the scenes are built-in stand-ins" in content) == (ASSETS == STAND_INS)
     assert content.count("\nTask: pick up the alphabet soup and place it in the basket\n") == 2
     assert "# successes: 0 (0.0%)\nCurrent task success rate: 0.0\nCurrent total success rate: 0.0\n" in content
     assert content.endswith(
@@ -99,21 +108,30 @@ def test_wandb_keys(finished: EvalConfig) -> None:
         assert key in content
 
 
+def stopped(cfg: EvalConfig, number: signal.Signals) -> subprocess.Popen[str]:
+    """The command, ended by a signal after two episodes; none of its processes is left."""
+    mark, logs = uuid.uuid4().hex, Path(cfg.local_log_dir)
+    environment = os.environ | {MARK: mark}
+    process = subprocess.Popen(command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(logs.glob("EVAL-*/episodes.jsonl")) and len(lines(logs)) >= 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.wait(60)
+    assert not left_after(20, mark)
+    assert len(lines(logs)) in (2, 3)
+    assert not list(logs.glob("EVAL-*/results.json"))
+    return process
+
+
 def test_kill_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
     """kill -9 after two episodes: the same command does the other two, and all four are those of the whole run."""
     cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none")
     logs = Path(cfg.local_log_dir)
-    with subprocess.Popen(command(cfg), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            if list(logs.glob("EVAL-*/episodes.jsonl")) and len(lines(logs)) >= 2:
-                break
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        output = process.communicate()[0]
+    stopped(cfg, signal.SIGKILL)
     before = lines(logs)
-    assert len(before) in (2, 3), output
-    assert not list(logs.glob("EVAL-*/results.json"))
     (file,) = logs.glob("EVAL-*/episodes.jsonl")
     with file.open("a") as half:
         half.write('{"episode": ')  # as if it had died while it wrote
@@ -127,11 +145,53 @@ def test_kill_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
     assert list(logs.glob("EVAL-*/results.json"))
 
 
-class FailingPolicy:
-    """A real policy that breaks in one episode."""
+def test_sigterm_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
+    """What a scheduler sends before it kills: every line is whole, and the run goes on."""
+    cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none")
+    logs = Path(cfg.local_log_dir)
+    assert stopped(cfg, signal.SIGTERM).returncode == 128 + signal.SIGTERM
+    before = lines(logs)
+    (file,) = logs.glob("EVAL-*/episodes.jsonl")
+    assert file.read_bytes().endswith(b"}\n")
+    assert evaluate(cfg).complete
+    assert lines(logs)[: len(before)] == before
+    assert [identity(line) for line in lines(logs)] == [identity(line) for line in lines(Path(finished.local_log_dir))]
 
-    def __init__(self, policy: Policy, episode: int) -> None:
-        self._policy, self._failing, self._started = policy, episode, 0
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv.pop(1))
+import run_libero_eval as script
+settle = script.prepare
+def prepare(cfg):
+    evaluation = settle(cfg)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # the second line does not fit
+    return evaluation
+script.prepare = prepare
+sys.exit(script.main())
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_costs_no_episode(config: EvalConfig) -> None:
+    cfg = replace(config, task_ids=[0])
+    call = [sys.executable, "-c", FULL_DISK, str(SCRIPT.parent), *command(cfg)[2:]]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "ERROR stopped after 1 of 2 episodes: " in done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line["episode"] for line in lines(Path(cfg.local_log_dir))] == [1]
+    with prepare(cfg) as evaluation:
+        assert [episode.number for episode in evaluation.todo] == [2]
+
+
+class FailingPolicy:
+    """A real policy that breaks in one episode, or in several."""
+
+    def __init__(
+        self, policy: Policy, *episodes: int, error: Callable[[int], BaseException] = lambda _: RuntimeError(GPU_ERROR)
+    ) -> None:
+        self._policy, self._failing, self._started, self._error = policy, episodes, 0, error
         self.robot, self.num_images, self.describe = policy.robot, policy.num_images, policy.describe
 
     def start_episode(self, slot: int, seed: int) -> None:
@@ -139,8 +199,8 @@ class FailingPolicy:
         self._policy.start_episode(slot, seed)
 
     def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
-        if self._started == self._failing:
-            raise RuntimeError("the GPU fell off the bus")
+        if self._started in self._failing:
+            raise self._error(self._started)
         return self._policy.predict(inputs, slots)
 
 
@@ -163,6 +223,67 @@ def test_an_error_is_a_third_outcome_and_can_be_retried(finished: EvalConfig, tm
     assert (summary.total.failures, summary.total.errors) == (4, 0)
     assert [line["episode"] for line in lines(logs)] == [1, 2, 3, 4, 3]
     assert identity(lines(logs)[4]) == reference[2]
+
+
+def interrupted(cfg: EvalConfig, episode: int) -> Path:
+    """Start an evaluation and stop it with Ctrl-C in an episode; returns its folder."""
+    with prepare(cfg) as evaluation, pytest.raises(KeyboardInterrupt):
+        replace(evaluation, policy=FailingPolicy(evaluation.policy, episode, error=lambda _: KeyboardInterrupt())).run()
+    return evaluation.run_folder.path
+
+
+def test_a_run_goes_on_with_the_versions_that_it_began_with(finished: EvalConfig, tmp_path: Path) -> None:
+    """One of two episodes was played with another MuJoCo and renderer: one rate of both would be nobody's."""
+    cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0])
+    folder = interrupted(cfg, 2)
+    other = {"mujoco": "3.9.0", "renderer": "osmesa (softpipe)"}
+    done = [{**line, "versions": line["versions"] | other} for line in lines(folder.parent)]
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done))
+    with pytest.raises(ValueError, match=r"1 episode.* mujoco 3\.9\.0, now 3\.3\.2; renderer osmesa") as error:
+        prepare(cfg)
+    assert "--resume False" in str(error.value)
+    assert "--allow_mixed True" in str(error.value)
+    assert len(lines(folder.parent)) == 1
+
+    summary = evaluate(replace(cfg, allow_mixed=True))
+    assert summary.complete
+    results = json.loads((folder / "results.json").read_text())
+    assert results["mixed_versions"]["mujoco"] == ["3.9.0", "3.3.2"]
+    assert set(results["mixed_versions"]) == {"mujoco", "renderer"}
+    assert any("mujoco 3.9.0, 3.3.2" in warning for warning in results["warnings"])
+
+
+def test_errors_of_other_versions_are_retried(finished: EvalConfig, tmp_path: Path) -> None:
+    """Different errors stop nothing. Nothing is mixed where all that the other version left are errors."""
+    cfg = replace(
+        finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0], num_trials_per_task=3
+    )
+    with prepare(cfg) as evaluation:
+        policy = FailingPolicy(evaluation.policy, 1, 2, 3, error=lambda n: [OSError, ValueError][n % 2]("x"))
+        assert replace(evaluation, policy=policy).run().total.errors == 3
+    file = evaluation.run_folder.path / "episodes.jsonl"
+    file.write_text(file.read_text().replace('"torch": "', '"torch": "0.'))
+    summary = evaluate(replace(cfg, retry_errors=True))
+    assert (summary.total.failures, summary.total.errors) == (3, 0)
+    assert json.loads((file.parent / "results.json").read_text())["mixed_versions"] == {}
+
+
+def test_an_error_of_every_episode_ends_the_evaluation(finished: EvalConfig, tmp_path: Path) -> None:
+    """Out of memory in all 500 episodes: three are enough, whatever the numbers in the message."""
+    cfg = replace(
+        finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0], num_trials_per_task=4
+    )
+    logs = Path(cfg.local_log_dir)
+
+    def out_of_memory(episode: int) -> Exception:
+        return RuntimeError(f"CUDA out of memory. Tried to allocate {episode}.5 MiB")
+
+    with prepare(cfg) as evaluation, pytest.raises(RepeatedError, match=r"3 episodes in a row .*CUDA out of"):
+        replace(evaluation, policy=FailingPolicy(evaluation.policy, 1, 2, 3, error=out_of_memory)).run()
+    assert [line["outcome"] for line in lines(logs)] == ["error"] * 3
+    assert not list(logs.glob("*/results.json"))
+    with prepare(replace(cfg, retry_errors=True)) as evaluation:
+        assert [episode.number for episode in evaluation.todo] == [1, 2, 3, 4]
 
 
 def test_the_same_command_after_the_end_is_a_new_run(finished: EvalConfig) -> None:

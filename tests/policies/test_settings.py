@@ -97,3 +97,32 @@ def test_before_any_file_is_read(checkpoints) -> None:
         prepare_policy(PolicyFlags(model_family="openvlaa", pretrained_checkpoint="x"), LIBERO)
     with pytest.raises(ValueError, match="--model_family svla, but"):
         prepare_policy(PolicyFlags(model_family="svla", pretrained_checkpoint=str(checkpoints["l1"])), LIBERO)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"device": "tpu"}, "--device is 'tpu'; expected cpu, cuda or cuda:N"),
+        ({"device": "cuda:x"}, "--device is 'cuda:x'"),
+        ({"device": "meta"}, "--device is 'meta'"),
+        ({"device": "mps"}, "--device is 'mps'"),
+        ({"device": "cuda:99"}, r"--device cuda:99, but torch finds \w+ GPUs? here"),
+        ({"num_images_in_input": 0}, "--num_images_in_input is 0; expected at least 1"),
+        ({"num_diffusion_steps_train": 0}, "--num_diffusion_steps_train is 0"),
+        ({"num_diffusion_steps_inference": -1}, "--num_diffusion_steps_inference is -1; expected at least 1"),
+        ({"lora_rank": -1}, "--lora_rank is -1"),
+        ({"intrinsics": "x"}, "unknown intrinsics 'x'. Available: checkpoint, libero"),
+        ({"ensemble_alpha": float("nan")}, "--ensemble_alpha is nan; expected at least 0"),
+        ({"ensemble_alpha": float("inf")}, "--ensemble_alpha is inf"),
+    ],
+)
+def test_impossible_flags_are_refused_before_any_file_is_read(flags, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        prepare_policy(PolicyFlags(pretrained_checkpoint="/nowhere", **flags), LIBERO)
+
+
+def test_a_base_for_merged_weights_is_refused(checkpoints) -> None:
+    """It would be ignored, and the user would take the result for that of another base."""
+    flags = PolicyFlags(pretrained_checkpoint=str(checkpoints["l1"]), base_checkpoint="/nope")
+    with pytest.raises(ValueError, match=r"--base_checkpoint /nope, but the weights in .* are merged"):
+        prepare_policy(flags, LIBERO, "libero_spatial")

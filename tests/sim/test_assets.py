@@ -27,28 +27,40 @@ def test_named_folder_wins_over_the_environment(
     assert resolve_assets(other) == Assets(other, "folder")
 
 
-def test_without_assets_the_stand_ins_are_used_and_said_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without LIBERO's assets."""
     monkeypatch.delenv(ASSETS_VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no former download
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_without_assets_the_error_says_what_to_type() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no LIBERO assets .*--libero_assets DIR.*--libero_assets stand-ins"):
+        resolve_assets()
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_stand_ins_are_used_where_that_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assets = resolve_assets()
-    assert assets.source == STAND_INS
+        assets = resolve_assets(fallback=True)
+    assert assets == resolve_assets(STAND_INS)
     assert assets.are_stand_ins
     assert "smoke runs only" in caplog.text
 
 
-def test_download_without_a_network_falls_back_to_the_stand_ins(tmp_path: Path) -> None:
+def test_a_download_that_fails_is_an_error(tmp_path: Path) -> None:
     program = "from prismo.sim.assets import resolve_assets; print(resolve_assets(download=True).source)"
     environment = os.environ | {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment.pop(ASSETS_VARIABLE, None)
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.stdout.strip() == STAND_INS
-    assert "could not download LIBERO's assets" in done.stderr
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "the download of lerobot/libero-assets failed" in done.stderr
+    assert "--libero_assets stand-ins" in done.stderr
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "textures only"])

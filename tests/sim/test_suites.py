@@ -92,6 +92,29 @@ def test_custom_init_states_leave_out_failed_demonstrations(tmp_path: Path) -> N
         read_custom_init_states(path, task)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not valid JSON"),
+        ([1], "its content should be"),
+        ({"KEY": {"demo_0": {"success": "False", "initial_state": [0.0]}}}, "success should be a valid boolean"),
+        ({"KEY": {"demo_0": {"success": True}}}, "initial_state is missing"),
+        ({"KEY": {"demo_0": {"success": True, "initial_state": [float("nan")]}}}, "should be a finite number"),
+        ({"KEY": {"demo_0": {"success": True, "initial_state": []}}}, "initial_state"),
+        ({"KEY": {"first": {"success": True, "initial_state": [0.0]}}}, "first"),
+        ({"KEY": []}, "should be an object"),
+    ],
+)
+def test_damaged_custom_init_states_are_one_sentence(content: object, says: str, tmp_path: Path) -> None:
+    task = load_task("libero_object", 0)
+    path = tmp_path / "states.json"
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text.replace("KEY", task.language.replace(" ", "_")))
+    with pytest.raises(ValueError, match=says) as error:
+        read_custom_init_states(path, task)
+    assert str(error.value).startswith(str(path))
+
+
 def test_model_process_stays_free_of_the_simulator() -> None:
     program = (
         "import sys, io; sys.stdin = io.StringIO('')\n"

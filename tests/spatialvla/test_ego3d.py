@@ -113,7 +113,7 @@ import json, sys
 from prismo.sim.assets import resolve_assets
 from prismo.sim.server import prepare_process
 from prismo.sim.suites import load_task
-assets = resolve_assets()
+assets = resolve_assets(fallback=True)
 if assets.are_stand_ins:
     sys.exit(77)
 prepare_process(assets, None)

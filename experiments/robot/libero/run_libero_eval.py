@@ -4,13 +4,14 @@
         --pretrained_checkpoint runs/...--150000_chkpt --task_suite_name libero_spatial
 
 The kind of policy (head, images, proprio, crop, attention) is read from the checkpoint. A stopped evaluation goes on
-with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 if something was wrong before the first.
+with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 if something was wrong before the first
+or results could not be written.
 """
 
 import sys
 
 from prismo.eval.config import EvalConfig
-from prismo.eval.run import prepare
+from prismo.eval.run import RepeatedError, prepare
 from prismo.models.openvla import SelfTestError
 from prismo.sim import SimulatorError
 from prismo.sim.gl import GLUnavailableError
@@ -29,15 +30,16 @@ def main() -> int:
 
 def _evaluate() -> int:
     try:
-        evaluation = prepare(parse_flags(EvalConfig))
+        with prepare(parse_flags(EvalConfig)) as evaluation:
+            summary = evaluation.run()
+    except RepeatedError as error:
+        log_error(error)
+        return 1
     except _WRONG_INPUT as error:
         log_error(error)
         return 2
-    with evaluation:
-        try:
-            summary = evaluation.run()
-        except KeyboardInterrupt:
-            return 130
+    except KeyboardInterrupt:
+        return 130
     return 1 if summary.total.errors else 0
 
 
