@@ -189,11 +189,21 @@ class EpisodeIndex:
         data = self._files.read(self.shard(episode), int(entry["offset"]), int(entry["length"]))
         if crc32c(data) != entry["crc"]:
             raise ValueError(f"{self.shard(episode)}: episode {episode} is damaged; fetch the file again")
-        entries = parse_example(data)
-        values = {
-            name: _decode(name, f, data, entries[name]) for name, f in self.info.features.items() if name in entries
-        }
-        return {name: value if name.startswith("steps/") else value[0] for name, value in values.items()}
+        try:
+            entries = parse_example(data)
+            values = {
+                name: _decode(name, f, data, entries[name]) for name, f in self.info.features.items() if name in entries
+            }
+            return {name: value if name.startswith("steps/") else _only(name, value) for name, value in values.items()}
+        except ValueError as error:
+            raise ValueError(f"{self.shard(episode)}: episode {episode}: {error}") from error
+
+
+def _only(name: str, values: np.ndarray | list[Any]) -> Any:
+    """The value of an entry of the whole episode."""
+    if not len(values):
+        raise ValueError(f"{name} is empty")
+    return values[0]
 
 
 def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray | list[Any]:

@@ -53,6 +53,7 @@ def read_records(path: Path) -> Iterator[Record]:
         ValueError: the file ends inside a record or a checksum does not fit; the message names file and position.
     """
     advice = "the file is damaged or only partly downloaded: fetch this shard again"
+    size = path.stat().st_size
     with path.open("rb") as file:
         offset = 0
         while header := file.read(HEADER):
@@ -61,9 +62,9 @@ def read_records(path: Path) -> Iterator[Record]:
             length, length_crc = struct.unpack("<QI", header)
             if masked_crc(header[:8]) != length_crc:
                 raise ValueError(f"{path}: wrong checksum of the record length at byte {offset}; {advice}")
-            data, footer = file.read(length), file.read(FOOTER)
-            if len(footer) < FOOTER:
+            if offset + HEADER + length + FOOTER > size:
                 raise ValueError(f"{path} ends in the middle of the record at byte {offset} ({length} bytes); {advice}")
+            data, footer = file.read(length), file.read(FOOTER)
             crc = google_crc32c.value(data)
             if ((crc >> 15 | crc << 17) + _CRC_MASK) & 0xFFFFFFFF != struct.unpack("<I", footer)[0]:
                 raise ValueError(f"{path}: wrong checksum of the record at byte {offset} ({length} bytes); {advice}")

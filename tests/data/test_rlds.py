@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,9 @@ from prismo.data.index import open_index
 from prismo.data.rlds import EpisodeIndex
 from prismo.data.specs import resolve
 from prismo.data.synthetic import write_synthetic_libero
+from prismo.data.tfrecord import masked_crc
 from prismo.data.writer import libero_features, write_rlds
-from tests.data.conftest import quiet_environment
+from tests.data.conftest import made_up_episode, quiet_environment, write_episodes
 
 NAME = "libero_spatial_no_noops"
 
@@ -218,6 +220,28 @@ def test_a_flipped_byte_is_named(copy: Path, position: int) -> None:
     flip(path, position)
     with pytest.raises(ValueError, match=f"{path.name}: wrong checksum of the record.*byte 0.*fetch this shard again"):
         index_of(copy)
+
+
+@pytest.mark.parametrize("length", [2**20, 2**31, 2**40, 2**63, 2**64 - 1])
+def test_a_record_that_claims_to_be_huge_is_named(copy: Path, length: int) -> None:
+    """With a right checksum of its length; reading so much ended the process for want of memory."""
+    path = shard(copy)
+    header = struct.pack("<Q", length)
+    path.write_bytes(header + struct.pack("<I", masked_crc(header)) + path.read_bytes()[12:])
+    with pytest.raises(ValueError, match=rf"{path.name} ends in the middle of the record at byte 0 \({length} bytes\)"):
+        index_of(copy)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [([b"\xff\xfe"], "can't decode byte 0xff"), ([], "episode_metadata/file_path is empty")]
+)
+def test_an_entry_that_cannot_be_read_is_named(tmp_path: Path, value: list[bytes], message: str) -> None:
+    """An entry that training does not use, so that only the viewer finds it."""
+    write_episodes(tmp_path, [made_up_episode(0), made_up_episode(1) | {"episode_metadata/file_path": value}])
+    index = index_of(tmp_path)
+    assert index.read_episode(0)["episode_metadata/file_path"] == "demo_0.hdf5"
+    with pytest.raises(ValueError, match=rf"tfrecord-00000-of-00001: episode 1: .*{message}"):
+        index.read_episode(1)
 
 
 def test_damage_after_indexing_is_named(copy: Path) -> None:
