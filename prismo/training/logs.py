@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from tqdm import tqdm
@@ -95,11 +96,11 @@ def _step_of(line: str) -> float:
 class Wandb:
     """Weights & Biases under the original's names; online or not is up to WANDB_MODE and the user's settings."""
 
-    def __init__(self, config: FinetuneConfig, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, config: FinetuneConfig, folder: Path, resumed: bool) -> None:
         import wandb  # noqa: PLC0415 (an extra, and slow to import)
 
         identity = folder / _WANDB_ID
-        if not (config.resume and identity.is_file()):
+        if not (resumed and identity.is_file()):
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
         given = {
             key: value
@@ -107,14 +108,20 @@ class Wandb:
             if not value.startswith(PLACEHOLDER)
         }
         self._wandb = wandb
-        self._run = wandb.init(
-            **given,
-            name=name,
-            id=identity.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=folder,
-            config=dict(settings),
-        )
+        try:
+            self._run = wandb.init(
+                **given,
+                name=folder.name,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=folder,
+                config={field: str(value) for field, value in asdict(config).items()},
+            )
+        except (wandb.Error, ValueError) as error:
+            raise ValueError(
+                f"Weights & Biases: {' '.join(str(error).split())} (entity and project as given: {given or 'none'}). "
+                "Mend that, set WANDB_MODE=offline, or pass --use_wandb False"
+            ) from error
 
     def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
         self._run.log({chart_name(split, name): value for name, value in values.items()}, step=step)
@@ -155,13 +162,20 @@ def chart_name(split: Split, name: str) -> str:
     return f"VLA {split.title()}/{name.replace('_', ' ').title()}"
 
 
-def open_sinks(config: FinetuneConfig, folder: Path, name: str, step: int, settings: Mapping[str, Any]) -> list[Sink]:
-    """The sinks that the flags ask for."""
+def open_online(config: FinetuneConfig, folder: Path, resumed: bool) -> list[Sink]:
+    """The sinks outside of this machine that the flags ask for.
+
+    Raises:
+        ValueError: it refuses, and why.
+    """
+    return [Wandb(config, folder, resumed)] if config.wandb_wanted else []
+
+
+def open_sinks(config: FinetuneConfig, folder: Path, step: int) -> list[Sink]:
+    """The sinks in the run's folder that the flags ask for."""
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", step)]
     if config.use_tensorboard:
         sinks.append(TensorBoard(folder, step))
-    if config.wandb_wanted:
-        sinks.append(Wandb(config, folder, name, settings))
     return sinks
 
 
