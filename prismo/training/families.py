@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from prismo.models.folder import CONFIG, missing_of_processor
 from prismo.training.openvla import OPENVLA
 from prismo.training.spatialvla import SPATIALVLA
 from prismo.training.task import ModelFamily
@@ -27,7 +28,15 @@ def settings_folder(base: str) -> Path:
     Raises:
         FileNotFoundError: neither a folder nor a repository that could be fetched.
     """
-    return local_folder(base, ("*.json", "tokenizer.model"))
+    return local_folder(base, ("*.json",), missing=_missing_settings, optional=("tokenizer.model",))
+
+
+def _missing_settings(folder: Path) -> str | None:
+    """What a folder lacks to be described, as a sentence; None for nothing."""
+    if not (folder / CONFIG).is_file():
+        return f"{folder} has no {CONFIG}"
+    lacking = missing_of_processor(folder, family_name(folder))
+    return f"{folder} has no {', no '.join(lacking)}" if lacking else None
 
 
 def family_of(base: Path) -> ModelFamily:
@@ -36,9 +45,13 @@ def family_of(base: Path) -> ModelFamily:
     Raises:
         ValueError: none of ours.
     """
-    config = base / "config.json"
-    model_type = read_json(config, _Config).model_type
-    if model_type not in _FAMILIES:
+    return _FAMILIES[family_name(base)]
+
+
+def family_name(base: Path) -> str:
+    """The `model_type` of a folder; raises as `family_of` does."""
+    name = read_json(base / CONFIG, _Config).model_type
+    if name not in _FAMILIES:
         known = " or ".join(map(repr, _FAMILIES))
-        raise ValueError(f"{config} is of model_type {model_type!r}, expected {known}")
-    return _FAMILIES[model_type]
+        raise ValueError(f"{base / CONFIG} is of model_type {name!r}, expected {known}")
+    return name

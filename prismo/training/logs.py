@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from prismo.training.config import PLACEHOLDER, FinetuneConfig
 from prismo.util.files import atomic_write
+from prismo.util.schema import parse_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,10 +70,9 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         kept = []
         if path.is_file() and step:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
@@ -85,12 +86,19 @@ class JsonLines:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """Step of an entry; a line that a kill cut off belongs to no step that was saved."""
+@dataclass(frozen=True)
+class _Entry:
+    """What is looked at of an entry."""
+
+    step: int
+
+
+def _step_of(line: bytes) -> float:
+    """Step of an entry; a line that a kill cut off or a disk damaged belongs to no step that was saved."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return float("inf")
+        return parse_json(line, _Entry, "entry").step
+    except ValueError:
+        return math.inf
 
 
 class Wandb:

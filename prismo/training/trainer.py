@@ -41,6 +41,7 @@ from prismo.training.signals import StopSignals
 from prismo.training.step import StepResult, TrainStep
 from prismo.training.task import TrainingTask
 from prismo.training.validate import validate
+from prismo.util.text import first_line
 
 _LOG = logging.getLogger(__name__)
 _MAP_SAMPLES = 4
@@ -339,7 +340,7 @@ class Trainer:
             present = self.run.checkpoints()
             before = f"the checkpoint before is whole: {present[0].folder}" if present else "there is none before"
             raise OSError(
-                f"cannot write the checkpoint after update {number} ({str(error).splitlines()[0]}); {before}. "
+                f"cannot write the checkpoint after update {number} ({first_line(error)}); {before}. "
                 "Make room and continue with --resume True"
             ) from error
         self.run.prune(self.config.keep_last, self.config.keep_states)

@@ -24,7 +24,7 @@ from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
 from prismo.models.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
-from prismo.training.logs import chart_name
+from prismo.training.logs import JsonLines, chart_name
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import DATASET, assert_same_state, figures, metrics, state, train
 
@@ -298,7 +298,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
         ),
         pytest.param(
             {"use_tensorboard": True},
-            "pip install 'prismo[tensorboard]'",
+            "[tensorboard]",
             marks=pytest.mark.skipif(bool(find_spec("tensorboard")), reason="tensorboard is installed"),
         ),
     ],
@@ -388,8 +388,19 @@ def test_weights_and_biases_that_refuses_stops_before_the_weights_are_read(flags
     wandb.teardown()
 
 
+def test_a_damaged_log_does_not_stop_a_resumed_run(tmp_path):
+    """Cut off, not UTF-8, or no entries at all: what is left of earlier steps is kept."""
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "split": "train", "loss": 0.5}'
+    path.write_bytes(
+        b"\n".join([good, b"\xff\xfe", b"[]", b"{}", b'{"step": "2"}', b'{"step": 5}', b'{"step": 2, "lo'])
+    )
+    JsonLines(path, 2).close()
+    assert path.read_bytes() == good + b"\n"
+
+
 def test_tensorboard(flags, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'prismo[tensorboard]')")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (the extra `tensorboard`)")
     before = "tensorflow" in sys.modules
     assert train(flags(tmp_path, max_steps=2, use_tensorboard=True, align_map_freq=1)) == 0
     assert ("tensorflow" in sys.modules) == before
