@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 PROGRAM = """
 import importlib, os, pkgutil, sys
@@ -28,3 +35,12 @@ def test_every_module_imports_without_heavy_packages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "prismo.models.openvla.modeling" in done.stdout
     assert not list(tmp_path.iterdir()), "an import wrote files"
+
+
+@pytest.mark.parametrize("package", ["torch", "peft", "transformers"])
+def test_packages_whose_private_names_are_used_have_an_upper_bound(package: str) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    needed = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}[package]
+    tested = re.search(rf"^{package}==([\w.]+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert tested in needed
+    assert "99" not in needed

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from prismo.align.recipe import layer_index
 from prismo.models.vit import Block, RopeTable, VisionTransformer, ViTConfig
+from prismo.util.text import first_line
 
 HEAD_DIM = 64  # the same in every VGGT size; the number of heads follows from the width
 _PREFIX = "aggregator."
@@ -310,8 +311,7 @@ def _read_aggregator(path: Path, shapes_only: bool) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             names = list(state) if isinstance(state, Mapping) else []
     except Exception as error:  # over what is no checkpoint torch's unpickler stumbles with anything, KeyError too
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot read VGGT weights from {path} ({reason}); fetch the file again") from error
+        raise ValueError(f"cannot read VGGT weights from {path} ({first_line(error)}); fetch the file again") from error
     unknown = [name for name in names if not str(name).startswith((_PREFIX, *_HEADS))]
     aggregator = {
         name.removeprefix(_PREFIX): value

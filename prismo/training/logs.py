@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from tqdm import tqdm
 
 from prismo.training.config import PLACEHOLDER, FinetuneConfig
 from prismo.util.files import atomic_write
+from prismo.util.schema import parse_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,10 +70,9 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         kept = []
         if path.is_file() and step:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
@@ -84,22 +86,29 @@ class JsonLines:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """Step of an entry; a line that a kill cut off belongs to no step that was saved."""
+@dataclass(frozen=True)
+class _Entry:
+    """What is looked at of an entry."""
+
+    step: int
+
+
+def _step_of(line: bytes) -> float:
+    """Step of an entry; a line that a kill cut off or a disk damaged belongs to no step that was saved."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return float("inf")
+        return parse_json(line, _Entry, "entry").step
+    except ValueError:
+        return math.inf
 
 
 class Wandb:
     """Weights & Biases under the original's names; online or not is up to WANDB_MODE and the user's settings."""
 
-    def __init__(self, config: FinetuneConfig, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, config: FinetuneConfig, folder: Path, resumed: bool) -> None:
         import wandb  # noqa: PLC0415 (an extra, and slow to import)
 
         identity = folder / _WANDB_ID
-        if not (config.resume and identity.is_file()):
+        if not (resumed and identity.is_file()):
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
         given = {
             key: value
@@ -107,14 +116,20 @@ class Wandb:
             if not value.startswith(PLACEHOLDER)
         }
         self._wandb = wandb
-        self._run = wandb.init(
-            **given,
-            name=name,
-            id=identity.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=folder,
-            config=dict(settings),
-        )
+        try:
+            self._run = wandb.init(
+                **given,
+                name=folder.name,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=folder,
+                config={field: str(value) for field, value in asdict(config).items()},
+            )
+        except (wandb.Error, ValueError) as error:
+            raise ValueError(
+                f"Weights & Biases: {' '.join(str(error).split())} (entity and project as given: {given or 'none'}). "
+                "Mend that, set WANDB_MODE=offline, or pass --use_wandb False"
+            ) from error
 
     def log(self, split: Split, step: int, values: Mapping[str, float]) -> None:
         self._run.log({chart_name(split, name): value for name, value in values.items()}, step=step)
@@ -155,13 +170,20 @@ def chart_name(split: Split, name: str) -> str:
     return f"VLA {split.title()}/{name.replace('_', ' ').title()}"
 
 
-def open_sinks(config: FinetuneConfig, folder: Path, name: str, step: int, settings: Mapping[str, Any]) -> list[Sink]:
-    """The sinks that the flags ask for."""
+def open_online(config: FinetuneConfig, folder: Path, resumed: bool) -> list[Sink]:
+    """The sinks outside of this machine that the flags ask for.
+
+    Raises:
+        ValueError: it refuses, and why.
+    """
+    return [Wandb(config, folder, resumed)] if config.wandb_wanted else []
+
+
+def open_sinks(config: FinetuneConfig, folder: Path, step: int) -> list[Sink]:
+    """The sinks in the run's folder that the flags ask for."""
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", step)]
     if config.use_tensorboard:
         sinks.append(TensorBoard(folder, step))
-    if config.wandb_wanted:
-        sinks.append(Wandb(config, folder, name, settings))
     return sinks
 
 

@@ -282,4 +282,5 @@ OPENVLA = ModelFamily(
     build_task=build_task,
     outline=outline,
     pictures=pictures,
+    usual_batch=64,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +18,14 @@ from prismo.align.recipe import layer_index
 from prismo.data.specs import resolve
 from prismo.models.merge import resolve_base
 from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.training.checkpoint import base_of, check_same_run, check_state
+from prismo.training.checkpoint import base_of, check_same_run, check_state, read_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.training.families import family_of
+from prismo.training.families import family_of, settings_folder
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
+from prismo.util.extras import install_hint
+from prismo.util.hub import is_hub_id
 
 _LOG = logging.getLogger(__name__)
-_USUAL_BATCH = 32
 
 C = TypeVar("C", bound=FinetuneConfig)
 
@@ -56,27 +58,56 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
     if not config.dry_run:
         held.enter_context(run.locked())
     resume = find_resume(config, run)
-    if resume is not None and resume.exact:
+    exact = resume is not None and resume.exact
+    if exact:
         config = _base_of(config, resume)
-    base = resolve_base(config.vla_path)
-    config = family_of(base).settle(config, base, world_size)
-    if resume is not None and resume.exact:
-        _check_continuation(config, base, resume)
-    if resume is not None and not resume.exact:
+    _check_all(config, (_check_local_base, _check_teacher, _check_dataset, _check_extras))
+    base = settings_folder(config.vla_path)
+    family = family_of(base)
+    config = family.settle(config, base, world_size)
+    _check_layers(config, family.hidden_states(base))
+    if exact:
+        _check_continuation(config, resume)
+    if not config.dry_run:  # from here on gigabytes may be downloaded
+        base = resolve_base(config.vla_path)
+        if exact:
+            _check_fingerprint(base, resume)
+    if resume is not None and not exact:
         _check_writes_elsewhere(config, run, base)
-    _check_layers(config, base)
-    _check_dataset(config)
-    _check_extras(config)
+    _warn_of_small_batch(config, world_size, family.usual_batch)
+    return Plan(replace(config, resume=resume is not None), run, resume)
+
+
+def _check_all(config: FinetuneConfig, checks: Sequence[Callable[[FinetuneConfig], None]]) -> None:
+    """Make checks that do not depend on each other, and list everything that is wrong at once."""
+    problems: list[Exception] = []
+    for check in checks:
+        try:
+            check(config)
+        except (ValueError, OSError) as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} problems:", *map(str, problems)]))
+
+
+def _check_local_base(config: FinetuneConfig) -> None:
+    if Path(config.vla_path).is_dir() or not is_hub_id(config.vla_path):
+        resolve_base(config.vla_path)
+
+
+def _warn_of_small_batch(config: FinetuneConfig, world_size: int, usual: int) -> None:
     total = config.batch_size * config.grad_accumulation_steps * world_size
-    if total < _USUAL_BATCH:
+    if total < usual // 2:
         _LOG.warning(
-            "%d samples per update; the published runs use 64, and runs below %d usually end lower. "
+            "%d samples per update; the published runs use %d, and runs below %d usually end lower. "
             "--grad_accumulation_steps %d would make up for it",
             total,
-            _USUAL_BATCH,
-            -(-64 // (config.batch_size * world_size)),
+            usual,
+            usual // 2,
+            -(-usual // (config.batch_size * world_size)),
         )
-    return Plan(replace(config, resume=resume is not None), run, resume)
 
 
 def _base_of(config: C, resume: Resume) -> C:
@@ -87,17 +118,19 @@ def _base_of(config: C, resume: Resume) -> C:
     return config
 
 
-def _check_continuation(config: FinetuneConfig, base: Path, resume: Resume) -> None:
-    """The checkpoint is whole, and of this model and these flags."""
-    state = check_state(resume.folder)
-    changes = check_same_run(resume.folder, config)
-    if fingerprint(stored_tensors(base)) != state.base_fingerprint:
+def _check_continuation(config: FinetuneConfig, resume: Resume) -> None:
+    """The checkpoint is whole, and made with these flags."""
+    check_state(resume.folder)
+    if changes := check_same_run(resume.folder, config):
+        _LOG.warning("the state is restored exactly, but the run goes on with changed flags: %s", ", ".join(changes))
+
+
+def _check_fingerprint(base: Path, resume: Resume) -> None:
+    if fingerprint(stored_tensors(base)) != read_state(resume.folder).base_fingerprint:
         raise ValueError(
             f"{resume.folder} was trained on other weights than those in {base}; pass the model that the run started "
             "from as --vla_path"
         )
-    if changes:
-        _LOG.warning("the state is restored exactly, but the run goes on with changed flags: %s", ", ".join(changes))
 
 
 def _check_writes_elsewhere(config: FinetuneConfig, run: RunFolder, base: Path) -> None:
@@ -112,18 +145,21 @@ def _check_writes_elsewhere(config: FinetuneConfig, run: RunFolder, base: Path) 
         )
 
 
-def _check_layers(config: FinetuneConfig, base: Path) -> None:
-    """The layers to align exist in both models."""
+def _check_teacher(config: FinetuneConfig) -> None:
+    """The teacher is there and has the layer to align with."""
     recipe = config.align_recipe
-    if recipe is None or not isinstance(config, FinetuneAlignConfig):
-        return
-    states = family_of(base).hidden_states(base)
-    if not -states <= recipe.vla_layers_align < states:
+    if recipe is not None and isinstance(config, FinetuneAlignConfig):
+        layer_index(recipe.vggt_layers_align, outline_teacher(config.teacher, config.teacher_path).layers)
+
+
+def _check_layers(config: FinetuneConfig, states: int) -> None:
+    """The policy has the layer to align."""
+    recipe = config.align_recipe
+    if recipe is not None and not -states <= recipe.vla_layers_align < states:
         raise ValueError(
             f"--vla_layers_align {recipe.vla_layers_align}: {config.vla_path} has {states} hidden states, "
             f"{-states} to {states - 1} (the paper aligns 24 of 33)"
         )
-    layer_index(recipe.vggt_layers_align, outline_teacher(config.teacher, config.teacher_path).layers)
 
 
 def _check_dataset(config: FinetuneConfig) -> None:
@@ -140,4 +176,4 @@ def _check_dataset(config: FinetuneConfig) -> None:
 def _check_extras(config: FinetuneConfig) -> None:
     for wanted, package in ((config.wandb_wanted, "wandb"), (config.use_tensorboard, "tensorboard")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"logging to {package} needs the package: pip install 'prismo[{package}]'")
+            raise ValueError(f"logging to {package} needs the package: {install_hint(package)}")

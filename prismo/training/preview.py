@@ -79,9 +79,9 @@ def expected_memory(
     }
 
 
-def describe(config: FinetuneConfig, run: Path, sizes: Sizes, memory: dict[str, float]) -> str:
+def describe(config: FinetuneConfig, device: torch.device, run: Path, sizes: Sizes, memory: dict[str, float]) -> str:
     """The text of a dry run."""
-    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | _resolved(config, device)
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     lines = [yaml.safe_dump(plain, sort_keys=False).rstrip(), "", f"run folder: {run}", "", "parameters"]
     lines += [f"  base (frozen)     {sizes.base:>15,}", f"  teacher (frozen)  {sizes.teacher:>15,}"]
@@ -90,6 +90,23 @@ def describe(config: FinetuneConfig, run: Path, sizes: Sizes, memory: dict[str, 
     lines += [f"  {name:43s} {value:8.2f}" for name, value in memory.items()]
     lines += [f"  {'together':43s} {sum(memory.values()):8.2f}"]
     return "\n".join(lines)
+
+
+def _resolved(config: FinetuneConfig, device: torch.device) -> dict[str, object]:
+    """What "auto" and None stand for on this machine."""
+
+    def name(precision: torch.dtype) -> str:
+        return str(precision).removeprefix("torch.")
+
+    values = {
+        "device": device.type,
+        "dtype": name(config.precision(device)),
+        "lora_alpha": config.policy_options.lora.resolved_alpha,
+        "use_wandb": config.wandb_wanted,
+    }
+    if isinstance(config, FinetuneAlignConfig):
+        values |= {"vggt_dtype": name(config.teacher_precision(device))}
+    return values
 
 
 def first_batch_picture(batch: Batch, pictures: Tensor, path: Path) -> Path:

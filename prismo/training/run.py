@@ -20,7 +20,8 @@ from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import read_state
 from prismo.training.config import FinetuneConfig, parse_config
 from prismo.training.distributed import World, start_world, stop_world
-from prismo.training.families import family_of
+from prismo.training.families import family_of, settings_folder
+from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
@@ -49,11 +50,11 @@ def _run(kind: type[FinetuneConfig], arguments: Sequence[str] | None, is_main: b
         return _fail(error, 2, is_main)
     try:
         with ExitStack() as held:
-            plan = _plan_on_all(config, world, held)
+            plan, online = _plan_on_all(config, world, held)
             if plan.config.dry_run:
                 _dry_run(plan, world)
             else:
-                _train(plan, world)
+                _train(plan, world, online)
     except NonFiniteLossError as error:
         return _fail(error, 1, is_main)
     except _WRONG_INPUT as error:
@@ -69,13 +70,18 @@ def _fail(error: Exception, code: int, show: bool) -> int:
     return code
 
 
-def _plan_on_all(config: FinetuneConfig, world: World, held: ExitStack) -> Plan:
-    """The main process looks at the files and takes the run; all processes get its result, or stop with its error."""
+def _plan_on_all(config: FinetuneConfig, world: World, held: ExitStack) -> tuple[Plan, list[Sink]]:
+    """The main process looks at the files and takes the run; all processes get its result, or stop with its error.
+
+    It also opens the logs that may be refused from outside, before minutes go by with reading weights.
+    """
     plan: Plan | None = None
+    online: list[Sink] = []
     failure: Exception | None = None
     if world.is_main:
         try:
             plan = make_plan(config, world.size, held)
+            online = [] if config.dry_run else open_online(plan.config, plan.run.path, plan.resume is not None)
         except _WRONG_INPUT as error:
             failure = error
     plan = world.broadcast(plan)
@@ -83,10 +89,10 @@ def _plan_on_all(config: FinetuneConfig, world: World, held: ExitStack) -> Plan:
         raise failure
     if plan is None:
         sys.exit(2)
-    return plan
+    return plan, online
 
 
-def _train(plan: Plan, world: World) -> None:
+def _train(plan: Plan, world: World, online: list[Sink]) -> None:
     config = plan.config
     if config.compiles:
         end_descendants_of_this_process()
@@ -102,9 +108,10 @@ def _train(plan: Plan, world: World) -> None:
     if world.is_main:
         dump_statistics(data[0].statistics, plan.run.path / "dataset_statistics.json")
         trained = sum(p.numel() for p in task.objective.parameters() if p.requires_grad)
-        _LOG.info("%s: %s windows, %s trained weights", plan.run.path.name, f"{len(data[0]):,}", f"{trained:,}")
+        windows = loaders[0].samples_per_epoch
+        _LOG.info("%s: %s windows per epoch, %s trained weights", plan.run.path.name, f"{windows:,}", f"{trained:,}")
     errors = ActionErrors(data[0].statistics, robot, world.device)
-    trainer = Trainer(config, task, RunData(*loaders, errors), plan.run, world, plan.resume)
+    trainer = Trainer(config, task, RunData(*loaders, errors), plan.run, world, plan.resume, online)
     done = trainer.fit()
     if world.is_main:
         _LOG.info(
@@ -158,7 +165,7 @@ def _dry_run(plan: Plan, world: World) -> None:
     if not world.is_main:
         return
     config = replace(plan.config, num_workers=0)
-    base = resolve_base(config.vla_path)
+    base = settings_folder(config.vla_path)
     family = family_of(base)
     data = _open_datasets(config, family.chunk(base))
     outline = family.outline(config, base, data[0].embodiment)
@@ -168,4 +175,5 @@ def _dry_run(plan: Plan, world: World) -> None:
     batch = next(iter(_loaders(config, data, collate, alone)[0]))
     pictures = family.pictures(config, base, batch)
     picture = first_batch_picture(batch, pictures, plan.run.path / "first_batch.png")
-    sys.stdout.write(describe(config, plan.run.path, sizes, memory) + f"\n\nfirst batch: {picture}\n")
+    text = describe(plan.config, world.device, plan.run.path, sizes, memory)
+    sys.stdout.write(f"{text}\n\nfirst batch: {picture}\n")

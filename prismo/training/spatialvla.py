@@ -339,4 +339,5 @@ SPATIALVLA = ModelFamily(
     build_task=build_task,
     outline=outline,
     pictures=pictures,
+    usual_batch=256,
 )

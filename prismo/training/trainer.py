@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from prismo.training.signals import StopSignals
 from prismo.training.step import StepResult, TrainStep
 from prismo.training.task import TrainingTask
 from prismo.training.validate import validate
+from prismo.util.text import first_line
 
 _LOG = logging.getLogger(__name__)
 _MAP_SAMPLES = 4
@@ -92,6 +93,7 @@ class Trainer:
         run: where to write.
         world: the processes.
         resume: None starts from the base model.
+        online: logs that are open already; `fit` closes them.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Trainer:
         run: RunFolder,
         world: World,
         resume: Resume | None = None,
+        online: Sequence[Sink] = (),
     ) -> None:
         self.config, self.task, self.data, self.run, self.world = config, task, data, run, world
         self.done = 0
@@ -115,7 +118,7 @@ class Trainer:
             seed=config.seed,
         )
         self._position = data.train.state_dict()
-        self._sinks: list[Sink] = []
+        self._sinks = list(online)
         if resume is not None:
             self._restore(resume)
         samples = config.batch_size * config.grad_accumulation_steps * world.size
@@ -166,8 +169,7 @@ class Trainer:
         self.run.path.mkdir(parents=True, exist_ok=True)
         self._check_space()
         write_training_config(self.run.path, self.config, self.task.robot, self.world.size, self.step.precision)
-        settings = {name: str(value) for name, value in asdict(self.config).items()}
-        self._sinks = open_sinks(self.config, self.run.path, self.run.path.name, self.done, settings)
+        self._sinks += open_sinks(self.config, self.run.path, self.done)
         if self.done:
             _LOG.info("resumed at update %d of %d", self.done, self.config.max_steps)
 
@@ -312,7 +314,7 @@ class Trainer:
             return
         try:
             self.task.merge(folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             _LOG.error("%s is saved, but not merged: %s; %s", folder, error, later)
 
     def _check_equal(self) -> None:
@@ -338,7 +340,7 @@ class Trainer:
             present = self.run.checkpoints()
             before = f"the checkpoint before is whole: {present[0].folder}" if present else "there is none before"
             raise OSError(
-                f"cannot write the checkpoint after update {number} ({str(error).splitlines()[0]}); {before}. "
+                f"cannot write the checkpoint after update {number} ({first_line(error)}); {before}. "
                 "Make room and continue with --resume True"
             ) from error
         self.run.prune(self.config.keep_last, self.config.keep_states)
@@ -351,10 +353,10 @@ class Trainer:
         """
         bad = [not bool(torch.isfinite(total)) for total in update.result.totals]
         shown = [batch for batch, is_bad in zip(update.batches, bad, strict=True) if is_bad]
-        lines = [f"process {self.world.rank}: {_name(batch)}" for batch in shown]
+        lines = [f"process {self.world.rank}: {self._name(batch)}" for batch in shown]
         gathered = [line for lines in self.world.gather(lines) for line in lines]
         if not gathered:  # the losses are finite, only their gradient is not
-            named = [f"process {self.world.rank}: {_name(batch)}" for batch in update.batches]
+            named = [f"process {self.world.rank}: {self._name(batch)}" for batch in update.batches]
             gathered = [line for lines in self.world.gather(named) for line in lines]
         saved = update.number - 1
         whole = gather_state(self.step)
@@ -368,8 +370,14 @@ class Trainer:
             + "\nLook at these samples; else lower --learning_rate or --max_grad_norm, or use --dtype float32"
         )
 
-
-def _name(batch: Batch) -> str:
-    """Dataset, episode and step of every sample."""
-    places = zip(batch.dataset_names, batch.episode.tolist(), batch.step.tolist(), strict=True)
-    return ", ".join(f"{dataset} episode {episode} step {step}" for dataset, episode, step in places)
+    def _name(self, batch: Batch) -> str:
+        """Dataset, episode and step of the samples to blame: those with numbers that are not finite, else all."""
+        wrong = ~torch.isfinite(batch.actions).flatten(1).all(dim=1)
+        if self.config.use_proprio:
+            wrong |= ~torch.isfinite(batch.proprio).all(dim=1)
+        places = zip(batch.dataset_names, batch.episode.tolist(), batch.step.tolist(), wrong.tolist(), strict=True)
+        return ", ".join(
+            f"{dataset} episode {episode} step {step}" + (" (its numbers are not finite)" if bad else "")
+            for dataset, episode, step, bad in places
+            if bad or not wrong.any()
+        )

@@ -44,7 +44,7 @@ def read_json(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> T:
         ValueError: not UTF-8, not JSON, nested without end, or not of this kind; names the file and the first place.
         OSError: the file cannot be read.
     """
-    return _validate(Path(path).read_bytes(), kind, str(path), advice)
+    return parse_json(Path(path).read_bytes(), kind, str(path), advice=advice)
 
 
 def read_yaml(path: str | Path, kind: type[T], *, advice: str = _MISTYPED) -> T:
@@ -60,21 +60,24 @@ def read_yaml(path: str | Path, kind: type[T], *, advice: str = _MISTYPED) -> T:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not valid YAML ({reason}); {advice}") from error
-    return _validate(text.encode(), kind, str(path), advice)
+    return parse_json(text.encode(), kind, str(path), advice=advice)
 
 
 def check(value: Any, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
     """A value of JSON types (dictionaries, lists, strings, numbers) as `kind`; `where` names it in the error."""
-    return _validate(json.dumps(value).encode(), kind, where, advice)
+    return parse_json(json.dumps(value).encode(), kind, where, advice=advice)
 
 
 def read_json_lines(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> list[T]:
     """Every line of a file as `kind`; raises as `read_json` does and names the line."""
     lines = Path(path).read_bytes().splitlines()
-    return [_validate(line, kind, f"{path} line {number}", advice) for number, line in enumerate(lines, 1) if line]
+    return [
+        parse_json(line, kind, f"{path} line {number}", advice=advice) for number, line in enumerate(lines, 1) if line
+    ]
 
 
-def _validate(text: bytes, kind: Any, where: str, advice: str) -> Any:
+def parse_json(text: bytes, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
+    """JSON text as `kind`; `where` names it in the error. Raises as `read_json` does."""
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import prismo.training.openvla
+from prismo.data.dataset import open_dataset
+from prismo.data.loader import make_loader
 from prismo.training.build import policy_inputs
 from prismo.training.run_folder import RunFolder
-from tests.training.conftest import assert_same_state, figures, state, train
+from tests.training.conftest import DATASET, assert_same_state, figures, state, train
 
 
 @pytest.fixture
@@ -64,6 +66,19 @@ def test_no_room_to_merge_does_not_end_the_run(flags, small_disk, caplog):
     assert not list(saved.folder.glob("model*"))
 
 
+def test_a_merge_that_fails_does_not_end_the_run(flags, tmp_path, caplog, monkeypatch):
+    """Its verification finds what a broken disk or memory did."""
+
+    def differs(*_: object, **__: object) -> None:
+        raise ValueError("lm_head.weight is not base + adapter")
+
+    monkeypatch.setattr("prismo.models.merge._verify", differs)
+    options = {"max_steps": 2, "save_freq": 1, "batch_size": 1, "merge_lora_during_training": True}
+    assert train(flags(tmp_path, **options)) == 0
+    assert caplog.text.count("is saved, but not merged: lm_head.weight is not base + adapter; merge it later") == 2
+    assert RunFolder(tmp_path / "run").checkpoints()[0].step == 2
+
+
 def test_no_room_for_a_single_checkpoint_is_said_at_the_start(flags, small_disk, caplog):
     (small_disk / "ballast").write_bytes(bytes(3_500_000))
     with caplog.at_level(logging.ERROR):
@@ -72,7 +87,7 @@ def test_no_room_for_a_single_checkpoint_is_said_at_the_start(flags, small_disk,
     assert "free" in caplog.text
 
 
-def test_non_finite_batch_is_named_and_the_state_before_it_saved(flags, tmp_path, caplog, monkeypatch):
+def test_non_finite_batch_is_named_and_the_state_before_it_saved(flags, libero, tmp_path, caplog, monkeypatch):
     """The original trains on and saves the ruins (defect 18)."""
     options = {"max_steps": 6, "batch_size": 2, "save_freq": 100}
     assert train(flags(tmp_path, run_id_override="whole", **options)) == 0
@@ -83,14 +98,18 @@ def test_non_finite_batch_is_named_and_the_state_before_it_saved(flags, tmp_path
         nonlocal calls
         calls += 1
         if calls == 3:  # as a damaged recording would do
-            actions = actions.index_fill(0, torch.tensor([1]), float("nan"))
+            actions[1, 2, 3] = float("nan")
         return policy_inputs(images, text, actions, **rest)
 
     with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
         patched.setattr(prismo.training.openvla, "policy_inputs", spoiled)
         assert train(flags(tmp_path, **options)) == 1
     assert "not finite in update 3. The state after update 2 is saved" in caplog.text
-    assert "process 0: libero_spatial_no_noops episode" in caplog.text
+    batches = iter(make_loader(open_dataset(libero, DATASET, num_images=2), 2, seed=7, num_workers=0))
+    third = [next(batches) for _ in range(3)][-1]
+    place = f"{DATASET} episode {third.episode[1]} step {third.step[1]}"
+    assert f"\n  process 0: {place} (its numbers are not finite)\n" in caplog.text
+    assert caplog.text.count(" episode ") == 1  # the other sample of the batch is not blamed
     run = RunFolder(tmp_path / "run")
     assert [c.step for c in run.checkpoints()] == [2]
     assert_same_state(run.step_folder(2), RunFolder(tmp_path / "two").step_folder(2))

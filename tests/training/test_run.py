@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import prismo.training.logs
@@ -22,7 +24,7 @@ from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
 from prismo.models.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
-from prismo.training.logs import chart_name
+from prismo.training.logs import JsonLines, chart_name
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import DATASET, assert_same_state, figures, metrics, state, train
 
@@ -255,6 +257,10 @@ def test_dry_run_reads_no_weights(flags, tmp_path, tiny_base, capsys):
     assert train(flags(tmp_path, dry_run=True, vla_path=base)) == 0
     text = capsys.readouterr().out
     assert "lora_rank: 4" in text
+    resolved = yaml.safe_load(text.split("run folder:")[0])
+    assert {name: resolved[name] for name in ("device", "dtype", "vggt_dtype", "lora_alpha", "use_wandb")} == {
+        "device": "cpu", "dtype": "float32", "vggt_dtype": "float32", "lora_alpha": 4, "use_wandb": False
+    }  # fmt: skip
     assert "10,183" in text  # parameters of the action head
     assert "expected memory" in text
     with Image.open(tmp_path / "run" / "first_batch.png") as picture:
@@ -292,7 +298,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
         ),
         pytest.param(
             {"use_tensorboard": True},
-            "pip install 'prismo[tensorboard]'",
+            "[tensorboard]",
             marks=pytest.mark.skipif(bool(find_spec("tensorboard")), reason="tensorboard is installed"),
         ),
     ],
@@ -301,6 +307,48 @@ def test_wrong_input_stops_before_any_work(flags, tmp_path, errors, changes, mes
     assert train(flags(tmp_path, **changes)) == 2
     assert message in errors.text
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("base", ["/nowhere/openvla", "somebody/openvla-of-tomorrow"])
+def test_all_wrong_paths_are_listed_before_any_download(flags, tmp_path, errors, base):
+    changes = {"vla_path": base, "vggt_path": "/nowhere/model.pt", "data_root_dir": "/nowhere"}
+    assert train(flags(tmp_path, **changes)) == 2
+    (record,) = errors.records
+    problems = ["no VGGT weights at /nowhere/model.pt", "/nowhere/libero_spatial_no_noops"]
+    problems += [f"{base} is neither"] if base.startswith("/") else []
+    assert f"{len(problems)} problems" in record.message
+    assert all(problem in record.message for problem in problems)
+    assert "fetched" not in errors.text
+    assert not list(tmp_path.rglob("run"))
+
+
+def test_dry_run_downloads_settings_only(flags, tmp_path, errors, tiny_base, monkeypatch, capsys):
+    """The cache holds what a first dry run has fetched; the hub cannot be asked."""
+    hub = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "hub" / "models--somebody--tiny" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for path in tiny_base.glob("*.json"):
+        shutil.copyfile(path, snapshot / path.name)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    arguments = flags(tmp_path / "runs", vla_path="somebody/tiny")
+    assert train([*arguments, "--dry_run", "True"]) == 0
+    assert "10,183" in capsys.readouterr().out  # parameters of the action head
+    assert train([*arguments, "--vla_layers_align", "24"]) == 2
+    assert "--vla_layers_align 24" in errors.text  # said before the weights are fetched
+    assert train(arguments) == 2
+    assert "somebody/tiny" in errors.records[-1].message or str(snapshot) in errors.records[-1].message
+
+
+def test_a_base_of_another_kind(flags, tmp_path, errors, tiny_base):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    for dry in (False, True):
+        errors.clear()
+        assert train(flags(tmp_path, vla_path=tmp_path / "base", dry_run=dry)) == 2
+        assert "model_type 'llama', expected 'openvla' or 'spatialvla'" in errors.text
 
 
 def test_action_size_that_does_not_fit(flags, tmp_path, errors, libero):
@@ -324,8 +372,35 @@ def test_weights_and_biases_respects_the_users_mode(flags, tmp_path, monkeypatch
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_weights_and_biases_that_refuses_stops_before_the_weights_are_read(flags, tmp_path, monkeypatch, errors):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the settings of a run before
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert train(flags(tmp_path, max_steps=1, wandb_project="mine")) == 2
+    (record,) = errors.records
+    assert record.exc_info is None
+    assert "Weights & Biases: No API key configured" in record.message
+    assert "WANDB_MODE=offline" in record.message
+    assert not (tmp_path / "run" / "dataset_statistics.json").exists()
+    wandb.teardown()
+
+
+def test_a_damaged_log_does_not_stop_a_resumed_run(tmp_path):
+    """Cut off, not UTF-8, or no entries at all: what is left of earlier steps is kept."""
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "split": "train", "loss": 0.5}'
+    path.write_bytes(
+        b"\n".join([good, b"\xff\xfe", b"[]", b"{}", b'{"step": "2"}', b'{"step": 5}', b'{"step": 2, "lo'])
+    )
+    JsonLines(path, 2).close()
+    assert path.read_bytes() == good + b"\n"
+
+
 def test_tensorboard(flags, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'prismo[tensorboard]')")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (the extra `tensorboard`)")
     before = "tensorflow" in sys.modules
     assert train(flags(tmp_path, max_steps=2, use_tensorboard=True, align_map_freq=1)) == 0
     assert ("tensorflow" in sys.modules) == before

@@ -102,6 +102,13 @@ def test_checkpoint_has_the_official_layout_and_the_dataset(lora_run, svla_base)
     assert (lora_run / "run" / "align_maps" / "step-000003.png").is_file()
 
 
+def test_batches_of_the_published_runs(svla, tmp_path, caplog):
+    """Another number than OpenVLA's."""
+    caplog.set_level(logging.WARNING)
+    assert train(svla(tmp_path, dry_run=True)) == 0
+    assert "2 samples per update; the published runs use 256, and runs below 128" in caplog.text
+
+
 def test_logged_figures(lora_run):
     entry = metrics(lora_run / "run")[1]
     assert {"loss", "translation_accuracy", "rotation_accuracy", "gripper_accuracy", "align_loss", "align_cosine_view0",
