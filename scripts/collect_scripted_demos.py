@@ -18,9 +18,10 @@ from prismo.sim.assets import Assets, resolve_assets
 from prismo.sim.collect import expert_items, run_expert, success_table
 from prismo.sim.collection import Collection, Finished, Item
 from prismo.util.cli import run_command
+from prismo.util.flags import at_least
 
 
-@dataclass
+@dataclass(frozen=True)
 class CollectConfig:
     # libero_object, or libero_spatial (some tasks)
     task_suite_name: str = "libero_object"
@@ -49,6 +50,7 @@ class CollectConfig:
 
 
 def main(cfg: CollectConfig) -> None:
+    at_least(cfg, num_demos_per_task=1, num_workers=1, noise=0, image_size=16, seed=0)
     items = expert_items(cfg.task_suite_name, cfg.task_ids, cfg.num_demos_per_task)
     assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
     collection = None if cfg.dry_run else open_collection(cfg, items, assets)

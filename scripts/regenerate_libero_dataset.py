@@ -9,72 +9,79 @@ target folder: the initial states of the demonstrations, for `--initial_states_p
 run continues where it stopped; nothing is asked, `--overwrite` starts anew.
 """
 
-import argparse
-import logging
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from prismo.sim import SUITES, SimWorker
+from prismo.sim import SimWorker
 from prismo.sim.assets import resolve_assets
 from prismo.sim.collection import Collection, Finished
 from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
+from prismo.util.cli import run_command
+from prismo.util.flags import at_least
 
 
-def main() -> None:
-    args = parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        items = raw_items(args.libero_task_suite, args.libero_raw_data_dir, args.task_ids)
-        assets = resolve_assets(args.libero_assets, download=args.download_assets)
-        settings = {"seed": args.seed, "image_size": args.image_size, "assets": assets.source}
-        tasks = {item.task for item in items}
-        collection = Collection(args.libero_target_dir, settings, tasks, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+@dataclass(frozen=True)
+class RegenerateConfig:
+    # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
+    libero_task_suite: str
+    # Folder of the raw HDF5 files
+    libero_raw_data_dir: Path
+    # Folder for the new HDF5 files
+    libero_target_dir: Path
+    # Empty the target folder first
+    overwrite: bool = False
+    # Only these tasks (0-based), e.g. "0 5". Default: all
+    task_ids: list[int] | None = None
+    # Simulator processes
+    num_workers: int = 2
+    # Height and width of the pictures
+    image_size: int = 256
+    # Demonstration k uses seed + k for the poses of fixtures, unless its file says which seed it had
+    seed: int = 0
+    # Folder of LIBERO's assets, or "stand-ins". Default: PRISMO_LIBERO_ASSETS, what is installed
+    libero_assets: str | None = None
+    # Fetch LIBERO's assets (200 MB) from the hub where none are found
+    download_assets: bool = False
+
+
+def main(cfg: RegenerateConfig) -> None:
+    at_least(cfg, num_workers=1, image_size=16, seed=0)
+    items = raw_items(cfg.libero_task_suite, cfg.libero_raw_data_dir, cfg.task_ids)
+    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+    settings = {"seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}
+    tasks = {item.task for item in items}
+    collection = Collection(cfg.libero_target_dir, settings, tasks, overwrite=cfg.overwrite)
 
     def make_worker() -> SimWorker:
-        return SimWorker(assets, image_size=args.image_size)
+        return SimWorker(assets, image_size=cfg.image_size)
 
     finished: list[Finished] = []
-    with tqdm(total=len(items), unit="demo", desc=args.libero_task_suite) as progress:
+    with tqdm(total=len(items), unit="demo", desc=cfg.libero_task_suite) as progress:
         for done in regenerate(
             items,
-            args.libero_raw_data_dir,
+            cfg.libero_raw_data_dir,
             make_worker,
-            num_workers=args.num_workers,
-            seed=args.seed,
+            num_workers=cfg.num_workers,
+            seed=cfg.seed,
             collection=collection,
         ):
             finished.append(done)
             progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} kept", refresh=False)
             progress.update()
     counts = collection.join(finished, make_worker().info)
-    metainfo = args.libero_target_dir / f"{args.libero_task_suite}_metainfo.json"
-    write_metainfo(metainfo, finished, args.libero_raw_data_dir)
+    metainfo = cfg.libero_target_dir / f"{cfg.libero_task_suite}_metainfo.json"
+    write_metainfo(metainfo, finished, cfg.libero_raw_data_dir)
     noops = sum(done.outcome.noops for done in finished)
     print(
-        f"kept {sum(counts.values())} of {len(items)} demonstrations, left out {noops} no-ops: {args.libero_target_dir}"
+        f"kept {sum(counts.values())} of {len(items)} demonstrations, left out {noops} no-ops: {cfg.libero_target_dir}"
     )
     if empty := [task.name for task, count in counts.items() if count == 0]:
         raise SystemExit(f"no demonstration is left of {', '.join(empty)}: check the simulator with scripts/doctor.py")
     collection.discard_parts()
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--libero_task_suite", required=True, choices=SUITES)
-    parser.add_argument("--libero_raw_data_dir", required=True, type=Path, help="folder of the raw HDF5 files")
-    parser.add_argument("--libero_target_dir", required=True, type=Path, help="folder for the new HDF5 files")
-    parser.add_argument("--overwrite", action="store_true", help="empty the target folder first")
-    parser.add_argument("--task_ids", type=int, nargs="+", help="only these tasks (0-based)")
-    parser.add_argument("--num_workers", type=int, default=2, help="simulator processes")
-    parser.add_argument("--image_size", type=int, default=256, help="height and width of the pictures")
-    parser.add_argument("--seed", type=int, default=0, help="demonstration k uses seed + k for the poses of fixtures")
-    parser.add_argument("--libero_assets", help='folder of LIBERO\'s assets, or "stand-ins"')
-    parser.add_argument("--download_assets", action="store_true", help="fetch the assets (200 MB) where none are found")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, RegenerateConfig))

@@ -8,7 +8,7 @@ from prismo.sim.collection import Collection, Finished, Item
 from prismo.sim.interface import EpisodeOutcome
 from prismo.sim.parallel import run_jobs
 from prismo.sim.rates import Rate
-from prismo.sim.suites import load_init_states, load_tasks
+from prismo.sim.suites import check_task_ids, load_init_states, load_tasks
 from prismo.sim.worker import SimWorker
 
 # Tasks that the expert solves; measured with `scripts/collect_scripted_demos.py --dry_run true`.
@@ -22,6 +22,7 @@ def expert_items(suite: str, task_ids: list[int] | None, demos_per_task: int) ->
     Raises:
         ValueError: the expert does not know one of them.
     """
+    check_task_ids(suite, task_ids)
     tasks = load_tasks(suite)
     known = EXPERT_TASKS.get(suite, ())
     wanted = known if task_ids is None else tuple(sorted(set(task_ids)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from prismo.sim import standins
 from prismo.sim.assets import ASSETS_VARIABLE, Assets
-from prismo.sim.demos import read_demo, write_demo
+from prismo.sim.demos import DemoError, read_demo, write_demo
 from prismo.sim.expert import run_episode
 from prismo.sim.gl import GLBackend
 from prismo.sim.interface import (
@@ -82,7 +82,10 @@ class Commands:
 
         `seed` is for files that do not say theirs.
         """
-        demo = read_demo(source, index, images=False)
+        try:
+            demo = read_demo(source, index, images=False)
+        except DemoError as error:
+            raise SimulatorError(str(error)) from error
         seed = seed if demo.seed is None else demo.seed
         result = replay(self._environment(suite, task_id), demo, seed=seed, drop_noops=drop_noops)
         if result.success and result.demo is not None:

@@ -11,6 +11,9 @@ that makes RLDS data.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,10 @@ from prismo.util.files import atomic_write
 
 AGENT_VIEW = "agentview_rgb"
 WRIST_VIEW = "eye_in_hand_rgb"
+
+
+class DemoError(ValueError):
+    """A file of demonstrations is damaged or not of LIBERO's schema; the message names it and the place."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Demo:
 
 
 _ARRAYS = tuple(field.name for field in fields(Demo) if field.name != "seed")
+_WIDTHS = {"actions": 7, "states": None, "robot_states": 9, "gripper_states": 2, "joint_states": 7, "ee_states": 6}
 
 
 class Recorder:
@@ -156,7 +164,7 @@ def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) ->
         data = file.create_group("data")
         total = 0
         for index, part in sorted(parts.items()):
-            with h5py.File(part, "r") as source:
+            with _opened(part) as source:
                 source.copy("demo", data, name=f"demo_{index}")
             total += int(data[f"demo_{index}"].attrs["num_samples"])
         problem = {"domain_name": "robosuite", "language_instruction": task.language}
@@ -176,27 +184,90 @@ def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) ->
 
 
 def demo_indices(path: Path) -> list[int]:
-    """The demonstrations of a file, in numeric order (they may have gaps)."""
-    with h5py.File(path, "r") as file:
-        return sorted(int(name.removeprefix("demo_")) for name in file["data"])
+    """The demonstrations of a file, in numeric order (they may have gaps). Every one has LIBERO's schema.
+
+    Raises:
+        DemoError: something is missing or of another kind; says where.
+    """
+    with _opened(path) as file:
+        data = file.get("data")
+        if not isinstance(data, h5py.Group) or not len(data):
+            raise DemoError(f"{path} has no group data with demonstrations (demo_0, ...); expected LIBERO's schema")
+        wrong = [name for name in data if not re.fullmatch(r"demo_\d+", name)]
+        if wrong:
+            raise DemoError(f"{path}: data holds {wrong[0]!r} where demo_<number> was expected")
+        indices = sorted(int(name.removeprefix("demo_")) for name in data)
+        for index in indices:
+            _datasets(path, file, index)
+    return indices
 
 
 def read_demo(path: Path, index: int, *, images: bool = True) -> Demo:
     """Demonstration `index` of a LIBERO HDF5 file: ours, OpenVLA's regenerated ones, or LIBERO's raw ones.
 
     Raises:
-        ValueError: the file lacks it, or something in it.
+        DemoError: the file lacks it, or something in it is missing, of another kind or no finite number.
     """
-    with h5py.File(path, "r") as file:
-        group = file.get(f"data/demo_{index}")
-        if group is None:
-            raise ValueError(f"{path} has no demonstration {index}; it has {demo_indices(path)}")
-        arrays: dict[str, np.ndarray | None] = {}
-        for name in _ARRAYS:
-            dataset = group.get(name, group["obs"].get(name))
-            is_image = name in (AGENT_VIEW, WRIST_VIEW)
-            if dataset is None and not is_image:
-                raise ValueError(f"{path}: data/demo_{index} lacks {name!r}; expected LIBERO's schema")
-            arrays[name] = None if dataset is None or (is_image and not images) else dataset[()]
-        seed = group.attrs.get("seed")
+    with _opened(path) as file:
+        if f"data/demo_{index}" not in file:
+            raise DemoError(f"{path} has no demonstration {index}; it has {demo_indices(path)}")
+        found = _datasets(path, file, index)
+        wanted = {name: dataset for name, dataset in found.items() if images or name in _WIDTHS}
+        arrays = {name: dataset[()] for name, dataset in wanted.items()}
+        seed = file[f"data/demo_{index}"].attrs.get("seed")
+    for name, array in arrays.items():
+        if name in _WIDTHS and not np.isfinite(array).all():
+            raise DemoError(f"{path}: data/demo_{index}/{name} holds NaN or infinity")
+    if seed is not None and not isinstance(seed, (int, np.integer)):
+        raise DemoError(f"{path}: data/demo_{index} has the seed {seed!r}; expected an integer")
     return Demo(**arrays, seed=None if seed is None else int(seed))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """A file for reading; what h5py throws at damaged ones (of any kind) becomes a DemoError."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except DemoError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise DemoError(f"{path} is no readable HDF5 file ({reason}); make or fetch it again") from error
+
+
+def _datasets(path: Path, file: h5py.File, index: int) -> dict[str, h5py.Dataset]:
+    """The arrays of a demonstration, all of the kind and length that `Demo` says; pictures may be absent."""
+    where = f"data/demo_{index}"
+    for name in (where, f"{where}/obs"):
+        if not isinstance(file.get(name), h5py.Group):
+            raise DemoError(f"{path}: {name} is no group; expected LIBERO's schema")
+    found = {}
+    for name in _ARRAYS:
+        at = f"{where}/{name}" if name in file[where] else f"{where}/obs/{name}"
+        if at in file:
+            _check_kind(f"{path}: {at}", file[at], name)
+            found[name] = file[at]
+        elif name in _WIDTHS:
+            raise DemoError(f"{path}: {where} lacks {name!r}; expected LIBERO's schema")
+    lengths = sorted({len(dataset) for dataset in found.values()})
+    if len(lengths) > 1 or lengths == [0]:
+        raise DemoError(f"{path}: {where} has arrays of {' and '.join(map(str, lengths))} steps")
+    return found
+
+
+def _check_kind(where: str, dataset: h5py.Dataset | h5py.Group, name: str) -> None:
+    """Refuse what is no array of numbers [T, width] or no picture."""
+    if name in _WIDTHS:
+        width = _WIDTHS[name]
+        expected = f"numbers [T, {width or 'N'}]"
+        right = isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "fiu" and dataset.ndim == 2
+        right = right and width in (None, dataset.shape[1])
+    else:
+        expected = "uint8 [T, H, W, 3]"
+        right = isinstance(dataset, h5py.Dataset) and dataset.dtype == np.uint8 and dataset.ndim == 4
+        right = right and dataset.shape[3] == 3
+    if not right:
+        is_array = isinstance(dataset, h5py.Dataset)
+        found = f"{dataset.dtype} {list(dataset.shape)}" if is_array else f"a {type(dataset).__name__.lower()}"
+        raise DemoError(f"{where} is {found}; expected {expected}")

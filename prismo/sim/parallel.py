@@ -22,6 +22,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _ATTEMPTS = 3
+_LOOK_S = 0.1
 
 
 def run_jobs(
@@ -50,13 +51,15 @@ def run_jobs(
 
     def work(worker: SimWorker) -> None:
         try:
-            while (job := pending.take(worker)) is not None:
-                done.put((job, _attempt(run, worker, job)))
+            with worker:
+                while (job := pending.take(worker)) is not None:
+                    done.put((job, _attempt(run, worker, job, pending)))
         except BaseException as error:  # handed over to the caller's thread
             done.put((None, error))
 
-    for worker in workers:
-        threading.Thread(target=work, args=(worker,), daemon=True).start()
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
     try:
         for _ in jobs:
             job, result = done.get()
@@ -65,16 +68,18 @@ def run_jobs(
             yield job, result
     finally:
         pending.stop()
-        for worker in workers:
-            worker.close()
+        for worker, thread in zip(workers, threads, strict=True):
+            while thread.is_alive():  # it may be about to start its simulator
+                worker.interrupt()
+                thread.join(_LOOK_S)
 
 
-def _attempt(run: Callable[[SimWorker, Job], Result], worker: SimWorker, job: Job) -> Result:
+def _attempt(run: Callable[[SimWorker, Job], Result], worker: SimWorker, job: Job, pending: _Pending) -> Result:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return run(worker, job)
         except (SimulatorCrashed, SimulatorTimeout) as error:
-            if attempt == _ATTEMPTS:
+            if attempt == _ATTEMPTS or pending.stopped:
                 raise
             log.warning("%s; repeating the job with a new simulator", error)
     raise AssertionError("unreachable")
@@ -85,6 +90,7 @@ class _Pending:
 
     def __init__(self, jobs: Sequence[Any], group: Callable[[Any], Hashable]) -> None:
         self._lock = threading.Lock()
+        self.stopped = False
         self._groups: dict[Hashable, deque] = {}
         self._owned: dict[SimWorker, Hashable] = {}
         for job in jobs:
@@ -105,4 +111,5 @@ class _Pending:
 
     def stop(self) -> None:
         with self._lock:
+            self.stopped = True
             self._groups.clear()

@@ -14,7 +14,7 @@ from prismo.sim.collect import run_items
 from prismo.sim.collection import Collection, Finished, Item
 from prismo.sim.demos import demo_file_name, demo_indices, read_demo
 from prismo.sim.interface import EpisodeOutcome
-from prismo.sim.suites import load_tasks
+from prismo.sim.suites import check_task_ids, load_tasks
 from prismo.sim.worker import SimWorker
 from prismo.util.files import write_json
 
@@ -26,7 +26,9 @@ def raw_items(suite: str, raw_folder: Path, task_ids: list[int] | None = None) -
 
     Raises:
         FileNotFoundError: a task's file is missing.
+        ValueError: the suite has no such task, or a file does not have LIBERO's schema.
     """
+    check_task_ids(suite, task_ids)
     tasks = load_tasks(suite)
     wanted = tasks if task_ids is None else tuple(tasks[index] for index in sorted(set(task_ids)))
     missing = [demo_file_name(task) for task in wanted if not (raw_folder / demo_file_name(task)).is_file()]

@@ -230,6 +230,12 @@ class SimWorker:
         self._log.close()
         return "; its last output:\n" + "\n".join(lines) if lines else ""
 
+    def interrupt(self) -> None:
+        """From another thread: kill the process; the call that waits for it raises SimulatorCrashed."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process; a later `reset` starts a new one."""
         if self._process is None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from prismo.data.hdf5 import find_demonstrations, read_episodes
-from prismo.sim import SimWorker, load_task
+from prismo.sim import SimulatorError, SimWorker, load_task
 from prismo.sim.assets import Assets
 from prismo.sim.collect import EXPERT_TASKS, expert_items, run_expert, success_table
 from prismo.sim.collection import Collection
@@ -53,6 +53,12 @@ def make_blind(stand_ins: Assets) -> Callable[[], SimWorker]:
 
 def butter_file(folder: Path) -> Path:
     return folder / demo_file_name(load_task("libero_object", BUTTER))
+
+
+def arrays(demo: Demo, change: Callable[[np.ndarray], np.ndarray]) -> Demo:
+    """The demonstration with `change` applied to all its arrays."""
+    values = {field.name: getattr(demo, field.name) for field in fields(Demo) if field.name != "seed"}
+    return replace(demo, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def assert_equal(a: Demo, b: Demo) -> None:
@@ -114,7 +120,7 @@ def test_regenerating_reproduces_states_and_pictures(collected: Path, tmp_path: 
     states = read_custom_init_states(target / "libero_object_metainfo.json", load_task("libero_object", BUTTER))
     assert np.array_equal(states[0], read_demo(butter_file(collected), 0).states[0])
     again = run_script("regenerate_libero_dataset.py", *flags, *options)  # stdin is closed: nothing may be asked
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "is finished; give --overwrite" in again.stderr
     assert "Traceback" not in again.stderr
 
@@ -122,9 +128,99 @@ def test_regenerating_reproduces_states_and_pictures(collected: Path, tmp_path: 
 def test_missing_raw_files_are_named(tmp_path: Path) -> None:
     flags = ("--libero_task_suite", "libero_goal", "--libero_raw_data_dir", tmp_path, "--libero_target_dir", tmp_path)
     done = run_script("regenerate_libero_dataset.py", *flags)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "lacks 10 of 10 demonstration files of libero_goal, e.g. open_the_middle_drawer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def small_file(folder: Path) -> Path:
+    """Two demonstrations of three steps in a task's file."""
+    widths = {"actions": 7, "states": 11, "robot_states": 9, "gripper_states": 2, "joint_states": 7, "ee_states": 6}
+    pictures = dict.fromkeys(("agentview_rgb", "eye_in_hand_rgb"), np.zeros((3, 8, 8, 3), np.uint8))
+    demo = Demo(**{name: np.ones((3, width)) for name, width in widths.items()}, **pictures)
+    write_demo(folder / "part.hdf5", demo)
+    task = load_task("libero_object", BUTTER)
+    assemble(folder / demo_file_name(task), dict.fromkeys((0, 1), folder / "part.hdf5"), task, INFO)
+    return folder / demo_file_name(task)
+
+
+def put(name: str, value: np.ndarray | None) -> Callable[[h5py.File], None]:
+    """Puts an array (None: a group) in the place of what has that name."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        if value is None:
+            file.create_group(name)
+        else:
+            file[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (put("data", np.zeros(3)), "no group data with demonstrations"),
+        (lambda file: file.move("data", "other"), "no group data with demonstrations"),
+        (lambda file: file.move("data/demo_1", "data/first"), "'first' where demo_<number> was expected"),
+        (put("data/demo_1", np.zeros(3)), "data/demo_1 is no group"),
+        (put("data/demo_1/obs", np.zeros(3)), "data/demo_1/obs is no group"),
+        (put("data/demo_1/actions", None), r"data/demo_1/actions is a group; expected numbers \[T, 7\]"),
+        (put("data/demo_1/actions", np.zeros((3, 6))), r"data/demo_1/actions is float64 \[3, 6\]; expected .*\[T, 7\]"),
+        (put("data/demo_1/actions", np.array([["a"] * 7] * 3, "S1")), r"data/demo_1/actions is .*; expected numbers"),
+        (put("data/demo_1/states", np.zeros(3)), "data/demo_1/states is float64"),
+        (put("data/demo_1/states", np.zeros((2, 11))), "data/demo_1 has arrays of 2 and 3 steps"),
+        (put("data/demo_1/actions", np.full((3, 7), np.nan)), "data/demo_1/actions holds NaN or infinity"),
+        (put("data/demo_1/states", np.full((3, 11), np.inf)), "data/demo_1/states holds NaN or infinity"),
+        (put("data/demo_1/obs/agentview_rgb", np.zeros((3, 8, 8, 3), np.float32)), r"float32 .*; expected uint8 \[T, H"),
+        (put("data/demo_1/obs/agentview_rgb", np.zeros((3, 8, 8, 3), np.uint16)), "is uint16"),
+        (put("data/demo_1/obs/eye_in_hand_rgb", np.zeros((3, 8, 8), np.uint8)), r"is uint8 \[3, 8, 8\]"),
+        (lambda file: file["data/demo_1"].attrs.update(seed="x"), "data/demo_1 has the seed 'x'"),
+    ],
+)
+def test_a_damaged_demonstration_is_one_sentence(
+    change: Callable[[h5py.File], None], says: str, tmp_path: Path
+) -> None:
+    path = small_file(tmp_path)
+    with h5py.File(path, "a") as file:
+        change(file)
+    with pytest.raises(ValueError, match=says) as error:
+        for index in demo_indices(path):
+            read_demo(path, index)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("kept", [0, 10, 2000, 0.9])
+def test_a_truncated_file_is_one_sentence(kept: float, tmp_path: Path) -> None:
+    path = small_file(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if kept >= 1 else int(kept * len(content))])
+    with pytest.raises(ValueError, match=r"_demo\.hdf5 is no readable HDF5 file \(.*\); make or fetch it again"):
+        demo_indices(path)
+
+
+def test_regenerating_looks_at_the_files_first(tmp_path: Path) -> None:
+    """Before a simulator is started, and without a traceback."""
+    with h5py.File(small_file(tmp_path), "a") as file:
+        put("data/demo_1/actions", None)(file)
+    flags = ("--libero_task_suite", "libero_object", "--libero_raw_data_dir", tmp_path, "--task_ids", BUTTER)
+    target = tmp_path / "target"
+    done = run_script("regenerate_libero_dataset.py", *flags, "--libero_target_dir", target)
+    assert done.returncode == 2
+    assert "data/demo_1/actions is a group" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not target.exists()
+
+
+def test_damage_in_the_data_is_one_sentence(tmp_path: Path, blind_worker: SimWorker) -> None:
+    """Found by the simulator process, which reads the numbers."""
+    path = small_file(tmp_path)
+    with h5py.File(path, "a") as file:
+        put("data/demo_1/actions", np.full((3, 7), np.nan))(file)
+    where = {"suite": "libero_object", "task_id": BUTTER, "source": path, "index": 1, "target": tmp_path / "x.hdf5"}
+    with pytest.raises(SimulatorError) as error:
+        blind_worker.request("replay_demo", 60.0, **where, seed=0, drop_noops=True)
+    assert str(error.value) == f"{path}: data/demo_1/actions holds NaN or infinity"
 
 
 def test_noops_and_failures_are_left_out(collected: Path, tmp_path: Path, make_blind: Callable[[], SimWorker]) -> None:
@@ -135,8 +231,9 @@ def test_noops_and_failures_are_left_out(collected: Path, tmp_path: Path, make_b
     positions = np.arange(0, len(demo), 20) + 1  # behind the action whose gripper command they repeat
     raw = tmp_path / "raw"
     task = load_task("libero_object", BUTTER)
-    write_demo(tmp_path / "0.hdf5", replace(demo, actions=np.insert(demo.actions, positions, idle, axis=0)))
-    write_demo(tmp_path / "3.hdf5", replace(demo, actions=demo.actions[:50]))
+    longer = arrays(demo, lambda array: np.insert(array, positions, array[positions - 1], axis=0))
+    write_demo(tmp_path / "0.hdf5", replace(longer, actions=np.insert(demo.actions, positions, idle, axis=0)))
+    write_demo(tmp_path / "3.hdf5", arrays(demo, lambda array: array[:50]))
     assemble(raw / demo_file_name(task), {0: tmp_path / "0.hdf5", 3: tmp_path / "3.hdf5"}, task, INFO)
 
     items = raw_items("libero_object", raw, [BUTTER])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import defaultdict
 
 import pytest
@@ -52,3 +53,29 @@ def test_first_error_ends_the_work(stand_ins: Assets) -> None:
     with pytest.raises(SimulatorError, match="initial states 0 to 49; found 50"):
         list(run_jobs([0, 50, 1, 2], run, make, 1, group=lambda _: 0))
     assert [worker.pid for worker in workers] == [None]
+
+
+def test_nothing_is_started_after_the_end(stand_ins: Assets) -> None:
+    """Whoever stops reading (Ctrl-C, an error) stops the work: a killed simulator is not taken for a crashed one."""
+    started: list[tuple[int, int]] = []
+    workers: list[SimWorker] = []
+    threads = threading.active_count()
+
+    def make() -> SimWorker:
+        workers.append(SimWorker(stand_ins, cameras=False))
+        return workers[-1]
+
+    def run(worker: SimWorker, job: tuple[int, int]) -> None:
+        started.append(job)
+        worker.reset(SUITE, *job, settle_steps=0)
+        while job[1]:  # all but the first go on until their simulator is gone
+            worker.sim_state()
+
+    results = run_jobs([(task, state) for state in range(3) for task in (0, 1)], run, make, 2, group=lambda job: job[0])
+    next(results)
+    while (0, 1) not in started and (1, 1) not in started:
+        time.sleep(0.01)
+    results.close()
+    assert threading.active_count() == threads
+    assert [worker.pid for worker in workers] == [None, None]
+    assert len(started) == len(set(started)) <= 4
