@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge, Le
 from safetensors import SafetensorError, safe_open
 
 from prismo.util.hub import is_hub_id, no_such_folder
 from prismo.util.schema import read_json
+
+Size = Annotated[int, Ge(1), Le(1 << 24)]  # a width, a vocabulary, ...
+Layers = Annotated[int, Ge(1), Le(1000)]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

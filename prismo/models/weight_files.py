@@ -18,12 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from prismo.models.folder import weight_files
+from prismo.util.schema import parse_json
 
 T = TypeVar("T")
 DTYPES = {
@@ -167,28 +169,36 @@ def write_shards(
     return files, weight_map
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[Annotated[int, Ge(0)]]
+    data_offsets: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]]
+
+
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """Entries of one safetensors file in the order of their data."""
-    broken = ValueError(f"{file} is truncated or not a safetensors file; copy or download it again")
     total = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if total < 8 + length:
-            raise broken
-        try:
-            header = json.loads(handle.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise broken from error
+        text = handle.read(length) if 8 + length <= total else b""
+    try:
+        header = parse_json(text, dict[str, _Entry | dict[str, str]], str(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file; copy or download it again") from error
     header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     tensors = {}
-    for name, entry in entries:
-        start, end = entry["data_offsets"]
-        if 8 + length + end > total:
-            raise broken
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{file}: {name} has dtype {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-        tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    for name, entry in sorted(header.items(), key=lambda item: getattr(item[1], "data_offsets", (0, 0))):
+        if not isinstance(entry, _Entry):
+            raise ValueError(f"{file}: {name} is no tensor; copy or download it again")
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {entry.dtype}; expected one of {', '.join(DTYPES)}")
+        start, end = entry.data_offsets
+        if end - start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize or 8 + length + end > total:
+            raise ValueError(f"{file} is truncated: {name} is not whole; copy or download it again")
+        tensors[name] = StoredTensor(file, entry.dtype, tuple(entry.shape), 8 + length + start, end - start)
     return tensors
 
 

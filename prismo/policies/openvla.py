@@ -159,6 +159,7 @@ def load_openvla_policy(
         SelfTestError: the model does not behave as its attention kind demands.
     """
     device = torch.device(device)
+    processor = PrismaticProcessor.from_pretrained(processor_folder(checkpoint))
     vla = _load_vla(checkpoint, settings, device, dtype)
     modules = _load_modules(checkpoint, settings, vla.llm_dim, robot)
     for module in (modules.head, modules.proprio_projector, modules.noisy_action_projector):
@@ -166,7 +167,6 @@ def load_openvla_policy(
             module.to(device, dtype).eval()
     vla.eval()
     run_self_test(vla)
-    processor = PrismaticProcessor.from_pretrained(processor_folder(checkpoint))
     return OpenVLAPolicy(vla, modules, processor, settings, robot, checkpoint.statistics[settings.unnorm_key])
 
 

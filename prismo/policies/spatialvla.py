@@ -25,6 +25,7 @@ from prismo.models.spatialvla import (
     TokenDecoder,
     predict_actions,
 )
+from prismo.models.spatialvla.modeling import read_config
 from prismo.policies.base import PolicyInput
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.openvla import merge_adapter
@@ -177,13 +178,13 @@ def load_spatialvla_policy(
     Raises:
         FileNotFoundError, ValueError: a file is missing or does not fit.
     """
+    processor = SpatialVLAProcessor.from_pretrained(checkpoint.folder, read_config(weights_folder(checkpoint)))
     if checkpoint.adapter is None:
         model = SpatialVLAForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=dtype, device=device)
     else:  # merged in the stored dtype, as merging to disk does
         model = SpatialVLAForConditionalGeneration.from_pretrained(weights_folder(checkpoint), device=device)
         merge_adapter(model, checkpoint)
         model.to(dtype)
-    processor = SpatialVLAProcessor.from_pretrained(checkpoint.folder, model.config)
     return SpatialVLAPolicy(model.eval(), processor, settings, robot)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prismo.models.spatialvla import SpatialVLAConfig, SpatialVLAForConditionalGeneration
+from prismo.models.lora import LoraSpec, add_lora, save_adapter
+from prismo.models.merge import merge
+from prismo.models.spatialvla import (
+    LORA_TARGETS,
+    SpatialVLAConfig,
+    SpatialVLAForConditionalGeneration,
+    SpatialVLAProcessor,
+)
 from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.spatialvla.tiny import tiny_config
@@ -148,6 +156,49 @@ def test_one_error_names_all_tensors_that_do_not_fit(tiny_spatialvla: Path, tmp_
         "1 of another shape: multi_modal_projector.linear.bias [3] instead of [64]",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("kind", LORA_TARGETS)
+def test_every_lora_target_can_be_merged(
+    kind: str, tiny_spatialvla: Path, fresh: SpatialVLAForConditionalGeneration, tmp_path: Path
+) -> None:
+    spec = LoraSpec(4, 4, target_modules=LORA_TARGETS[kind])
+    add_lora(fresh, spec)
+    save_adapter(fresh, tmp_path / "run", spec, base=str(tiny_spatialvla))
+    SpatialVLAProcessor.from_pretrained(tiny_spatialvla).save_pretrained(tmp_path / "run")
+    merged = merge(tiny_spatialvla, tmp_path / "run", tmp_path / "merged", progress=False).folder
+    SpatialVLAForConditionalGeneration.from_pretrained(merged)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.json", {"text_config": 3}, "text_config should be an object"),
+        (
+            "config.json",
+            {"vision_config": {"hidden_size": "32"}},
+            "vision_config.hidden_size should be a valid",
+        ),
+        ("config.json", {"spatial_token_num": -1}, "spatial_token_num should be greater than or equal to 1"),
+        ("config.json", {"vision_zoe_config": {"backbone_config": 5}}, "describes no SpatialVLA"),
+        ("config.json", {"torch_dtype": "bfloat17"}, "describes no SpatialVLA"),
+        ("processor_config.json", {"action_chunk_size": 0}, "action_chunk_size should be greater than or equal to 1"),
+        ("processor_config.json", {"action_chunk_size": "4"}, "action_chunk_size should be a valid integer"),
+        ("processor_config.json", {"bin_policy": {"translation": [1, 2]}}, "bin_policy.translation should be"),
+        ("processor_config.json", {"intrinsic_config": {"default": {"intrinsic": [[1, 0], [0, 1]]}}}, "intrinsic"),
+        ("processor_config.json", {"statistics": [1]}, "statistics should be an object"),
+        ("tokenizer_config.json", None, "tokenizer_config.json: not valid JSON"),
+        ("tokenizer.json", None, "is no tokenizer file"),
+    ],
+)
+def test_damaged_settings(tiny_spatialvla: Path, tmp_path: Path, file: str, change: dict | None, says: str) -> None:
+    """One sentence each, before any weights are read."""
+    folder = Path(shutil.copytree(tiny_spatialvla, tmp_path / "copy"))
+    text = (folder / file).read_text()
+    (folder / file).write_text(text[: len(text) // 2] if change is None else json.dumps(json.loads(text) | change))
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        SpatialVLAProcessor.from_pretrained(folder)
+    assert str(folder / file) in str(error.value)
 
 
 def test_what_is_no_checkpoint(tiny_spatialvla: Path, tmp_path: Path) -> None:

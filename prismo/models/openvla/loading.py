@@ -9,13 +9,11 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le
 from pydantic import FiniteFloat
 
+from prismo.models.folder import CONFIG, Layers, Size
 from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.vit import ViTConfig
 from prismo.util.schema import JsonObject, check, read_json
 from prismo.util.text import first_line
-
-Size = Annotated[int, Ge(1), Le(1 << 24)]
-Layers = Annotated[int, Ge(1), Le(1000)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def read_config(folder: Path) -> OpenVLAConfig:
     Raises:
         ValueError: config.json is damaged or describes no OpenVLA.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     stored = read_json(path, JsonObject)
     check(stored, _OpenVLAFile, str(path))
     try:

@@ -8,21 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Gt
 from PIL import Image
+from pydantic import FiniteFloat
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, LlamaConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
 from prismo.models.openvla.action_tokenizer import IGNORE_INDEX, ActionTokenizer
+from prismo.util.schema import JsonObject, read_json
+from prismo.util.text import first_line
 
 SPACE_ID = 29871  # Llama's lone "▁": the space in front of the first action character
 STOP_ID = 2
 PLACEHOLDER_ID = 1  # at action positions of a query; their embeddings are replaced before the language model
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BICUBIC = 3  # PIL's and torchvision's number for bicubic resampling
 
 
@@ -150,6 +155,36 @@ class TextBatch:
         return TextBatch(self.input_ids.to(device, non_blocking=True), mask, self.labels.to(device, non_blocking=True))
 
 
+@dataclass(frozen=True)
+class _TowerStatistics:
+    """One of `tvf_normalize_params`."""
+
+    mean: list[FiniteFloat]
+    std: list[Annotated[FiniteFloat, Gt(0)]]
+
+
+@dataclass(frozen=True)
+class _PreprocessorFile:
+    """preprocessor_config.json, see `PrismaticImageProcessor`."""
+
+    use_fused_vision_backbone: bool = True
+    image_resize_strategy: str = ""
+    input_sizes: list[tuple[int, int, int]] | None = None
+    interpolations: list[str] | None = None
+    means: list[list[FiniteFloat]] | None = None
+    stds: list[list[FiniteFloat]] | None = None
+    tvf_normalize_params: list[_TowerStatistics] | None = None
+
+
+def _check_files(folder: Path) -> None:
+    """One clear error for damaged files, of which the libraries make several kinds of long ones."""
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name, JsonObject)
+    if (folder / "preprocessor_config.json").is_file():
+        read_json(folder / "preprocessor_config.json", _PreprocessorFile)
+
+
 class PrismaticProcessor(ProcessorMixin):
     """Image processor and tokenizer of an OpenVLA checkpoint folder."""
 
@@ -162,12 +197,24 @@ class PrismaticProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PrismaticProcessor:
-        """Read `preprocessor_config.json` and the tokenizer files of a folder or hub id; no remote code is run."""
+        """Read `preprocessor_config.json` and the tokenizer files of a folder or hub id; no remote code is run.
+
+        Raises:
+            ValueError: one of the files is damaged or missing.
+        """
         kwargs.pop("trust_remote_code", None)
         path = pretrained_model_name_or_path
+        if Path(path).is_dir():
+            _check_files(Path(path))
         # With a config at hand transformers does not read config.json, whose `openvla` it would warn about.
-        tokenizer = AutoTokenizer.from_pretrained(path, config=LlamaConfig(), padding_side="right", **kwargs)
-        return cls(PrismaticImageProcessor.from_pretrained(path, **kwargs), tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, config=LlamaConfig(), padding_side="right", **kwargs)
+            images = PrismaticImageProcessor.from_pretrained(path, **kwargs)
+        except Exception as error:  # the libraries raise whatever they stumble over, down to bare Exception
+            raise ValueError(
+                f"tokenizer or image settings of {path} cannot be read ({first_line(error)}); download them again"
+            ) from error
+        return cls(images, tokenizer)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the files that the original project reads (`preprocessor_config.json`, tokenizer files)."""

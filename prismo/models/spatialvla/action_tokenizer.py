@@ -14,11 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
+from pydantic import FiniteFloat
 
 from prismo.util.files import write_json
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.schema import read_json
 
 VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
 RANGES = {
@@ -38,8 +41,8 @@ _GROUPS = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "
 class Gaussian:
     """Mean and standard deviation of one variable of normalised actions."""
 
-    mu: float
-    sigma: float
+    mu: FiniteFloat
+    sigma: Annotated[FiniteFloat, Ge(0)]
 
 
 # Of the published bins. (The authors' `gs_spatialvla_plus.json` holds other numbers, which do not reproduce them.)
@@ -227,11 +230,7 @@ def fit_gaussians(batches: Iterable[np.ndarray]) -> dict[str, Gaussian]:
 
 def load_gaussians(path: str | Path) -> dict[str, Gaussian]:
     """Read `{variable: {"mu": ..., "sigma": ...}}`, the authors' format of `gs_*.json`."""
-    stored = read_json(path, JsonObject)
-    try:
-        return {name: Gaussian(float(entry["mu"]), float(entry["sigma"])) for name, entry in stored.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected {{"theta": {{"mu": ..., "sigma": ...}}, ...}} ({error!r})') from error
+    return read_json(path, dict[str, Gaussian], advice='expected {"theta": {"mu": ..., "sigma": ...}, ...}')
 
 
 def save_gaussians(gaussians: Mapping[str, Gaussian], path: str | Path) -> None:

@@ -12,24 +12,61 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM, PreTrainedModel, SiglipVisionModel, ZoeDepthForDepthEstimation
 from transformers.utils import ModelOutput
 
+from prismo.models.folder import CONFIG, Layers, Size
 from prismo.models.random_weights import fill_random
 from prismo.models.spatialvla.checkpoint import checkpoint_folder, load_weights, save_weights, set_parameter
 from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
 from prismo.models.spatialvla.depth import depth_at_image, freeze_zoe, predict_depth
 from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
 from prismo.util.files import write_json
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.schema import JsonObject, check, read_json
+from prismo.util.text import first_line
 
 IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class _Transformer:
+    """`text_config` and `vision_config`; what a file leaves out is the 4B model's."""
+
+    vocab_size: Size = 1
+    hidden_size: Size = 1
+    intermediate_size: Size = 1
+    num_hidden_layers: Layers = 1
+    num_attention_heads: Size = 1
+    num_key_value_heads: Size = 1
+    head_dim: Size = 1
+    image_size: Size = 1
+    patch_size: Size = 1
+
+
+@dataclass(frozen=True)
+class _SpatialVLAFile:
+    """config.json of a SpatialVLA; what a file leaves out is the default of `SpatialVLAConfig`."""
+
+    text_config: _Transformer | None = None
+    vision_config: _Transformer | None = None
+    vision_zoe_config: JsonObject | None = None
+    image_token_index: Annotated[int, Ge(0)] = 0
+    action_token_begin_idx: Annotated[int, Ge(0)] = 0
+    spatial_token_num: Size = 1
+    ego3d_patch_reso: Size = 1
+    n_freqs: Annotated[int, Ge(1), Le(64)] = 1
+    use_vision_zoe: bool = True
+    use_spatial_token: bool = True
+    geometry: Geometry = "parity"
+    prefix_mask: PrefixMask = "bidirectional"
+
 
 # LoRA targets of the authors' `--lora_target`, as full-match patterns for peft. Theirs were bare layer names, which
 # also put adapters on four layers of the frozen ZoeDepth.
@@ -38,11 +75,7 @@ _LINEAR = (
     r"|vision_tower\.vision_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])"
     r"|multi_modal_projector\.linear|position_embedding_3d\.position_embedding_head\.[03]"
 )
-LORA_TARGETS = {
-    "linear": _LINEAR,
-    "linear+emb": _LINEAR + r"|spatial_embed_tokens",
-    "linear+emb+h": _LINEAR + r"|spatial_embed_tokens|language_model\.lm_head",
-}
+LORA_TARGETS = {"linear": _LINEAR}
 
 
 @dataclass
@@ -398,14 +431,18 @@ def read_config(
     Raises:
         FileNotFoundError, ValueError: no config.json, or one of another model.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: no config.json")
     stored = read_json(path, JsonObject)
     if stored.get("model_type") != "spatialvla":
         raise ValueError(f"{path} is of model_type {stored.get('model_type')!r}, expected 'spatialvla'")
+    check(stored, _SpatialVLAFile, str(path))
     switches = {"geometry": geometry, "prefix_mask": prefix_mask}
-    return SpatialVLAConfig.from_dict({**stored, **{k: v for k, v in switches.items() if v is not None}})
+    try:
+        return SpatialVLAConfig.from_dict({**stored, **{k: v for k, v in switches.items() if v is not None}})
+    except Exception as error:  # whatever transformers has against sizes that contradict each other
+        raise ValueError(f"{path} describes no SpatialVLA: {first_line(error)}") from error
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:

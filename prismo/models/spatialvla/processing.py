@@ -8,13 +8,15 @@ checkpoint's own Python files are used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, MinLen
 from PIL import Image
+from pydantic import FiniteFloat
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -31,13 +33,46 @@ from prismo.models.spatialvla.configuration import SpatialVLAConfig
 from prismo.models.spatialvla.ego3d import CameraIntrinsics
 from prismo.models.spatialvla.modeling import IGNORE_INDEX, read_config
 from prismo.util.files import atomic_write, write_json
-from prismo.util.schema import JsonObject, read_json
+from prismo.util.schema import JsonObject, check, read_json
 
 _CONFIG = "processor_config.json"
 _TOKENIZER = "tokenizer.json"
 # Files that this processor does not need but the official code and transformers do; they are kept with a checkpoint.
 _COMPANIONS = ("preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json")
 _MAX_TOKENS = 2048  # what the authors' tokenizer allows; far within Gemma2's sliding window of 4096
+
+
+_Number = int | FiniteFloat
+_Positive = Annotated[int, Gt(0)] | Annotated[FiniteFloat, Gt(0)]
+_Row = tuple[_Number, _Number, _Number]
+_Edges = Annotated[list[FiniteFloat], MinLen(2)]
+
+
+@dataclass(frozen=True)
+class _Camera:
+    """An entry of `intrinsic_config`."""
+
+    intrinsic: tuple[_Row, _Row, _Row]
+    width: _Positive
+    height: _Positive
+
+    @property
+    def intrinsics(self) -> CameraIntrinsics:
+        (fx, _, cx), (_, fy, cy), _ = self.intrinsic
+        return CameraIntrinsics(fx, fy, cx, cy, self.width, self.height)
+
+
+@dataclass(frozen=True)
+class _ProcessorFile:
+    """processor_config.json, as far as it is read."""
+
+    statistics: JsonObject
+    bin_policy: dict[str, dict[str, _Edges]]
+    intrinsic_config: dict[str, _Camera]
+    action_chunk_size: Annotated[int, Ge(1), Le(1000)] = 4
+
+
+_READ = tuple(field.name for field in fields(_ProcessorFile))
 
 
 @dataclass(frozen=True)
@@ -116,14 +151,18 @@ class SpatialVLAProcessor:
         missing = [key for key in ("statistics", "bin_policy", "intrinsic_config") if not stored.get(key)]
         if missing:
             raise ValueError(f"{folder / _CONFIG} lacks {', '.join(missing)}")
+        file = check(stored, _ProcessorFile, str(folder / _CONFIG))
+        for name in _COMPANIONS:
+            if (folder / name).is_file():
+                read_json(folder / name, JsonObject)
         return cls(
             config=config or read_config(folder),
             tokenizer=_read_tokenizer(folder / _TOKENIZER),
-            action_tokenizer=ActionTokenizer.from_bin_policy(stored.pop("bin_policy")),
-            statistics=parse_statistics(stored.pop("statistics")),
-            cameras={key: _camera_from_json(value) for key, value in stored.pop("intrinsic_config").items()},
-            chunk=stored.pop("action_chunk_size", 4),
-            stored=stored,
+            action_tokenizer=ActionTokenizer.from_bin_policy(file.bin_policy),
+            statistics=parse_statistics(file.statistics),
+            cameras={key: camera.intrinsics for key, camera in file.intrinsic_config.items()},
+            chunk=file.action_chunk_size,
+            stored={key: value for key, value in stored.items() if key not in _READ},
             companions={name: (folder / name).read_text() for name in _COMPANIONS if (folder / name).is_file()},
         )
 
@@ -279,18 +318,13 @@ def _resized(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     if text.startswith("version https://git-lfs"):
         raise ValueError(f"{path} is only a Git LFS pointer; fetch the file itself (`git lfs pull`)")
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is no tokenizer file ({error}); download it again") from error
-
-
-def _camera_from_json(stored: Mapping[str, Any]) -> CameraIntrinsics:
-    (fx, _, cx), (_, fy, cy), _ = stored["intrinsic"]
-    return CameraIntrinsics(fx, fy, cx, cy, stored["width"], stored["height"])
 
 
 def _camera_to_json(camera: CameraIntrinsics) -> dict[str, Any]:
