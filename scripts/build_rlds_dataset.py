@@ -15,6 +15,7 @@ from tqdm import tqdm
 from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
 from prismo.data.writer import libero_features, write_rlds
 from prismo.util.cli import run_command
+from prismo.util.flags import at_least
 
 
 @dataclass
@@ -32,9 +33,10 @@ class BuildConfig:
 
 
 def main(cfg: BuildConfig) -> None:
+    at_least(cfg, shard_mb=1)
     folder = cfg.data_root_dir / cfg.dataset_name / "1.0.0"
     if folder.exists() and not cfg.overwrite:
-        raise SystemExit(f"{folder} exists; give --overwrite true to replace it")
+        raise FileExistsError(f"{folder} exists; give --overwrite true to replace it")
     demonstrations = find_demonstrations(cfg.hdf5_dir)
     features = libero_features(*image_size(demonstrations[0]))
     episodes = tqdm(read_episodes(demonstrations), total=len(demonstrations), unit="episode", desc=cfg.dataset_name)

@@ -7,20 +7,25 @@ Check here that pictures are upright, that the first camera is the outside one, 
 0 = closed when the robot grasps.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import imageio.v2 as imageio
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from prismo.data.dataset import Source, open_dataset
 from prismo.util.cli import run_command
+from prismo.util.extras import need
+from prismo.util.flags import at_least, ends_in
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NO_OP = 1e-4  # movement (norm of the first six action numbers) below which a step counts as idle
 
@@ -33,7 +38,7 @@ class ShowConfig:
     data_root_dir: Path = Path("data")
     # Number of the episode, over all datasets of a mixture
     episode: int = 0
-    # Picture (.png) or film (.mp4); default runs/show/{dataset}_{episode}.png
+    # Picture (.png, .pdf, .svg) or film (.mp4); default runs/show/{dataset}_{episode}.png
     output: Path | None = None
     # Frames in a contact sheet
     frames: int = 8
@@ -61,11 +66,15 @@ class Episode:
 
 
 def main(cfg: ShowConfig) -> None:
+    at_least(cfg, episode=0, frames=1)
+    ends_in(cfg, "output", ".png", ".pdf", ".svg", ".mp4")
+    output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
+    for module in ("matplotlib", "imageio_ffmpeg") if output.suffix == ".mp4" else ("matplotlib",):
+        need(module, "libero")
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     for source in dataset.sources:
         summarize(source)
     episode = pick(dataset.sources, cfg.episode)
-    output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".mp4":
         write_film(episode, output)
@@ -99,10 +108,15 @@ def pick(sources: tuple[Source, ...], number: int) -> Episode:
     raise AssertionError("unreachable: the number was checked")
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches, of 100 pixels each in a film."""
+    return need("matplotlib.figure", "libero").Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
 def write_sheet(episode: Episode, path: Path, frames: int) -> None:
     shown = np.unique(np.linspace(0, episode.steps - 1, frames).astype(int))
     cameras = len(episode.source.index.spec.cameras)
-    figure = Figure(figsize=(1.9 * len(shown), 1.9 * cameras + 3.4), layout="constrained")
+    figure = new_figure(1.9 * len(shown), 1.9 * cameras + 3.4)
     grid = figure.add_gridspec(cameras + 2, len(shown), height_ratios=[1.9] * cameras + [1.7, 1.7])
     for column, step in enumerate(shown):
         for camera, view in enumerate(episode.views(step)):
@@ -132,15 +146,15 @@ def plot(panel: Axes, name: str, episode: Episode, marks: list[int]) -> None:
 def write_film(episode: Episode, path: Path) -> None:
     """All cameras side by side with the actions below and a moving cursor, at the robot's control rate."""
     rate = max(1, round(episode.source.index.spec.embodiment.control_hz))
-    with imageio.get_writer(path, fps=rate, macro_block_size=2) as film:
+    with need("imageio.v2", "libero").get_writer(path, fps=rate, macro_block_size=2) as film:
         for picture in tqdm(film_frames(episode), total=episode.steps, unit="frame"):
             film.append_data(picture)
 
 
 def film_frames(episode: Episode) -> Iterator[np.ndarray]:
     cameras = len(episode.source.index.spec.cameras)
-    figure = Figure(figsize=(3.2 * cameras, 5.2), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(3.2 * cameras, 5.2)
+    canvas = need("matplotlib.backends.backend_agg", "libero").FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, cameras, height_ratios=[3, 1.6])
     pictures = [figure.add_subplot(grid[0, c]).imshow(view) for c, view in enumerate(episode.views(0))]
     for picture in pictures:

@@ -5,6 +5,7 @@ Called by `scripts/build_rlds_dataset.py` and by `synthetic.py`; needs no Tensor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,17 @@ def write_rlds(
     """Write the version folder `folder` (for example `data/my_robot/1.0.0`), atomically; returns the episode count.
 
     Args:
-        name: builder name; the shards are called `{name}-train.tfrecord-00000-of-0000N`.
+        name: builder name, of letters, digits and underscores (tensorflow-datasets reads no others); the shards are
+            called `{name}-train.tfrecord-00000-of-0000N`.
         features: meaning of every entry, by name.
         episodes: entries by name: arrays [T, ...] of numbers, lists of encoded images or UTF-8 texts.
         shard_bytes: a shard is closed once it is at least this long.
 
     Raises:
-        ValueError: no episodes, or one whose entries are not `features`.
+        ValueError: an impossible name, no episodes, or one whose entries are not `features`.
     """
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise ValueError(f"a dataset cannot be called {name!r}; use letters, digits and underscores")
     with atomic_folder(folder) as temporary:
         lengths, total = _write_shards(temporary, features, episodes, shard_bytes)
         if not lengths:

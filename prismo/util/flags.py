@@ -67,6 +67,18 @@ def at_least(flags: object, **lowest: float) -> None:
             raise ValueError(f"--{name} is {value}; expected at least {low}")
 
 
+def ends_in(flags: object, name: str, *suffixes: str) -> None:
+    """Refuse a file of the flag `name` whose name ends otherwise. None passes: it was not given.
+
+    Raises:
+        ValueError: naming the flag, its value and the suffixes.
+    """
+    path = getattr(flags, name)
+    if path is not None and path.suffix not in suffixes:
+        expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+        raise ValueError(f"--{name} is {path}; expected a name that ends in {expected}")
+
+
 @dataclass(frozen=True)
 class _Option:
     """A flag.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from prismo.data.hdf5 import Demonstration
 from prismo.data.images import jpeg_round_trip
 from prismo.data.index import open_index
 from prismo.data.specs import resolve
-from tests.data.conftest import run_script
+from tests.data.conftest import REPOSITORY, run_script
 
 NAME = "libero_spatial_no_noops"
 
@@ -89,6 +92,7 @@ def test_building_again_asks_for_overwrite(rebuilt: Path, demonstrations: Path) 
     arguments = ("--hdf5_dir", demonstrations, "--dataset_name", "libero_90_no_noops", "--data_root_dir", rebuilt)
     done = run_script("build_rlds_dataset.py", *arguments, check=False)
     assert done.returncode != 0
+    assert "ERROR" in done.stderr
     assert "--overwrite true" in done.stderr
 
 
@@ -163,6 +167,49 @@ def test_contact_sheet_and_film(synthetic: Path, tmp_path: Path) -> None:
     assert film.get_meta_data()["fps"] == 20
     done = run_script("show_dataset.py", *options[:-1], 6, check=False)
     assert "episode 6 asked for, the dataset has 6 (0 to 5)" in done.stderr
+
+
+def script(name: str) -> dict[str, Any]:
+    """What a script defines, in this process: a process of its own costs seconds for every wrong flag."""
+    return runpy.run_path(str(REPOSITORY / "scripts" / name))
+
+
+def test_flags_that_show_nothing(tmp_path: Path) -> None:
+    """Before anything is opened or looked for."""
+    show = script("show_dataset.py")
+    for flags, message in (
+        ({"frames": 0}, "--frames is 0; expected at least 1"),
+        ({"episode": -1}, "--episode is -1; expected at least 0"),
+        ({"output": Path("x.txt")}, r"--output is x.txt; expected a name that ends in .png, .pdf, .svg or .mp4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            show["main"](show["ShowConfig"](NAME, tmp_path / "nowhere", **flags))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a-b", ""])
+def test_names_that_a_dataset_cannot_have(name: str, demonstrations: Path, tmp_path: Path) -> None:
+    build = script("build_rlds_dataset.py")
+    with pytest.raises(ValueError, match=f"a dataset cannot be called {name!r}"):
+        build["main"](build["BuildConfig"](demonstrations, name, tmp_path / "root"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an installation without extras; a script that imports one at its top ends in a traceback."""
+    for package in ("h5py", "imageio_ffmpeg", "matplotlib"):
+        (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('missing', name={package!r})")
+        for module in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "x_demo.hdf5").touch()
+    for name, kind, flags, package in (
+        ("show_dataset.py", "ShowConfig", {}, "matplotlib"),
+        ("compute_norm_stats.py", "StatsConfig", {}, "matplotlib"),
+        ("build_rlds_dataset.py", "BuildConfig", {"hdf5_dir": tmp_path}, "h5py"),
+    ):
+        loaded = script(name)
+        with pytest.raises(ValueError, match=rf'package {package} is missing: type `pip install -e "\.\[libero\]"`'):
+            loaded["main"](loaded[kind](dataset_name="x", **flags))
 
 
 @pytest.mark.slow
