@@ -188,8 +188,7 @@ def test_a_damaged_demonstration_is_one_sentence(
     with h5py.File(path, "a") as file:
         change(file)
     with pytest.raises(ValueError, match=says) as error:
-        for index in demo_indices(path):
-            read_demo(path, index)
+        [read_demo(path, index) for index in demo_indices(path)]
     assert str(error.value).startswith(str(path))
 
 

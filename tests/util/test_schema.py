@@ -113,7 +113,7 @@ def test_wrong_yaml_is_one_sentence(
 
 
 def test_yaml_that_grows_is_refused(tmp_path: Path) -> None:
-    """Each line ten times the one before: twenty lines of more words than any memory holds. And a file that is long by itself."""
+    """Each line ten times the one before: twenty lines of more words than any memory holds. And a long file."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20)]
     with pytest.raises(ValueError, match="aliases make it too long"):
