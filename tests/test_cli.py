@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from prismo.data.specs import resolve
 from prismo.eval.config import EvalConfig
+from prismo.sim import SimWorker
+from prismo.sim.assets import Assets
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.util.cli import run_command
 from prismo.util.flags import parse_flags
@@ -68,6 +71,19 @@ def test_a_bug_shows_where_it_is(monkeypatch, caplog):
     assert run(lambda flags: json.loads("{"), monkeypatch) == 2
     assert "Traceback" in caplog.text
     assert "raw_decode" in caplog.text
+
+
+def test_errors_of_other_classes_are_told_apart_alike(monkeypatch, caplog):
+    """A simulator that cannot do what was asked is one sentence, too; a slip of ours keeps its traceback."""
+    assert (
+        run(lambda flags: SimWorker(Assets(Path(), "folder"), cameras=False).step_chunk(np.zeros((1, 7))), monkeypatch)
+        == 2
+    )
+    assert "no episode is running" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert run(lambda flags: flags.nothing, monkeypatch) == 2
+    assert "Traceback" in caplog.text
+    assert "AttributeError" in caplog.text
 
 
 def test_a_command_that_works(monkeypatch, caplog):

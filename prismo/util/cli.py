@@ -23,7 +23,7 @@ def run_command(main: Callable[[C], None], kind: type[C]) -> int:
     with sigterm_as_exit():
         try:
             main(parse_flags(kind))
-        except (ValueError, OSError) as error:
+        except Exception as error:
             log_error(error)
             return 2
     return 0

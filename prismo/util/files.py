@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import secrets
@@ -96,7 +97,7 @@ def _put_in_place(temporary: Path, path: Path, keep_existing: bool) -> None:
 def _restore(path: Path) -> None:
     """Give a folder its name back that a killed process had moved aside."""
     if not path.exists():
-        for aside in sorted(path.parent.glob(f".{path.name}{_OLD}*"))[:1]:
+        for aside in sorted(path.parent.glob(f".{glob.escape(path.name)}{_OLD}*"))[:1]:
             aside.replace(path)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -54,13 +55,24 @@ def read_yaml(path: str | Path, kind: type[T], *, advice: str = _MISTYPED) -> T:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a description has at most {_LONGEST_YAML:,}")
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        text = json.dumps(value, default=str)
-        if len(text) > 16 * _LONGEST_YAML:
+        if _size(value, {}) > 16 * _LONGEST_YAML:
             raise ValueError("its aliases make it too long")
+        text = json.dumps(value, default=str)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not valid YAML ({reason}); {advice}") from error
     return parse_json(text.encode(), kind, str(path), advice=advice)
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Values and letters in what YAML's aliases stand for, each of them counted again, but looked at once."""
+    if not isinstance(value, (dict, list)):
+        return 1 + len(str(value))
+    if id(value) not in known:
+        known[id(value)] = 0  # one that holds itself is no JSON and refused as such
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def check(value: Any, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
@@ -113,7 +125,7 @@ def _sentence(problem: ErrorDetails, kind: Any) -> str:
         return did_you_mean("key", name, _fields(kind) if len(place) == 1 else ())
     if what in ("missing", "missing_argument"):
         return f"{name} is missing"
-    expected = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    expected = re.sub("^(Input|String|List|Dictionary|Value error,) ", "", problem["msg"])
     found = repr(problem["input"])
     return f"{name} {expected}, found {found if len(found) <= _SHOWN else found[:_SHOWN] + '...'}"
 

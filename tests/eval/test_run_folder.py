@@ -102,7 +102,7 @@ def test_a_run_at_work_is_left_alone_until_its_process_dies(tmp_path: Path) -> N
         ("{", "not valid JSON"),
         ("[]", "its content"),
         ({"settings": None}, "settings should be"),
-        ({"timestamp": "../../x"}, "timestamp"),
+        ({"timestamp": "../../x"}, "timestamp should match pattern"),
         ({"timestamp": None}, "timestamp"),
     ],
 )

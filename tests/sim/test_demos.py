@@ -172,7 +172,10 @@ def put(name: str, value: np.ndarray | None) -> Callable[[h5py.File], None]:
         (put("data/demo_1/states", np.zeros((2, 11))), "data/demo_1 has arrays of 2 and 3 steps"),
         (put("data/demo_1/actions", np.full((3, 7), np.nan)), "data/demo_1/actions holds NaN or infinity"),
         (put("data/demo_1/states", np.full((3, 11), np.inf)), "data/demo_1/states holds NaN or infinity"),
-        (put("data/demo_1/obs/agentview_rgb", np.zeros((3, 8, 8, 3), np.float32)), r"float32 .*; expected uint8 \[T, H"),
+        (
+            put("data/demo_1/obs/agentview_rgb", np.zeros((3, 8, 8, 3), np.float32)),
+            r"float32 .*; expected uint8 \[T, H",
+        ),
         (put("data/demo_1/obs/agentview_rgb", np.zeros((3, 8, 8, 3), np.uint16)), "is uint16"),
         (put("data/demo_1/obs/eye_in_hand_rgb", np.zeros((3, 8, 8), np.uint8)), r"is uint8 \[3, 8, 8\]"),
         (lambda file: file["data/demo_1"].attrs.update(seed="x"), "data/demo_1 has the seed 'x'"),
@@ -185,8 +188,7 @@ def test_a_damaged_demonstration_is_one_sentence(
     with h5py.File(path, "a") as file:
         change(file)
     with pytest.raises(ValueError, match=says) as error:
-        for index in demo_indices(path):
-            read_demo(path, index)
+        [read_demo(path, index) for index in demo_indices(path)]
     assert str(error.value).startswith(str(path))
 
 
