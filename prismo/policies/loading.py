@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from prismo.embodiment import Embodiment
+from prismo.embodiment import Embodiment, embodiment_for
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import Checkpoint, open_checkpoint
 from prismo.policies.openvla import load_openvla_policy
-from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings
+from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings, statistics_key
 from prismo.policies.spatialvla import SpatialVLASettings, load_spatialvla_policy, resolve_spatialvla_settings
 from prismo.util.text import did_you_mean
 
+_LOG = logging.getLogger(__name__)
 FAMILIES = ("openvla", "svla")
 
 
@@ -45,25 +47,27 @@ class PolicySpec:
         return asdict(self.settings)
 
 
-def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | None = None) -> PolicySpec:
+def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_key: str | None = None) -> PolicySpec:
     """Find the checkpoint and settle every setting, without loading weights.
 
     Args:
         flags: the user's.
-        robot: the robot that is to be driven.
+        robot: the robot that is to be driven; None = the one that the checkpoint was trained on.
         default_key: unnorm_key where the user gives none.
 
     Raises:
         FileNotFoundError, ValueError: see `open_checkpoint` and `resolve_settings`.
     """
+    flags.check()
     if flags.model_family not in (None, *FAMILIES):
         raise ValueError(did_you_mean("model_family", flags.model_family, FAMILIES))
-    if not flags.pretrained_checkpoint:
-        raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
     device = _device(flags.device)
     checkpoint = open_checkpoint(flags.pretrained_checkpoint, flags.base_checkpoint)
     if flags.model_family not in (None, checkpoint.family):
         raise ValueError(f"--model_family {flags.model_family}, but {checkpoint.source} is of {checkpoint.family!r}")
+    if flags.base_checkpoint and checkpoint.adapter is None:
+        _LOG.warning("--base_checkpoint is not used: %s holds a whole model", checkpoint.source)
+    robot = _robot(robot, checkpoint, flags, default_key)
     if checkpoint.family == "svla":
         settings = resolve_spatialvla_settings(flags, checkpoint, default_key)
     else:
@@ -73,10 +77,21 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | Non
     return PolicySpec(checkpoint, settings, robot, device, dtype)
 
 
+def _robot(given: Embodiment | None, checkpoint: Checkpoint, flags: PolicyFlags, key: str | None) -> Embodiment:
+    """The robot to drive. How its numbers are scaled is the checkpoint's affair, its rate and gripper the caller's."""
+    trained = checkpoint.robot
+    if given is None:
+        return trained or embodiment_for(statistics_key(flags, checkpoint, key))
+    return given if trained is None else replace(given, normalization=trained.normalization)
+
+
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device {name}; expected cpu, cuda, or cuda:1 and so on")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}, but torch finds no GPU here")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}, but torch finds {torch.cuda.device_count() or 'no'} GPUs here")
     return device
