@@ -54,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX, _Index).weight_map.values()))
-        outside = [name for name in names if Path(name).name != name or "\\" in name]
+        outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\\" in name]
         if outside or not names:
             found = repr(outside[0]) if outside else "nothing"
             raise ValueError(f"{folder / INDEX} names {found}, expected files beside it; download the checkpoint again")

@@ -159,6 +159,7 @@ def save_adapter(
     *,
     base: str,
     base_fingerprint: str | None = None,
+    base_full_fingerprint: str | None = None,
 ) -> Path:
     """Write `lora_adapter/` in the published layout, atomically; any peft from 0.11 on reads it.
 
@@ -167,6 +168,7 @@ def save_adapter(
     Args:
         base: path or hub id of the base model, for the reader's information.
         base_fingerprint: `prismo.models.weight_files.fingerprint` of the base; merging then refuses another one.
+        base_full_fingerprint: its `full_fingerprint`; merging then finds every byte that has changed.
 
     Returns:
         The adapter folder.
@@ -177,7 +179,8 @@ def save_adapter(
     }
     if not any(".lora_" in name for name in tensors):
         raise ValueError("the model has no LoRA layers to save")
-    metadata = {"format": "pt"} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
+    known = {"base_fingerprint": base_fingerprint, "base_full_fingerprint": base_full_fingerprint}
+    metadata = {"format": "pt"} | {name: value for name, value in known.items() if value}
     folder = Path(checkpoint_dir) / ADAPTER_FOLDER
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata=metadata)

@@ -48,6 +48,8 @@ from prismo.models.spatialvla.modeling import read_config as spatialvla_config
 from prismo.models.training_record import attention_kind, read_training_record
 from prismo.models.weight_files import (
     StoredTensor,
+    checksum,
+    combine_checksums,
     fingerprint,
     in_parallel,
     stored_tensors,
@@ -200,7 +202,8 @@ def merge(
         output: folder to write to; None = `checkpoint_dir`, as the original does. Another folder also gets the side
             modules and processor files.
         overwrite: replace merged weights that are already there.
-        verify: read the result back and compare it with base + adapter (`verify_merge`) before it appears.
+        verify: read the result back and compare it with base + adapter, and the base with what training read
+            (`verify_merge`), before the result appears.
         progress: show progress bars.
         shard_bytes: upper limit of a weight file.
 
@@ -239,10 +242,11 @@ def verify_merge(
 
     Every tensor is read back. One without an adapter must be the base's, bit for bit. Of one with an adapter, some rows
     are compared weight by weight with the exact sum, and all rows by their product with a random input, for which
-    `W x + scale * B (A x)` is computed without forming `B A`.
+    `W x + scale * B (A x)` is computed without forming `B A`. The base is compared with what training read, byte by
+    byte where the adapter records that (`save_adapter`).
 
     Raises:
-        ValueError: naming the first tensor that differs by more than rounding.
+        ValueError: naming the first tensor that differs by more than rounding; or the base has changed.
     """
     with _opened(resolve_base(base), Path(checkpoint_dir)) as (tensors, adapter):
         return _verify(tensors, adapter, Path(merged), progress)
@@ -361,27 +365,35 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
     if differing:
         raise ValueError(f"{merged}: {differing[0]} is not stored as in the base model")
 
-    def check(name: str) -> MergeChecks:
+    def check(name: str) -> tuple[MergeChecks, int]:
         before, after = tensors[name].read(), written[name].read()
+        of_base = checksum(before)
         if name in adapter.keys:
-            return compare(before, after, *adapter.factors(name), adapter.spec.scale, seed=crc32(name.encode()))
+            found = compare(before, after, *adapter.factors(name), adapter.spec.scale, seed=crc32(name.encode()))
+            return found, of_base
         before = adapter.apply(name, before)
         if not torch.equal(before.view(-1).view(torch.uint8), after.view(-1).view(torch.uint8)):
             raise ValueError(f"{merged}: {name} differs from the base model, but no adapter changes it")
-        return MergeChecks(0.0, 0.0)
+        return MergeChecks(0.0, 0.0), of_base
 
-    worst = MergeChecks(0.0, 0.0)
+    worst, checksums = MergeChecks(0.0, 0.0), {}
     with (
         _bar("verify", total_bytes(tensors.values()), progress) as read,
         closing(in_parallel(tensors, check)) as found_in,
     ):
-        for name, found in found_in:
+        for name, (found, checksums[name]) in found_in:
             if not (found.weight_error <= 1.05 and found.output_error <= 10):
                 raise ValueError(f"{merged}: {name} is not base + adapter ({found})")
             worst = MergeChecks(
                 max(worst.weight_error, found.weight_error), max(worst.output_error, found.output_error)
             )
             read(tensors[name].size)
+    trained_on = (adapter.file.metadata() or {}).get("base_full_fingerprint")
+    if trained_on not in (None, combine_checksums(checksums)):
+        raise ValueError(
+            f"the weights in {next(iter(tensors.values())).file.parent} are not those that training read: bytes have "
+            "changed on disk or while copying. Fetch the base model again"
+        )
     return worst
 
 

@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prismo.util.schema import own_keys
+
 RopeTable = tuple[Tensor, Tensor]
 Modulation = tuple[Tensor, Tensor]
 
 
+@own_keys
 @dataclass(frozen=True)
 class ViTConfig:
     """Sizes and conventions of one tower.

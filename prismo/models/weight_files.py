@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import google_crc32c
 import torch
 from annotated_types import Ge
 from torch import Tensor
@@ -92,6 +93,7 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     """Identity of a set of weights, cheap to compute: names, shapes, dtypes and the first bytes of every tensor.
 
     It does not depend on how the tensors are spread over files. Fine-tuned and merged weights differ from their base.
+    A byte that flipped further behind goes unnoticed (`full_fingerprint`).
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -101,6 +103,22 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
             file.seek(stored.start)
             digest.update(file.read(min(_SAMPLE, stored.size)))
     return digest.hexdigest()
+
+
+def full_fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
+    """Identity of a set of weights to the last byte; reads all of them."""
+    with closing(in_parallel(tensors, lambda name: checksum(tensors[name].read()))) as checksums:
+        return combine_checksums(dict(checksums))
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32C of a tensor's bytes."""
+    return google_crc32c.value(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def combine_checksums(checksums: Mapping[str, int]) -> str:
+    """The `full_fingerprint` of tensors with these checksums."""
+    return hashlib.sha256("".join(f"{name} {checksums[name]}\n" for name in sorted(checksums)).encode()).hexdigest()
 
 
 def in_parallel(names: Iterable[str], work: Callable[[str], T], workers: int = 4) -> Iterator[tuple[str, T]]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from prismo.embodiment import Embodiment
+from prismo.embodiment import Embodiment, embodiment_for
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import Checkpoint, open_checkpoint
 from prismo.policies.openvla import load_openvla_policy
-from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings
+from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings, statistics_key
 from prismo.policies.spatialvla import SpatialVLASettings, load_spatialvla_policy, resolve_spatialvla_settings
 from prismo.util.text import did_you_mean
 
+_LOG = logging.getLogger(__name__)
 FAMILIES = ("openvla", "svla")
 
 
@@ -45,12 +47,12 @@ class PolicySpec:
         return asdict(self.settings)
 
 
-def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | None = None) -> PolicySpec:
+def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_key: str | None = None) -> PolicySpec:
     """Find the checkpoint and settle every setting, without loading weights.
 
     Args:
         flags: the user's.
-        robot: the robot that is to be driven.
+        robot: the robot that is to be driven; None = the one that the checkpoint was trained on.
         default_key: unnorm_key where the user gives none.
 
     Raises:
@@ -59,8 +61,6 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | Non
     flags.validate()
     if flags.model_family not in (None, *FAMILIES):
         raise ValueError(did_you_mean("model_family", flags.model_family, FAMILIES))
-    if not flags.pretrained_checkpoint:
-        raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
     device = _device(flags.device)
     checkpoint = open_checkpoint(flags.pretrained_checkpoint, flags.base_checkpoint)
     if flags.base_checkpoint and checkpoint.adapter is None:
@@ -70,6 +70,7 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | Non
         )
     if flags.model_family not in (None, checkpoint.family):
         raise ValueError(f"--model_family {flags.model_family}, but {checkpoint.source} is of {checkpoint.family!r}")
+    robot = _robot(robot, checkpoint, flags, default_key)
     if checkpoint.family == "svla":
         settings = resolve_spatialvla_settings(flags, checkpoint, default_key)
     else:
@@ -77,6 +78,14 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment, default_key: str | Non
     # The published figures are bfloat16 on a GPU; CPUs are slow at it.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return PolicySpec(checkpoint, settings, robot, device, dtype)
+
+
+def _robot(given: Embodiment | None, checkpoint: Checkpoint, flags: PolicyFlags, key: str | None) -> Embodiment:
+    """The robot to drive. How its numbers are scaled is the checkpoint's affair, its rate and gripper the caller's."""
+    trained = checkpoint.robot
+    if given is None:
+        return trained or embodiment_for(statistics_key(flags, checkpoint, key))
+    return given if trained is None else replace(given, normalization=trained.normalization)
 
 
 def _device(name: str | None) -> torch.device:

@@ -67,7 +67,7 @@ class PolicyFlags:
     ensemble_alpha: float = 0.1
     # SpatialVLA: camera for the 3D positions: "checkpoint" (as its authors) or "libero" (the true one)
     intrinsics: str | None = None
-    # bitsandbytes 8-bit weights
+    # bitsandbytes 8-bit weights (merged OpenVLA checkpoints, NVIDIA GPUs)
     load_in_8bit: bool = False
     # bitsandbytes 4-bit weights
     load_in_4bit: bool = False
@@ -82,6 +82,10 @@ class PolicyFlags:
         Raises:
             ValueError: naming the flag, what it was and what it may be.
         """
+        if not self.pretrained_checkpoint:
+            raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("--load_in_8bit True and --load_in_4bit True exclude each other")
         at_least(self, num_images_in_input=1, num_diffusion_steps_train=1, num_diffusion_steps_inference=1)
         at_least(self, lora_rank=1, ensemble_alpha=0)
         if self.intrinsics not in (None, *get_args(Intrinsics)):
@@ -121,10 +125,17 @@ def resolve_settings(
     Raises:
         ValueError: an unknown unnorm_key, impossible flags, or flags that contradict the checkpoint.
     """
-    key = resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key or default_key)
+    key = statistics_key(flags, checkpoint, default_key)
     head, attention, problems = _resolve_head(flags, checkpoint)
     problems += _contradictions(flags, checkpoint)
-    _refuse(problems, flags, checkpoint)
+    for name, value, default in (
+        ("adaptive_ensemble", flags.adaptive_ensemble, None),
+        ("ensemble_alpha", flags.ensemble_alpha, PolicyFlags.ensemble_alpha),
+        ("intrinsics", flags.intrinsics, None),
+    ):
+        if value != default:
+            problems.append(Problem(f"--{name} {value}, but it is no SpatialVLA", fatal=True))
+    refuse(problems, flags, checkpoint)
     steps = flags.num_diffusion_steps_train or checkpoint.diffusion_steps or _DIFFUSION_STEPS
     settings = PolicySettings(
         head=head,
@@ -143,18 +154,37 @@ def resolve_settings(
     return settings
 
 
+def statistics_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None) -> str:
+    """Whose statistics to use: the user's choice, else those of `default_key`.
+
+    Raises:
+        ValueError: the checkpoint has none of that name.
+    """
+    if flags.unnorm_key or not default_key:
+        return resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key)
+    try:
+        return resolve_unnorm_key(checkpoint.statistics, default_key)
+    except ValueError as error:
+        known = sorted(checkpoint.statistics)
+        trained = ", ".join(known[:4]) + (f" and {len(known) - 4} more" if len(known) > 4 else "")
+        raise ValueError(
+            f"{checkpoint.source} was trained on {trained}, asked for {default_key}. Ask for what it was trained on, "
+            "or choose the statistics of a similar dataset with --unnorm_key"
+        ) from error
+
+
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
+    """A flag that contradicts the checkpoint; a fatal one cannot be run at all, even with --force."""
+
     text: str
-    fatal: bool = False  # cannot be run at all, even with --force
+    fatal: bool = False
 
 
-def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, AttentionKind, list[_Problem]]:
+def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, AttentionKind, list[Problem]]:
     """Head and attention, and what speaks against the ones asked for."""
     if flags.use_l1_regression and flags.use_diffusion:
         raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; a checkpoint has one")
-    if flags.load_in_8bit and flags.load_in_4bit:
-        raise ValueError("--load_in_8bit True and --load_in_4bit True exclude each other")
     if flags.attention not in (None, "bidirectional", "causal"):
         raise ValueError(did_you_mean("attention", flags.attention, ("bidirectional", "causal")))
     head, problems = checkpoint.head, []
@@ -163,9 +193,9 @@ def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, Att
         ("use_diffusion", flags.use_diffusion, "diffusion"),
     ):
         if asked and head != kind:
-            problems.append(_Problem(f"--{flag} True, but {_HEADS[checkpoint.head]}", fatal=True))
+            problems.append(Problem(f"--{flag} True, but {_HEADS[checkpoint.head]}", fatal=True))
         elif asked is False and checkpoint.head == kind:
-            problems.append(_Problem(f"--{flag} False, but {_HEADS[checkpoint.head]}"))
+            problems.append(Problem(f"--{flag} False, but {_HEADS[checkpoint.head]}"))
             head = "discrete"
     attention = flags.attention or checkpoint.attention or "causal"
     if checkpoint.attention is None and flags.attention is None:
@@ -175,9 +205,9 @@ def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, Att
             checkpoint.source,
         )
     if flags.attention and checkpoint.attention and flags.attention != checkpoint.attention:
-        problems.append(_Problem(f"--attention {flags.attention}, but {checkpoint.attention_evidence}"))
+        problems.append(Problem(f"--attention {flags.attention}, but {checkpoint.attention_evidence}"))
     if attention == "causal" and head != "discrete":
-        problems.append(_Problem("causal attention cannot feed an action head (chunks are decoded in one pass)", True))
+        problems.append(Problem("causal attention cannot feed an action head (chunks are decoded in one pass)", True))
     return head, attention, problems
 
 
@@ -188,16 +218,16 @@ _HEADS = {
 }
 
 
-def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[_Problem]:
+def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]:
     """Flags that do not fit the files."""
     problems = []
     if flags.use_film is not None and flags.use_film != checkpoint.film:
         found = "a vision_backbone file (FiLM)" if checkpoint.film else "no vision_backbone file"
-        problems.append(_Problem(f"--use_film {flags.use_film}, but there is {found}", fatal=True))
+        problems.append(Problem(f"--use_film {flags.use_film}, but there is {found}", fatal=True))
     has_proprio = checkpoint.proprio_dim is not None
     if flags.use_proprio is not None and flags.use_proprio != has_proprio:
         found = f"a proprio_projector for {checkpoint.proprio_dim} numbers" if has_proprio else "no proprio_projector"
-        problems.append(_Problem(f"--use_proprio {flags.use_proprio}, but there is {found}", fatal=not has_proprio))
+        problems.append(Problem(f"--use_proprio {flags.use_proprio}, but there is {found}", fatal=not has_proprio))
     for flag, given, recorded in (
         ("num_images_in_input", flags.num_images_in_input, checkpoint.num_images),
         ("center_crop", flags.center_crop, checkpoint.center_crop),
@@ -205,15 +235,15 @@ def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[_Problem
         ("lora_rank", flags.lora_rank, None if checkpoint.adapter is None else checkpoint.adapter.rank),
     ):
         if given is not None and recorded is not None and given != recorded:
-            problems.append(_Problem(f"--{flag} {given}, but it was trained with {recorded}", flag == "lora_rank"))
+            problems.append(Problem(f"--{flag} {given}, but it was trained with {recorded}", flag == "lora_rank"))
     if checkpoint.adapter is not None and (flags.load_in_8bit or flags.load_in_4bit):
         text = "quantised loading of an unmerged adapter; merge it first (vla-scripts/merge_lora_weights_and_save.py)"
-        problems.append(_Problem(text, fatal=True))
+        problems.append(Problem(text, fatal=True))
     return problems
 
 
-def _refuse(problems: list[_Problem], flags: PolicyFlags, checkpoint: Checkpoint) -> None:
-    """Raise for problems that `--force` does not cover; log the others."""
+def refuse(problems: list[Problem], flags: PolicyFlags, checkpoint: Checkpoint) -> None:
+    """Raise ValueError for problems that `--force` does not cover; log the others."""
     fatal = [problem for problem in problems if problem.fatal]
     listed = "\n".join(f"  {problem.text}" for problem in problems)
     if fatal or (problems and not flags.force):

@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from prismo.data.images import observation_image
-from prismo.data.normalize import resolve_unnorm_key
 from prismo.embodiment import Embodiment
 from prismo.models.spatialvla import (
     LIBERO_AGENTVIEW,
@@ -26,10 +25,12 @@ from prismo.models.spatialvla import (
     predict_actions,
 )
 from prismo.models.spatialvla.modeling import read_config
+from prismo.models.training_record import Camera
 from prismo.policies.base import PolicyInput
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.openvla import merge_adapter
-from prismo.policies.settings import Intrinsics, PolicyFlags
+from prismo.policies.settings import PolicyFlags, Problem, refuse, statistics_key
+from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class SpatialVLASettings:
     center_crop: bool
     adaptive_ensemble: bool
     ensemble_alpha: float
-    intrinsics: Intrinsics
+    intrinsics: Camera
     num_images: int = 1
 
 
@@ -133,13 +134,34 @@ def resolve_spatialvla_settings(
     """Settings of a SpatialVLA checkpoint.
 
     Raises:
-        ValueError: an unknown unnorm_key, or flags of another model family.
+        ValueError: an unknown unnorm_key, flags of another model family, or flags that contradict the checkpoint.
     """
+    _refuse_foreign(flags)
+    intrinsics = flags.intrinsics or "checkpoint"
+    if intrinsics not in get_args(Camera):
+        raise ValueError(did_you_mean("intrinsics", intrinsics, get_args(Camera)))
+    key = _unnorm_key(flags, checkpoint, default_key)
+    refuse(_contradictions(flags, checkpoint), flags, checkpoint)
+    ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
+    crop = flags.center_crop if flags.center_crop is not None else checkpoint.center_crop
+    return SpatialVLASettings(
+        unnorm_key=key,
+        chunk=1 if ensemble else checkpoint.chunk or 4,
+        center_crop=True if crop is None else crop,
+        adaptive_ensemble=ensemble,
+        ensemble_alpha=flags.ensemble_alpha,
+        intrinsics=intrinsics,
+    )
+
+
+def _refuse_foreign(flags: PolicyFlags) -> None:
     wrong = [
         f"--{name} {value}"
         for name, value, allowed in (
             ("use_l1_regression", flags.use_l1_regression, (None, False)),
             ("use_diffusion", flags.use_diffusion, (None, False)),
+            ("num_diffusion_steps_train", flags.num_diffusion_steps_train, (None,)),
+            ("num_diffusion_steps_inference", flags.num_diffusion_steps_inference, (None,)),
             ("use_film", flags.use_film, (None, False)),
             ("use_proprio", flags.use_proprio, (None, False)),
             ("num_images_in_input", flags.num_images_in_input, (None, 1)),
@@ -153,16 +175,19 @@ def resolve_spatialvla_settings(
         raise ValueError(
             f"SpatialVLA takes one image and an instruction and predicts action tokens; leave out {', '.join(wrong)}"
         )
-    ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
-    crop = flags.center_crop if flags.center_crop is not None else checkpoint.center_crop
-    return SpatialVLASettings(
-        unnorm_key=_unnorm_key(flags, checkpoint, default_key),
-        chunk=1 if ensemble else checkpoint.chunk or 4,
-        center_crop=True if crop is None else crop,
-        adaptive_ensemble=ensemble,
-        ensemble_alpha=flags.ensemble_alpha,
-        intrinsics=flags.intrinsics or "checkpoint",
-    )
+
+
+def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]:
+    """Flags that do not fit the files. The camera "checkpoint" always fits: it is that of the training pictures."""
+    problems = []
+    rank = None if checkpoint.adapter is None else checkpoint.adapter.rank
+    if flags.center_crop is not None and checkpoint.center_crop not in (None, flags.center_crop):
+        problems.append(Problem(f"--center_crop {flags.center_crop}, but it was trained with {checkpoint.center_crop}"))
+    if flags.intrinsics == "libero" and checkpoint.intrinsics == "checkpoint":
+        problems.append(Problem("--intrinsics libero, but it was trained with checkpoint"))
+    if flags.lora_rank is not None and rank not in (None, flags.lora_rank):
+        problems.append(Problem(f"--lora_rank {flags.lora_rank}, but it was trained with {rank}", fatal=True))
+    return problems
 
 
 def load_spatialvla_policy(
@@ -189,22 +214,25 @@ def load_spatialvla_policy(
 
 
 def _unnorm_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None) -> str:
-    """The user's key; else the suite's, where the checkpoint was fine-tuned on it; else that of the same arm."""
-    if flags.unnorm_key:
-        return resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key)
+    """The user's key, else the suite's."""
     try:
-        return resolve_unnorm_key(checkpoint.statistics, default_key)
-    except ValueError:
-        if _FRANKA_KEY not in checkpoint.statistics:
+        key = statistics_key(flags, checkpoint, default_key)
+    except ValueError as error:
+        if flags.unnorm_key or _FRANKA_KEY not in checkpoint.statistics:
             raise
-    _LOG.warning(
-        "%s has no statistics of %s: it was not fine-tuned on it. Using %s; such zero-shot runs score about 0 %% in "
-        "LIBERO, so a low number here is no fault of the set-up",
-        checkpoint.source,
-        default_key,
-        _FRANKA_KEY,
-    )
-    return _FRANKA_KEY
+        raise ValueError(
+            f"{error}. --unnorm_key {_FRANKA_KEY} evaluates it zero-shot with the statistics of the same arm, which "
+            "scores about 0 %"
+        ) from error
+    if key == _FRANKA_KEY and flags.unnorm_key and default_key:
+        _LOG.warning(
+            "%s: zero-shot with the statistics of %s, not fine-tuned on %s; such runs score about 0 %% in LIBERO, so a "
+            "low number here is no fault of the set-up",
+            checkpoint.source,
+            key,
+            default_key,
+        )
+    return key
 
 
 def _camera(processor: SpatialVLAProcessor, settings: SpatialVLASettings) -> CameraIntrinsics:

@@ -26,7 +26,7 @@ from prismo.models.openvla import (
     TextBatch,
 )
 from prismo.models.openvla.prediction import predict_actions
-from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.distributed import World
@@ -143,7 +143,9 @@ class OpenVLATask:
         self.base, self.device = base, world.device
         self.precision = config.precision(world.device)
         self.images = PrismaticProcessor.from_pretrained(base).image_processor
-        self.base_fingerprint = fingerprint(stored_tensors(base))
+        tensors = stored_tensors(base)
+        self.base_fingerprint = fingerprint(tensors)
+        self.base_full_fingerprint = full_fingerprint(tensors) if world.is_main else None  # that process writes it
 
     def inputs(self, batch: Batch, train: bool) -> TrainingInputs:
         text = TextBatch(batch.text["input_ids"], batch.text.get("attention_mask"), batch.text["labels"])
@@ -184,7 +186,8 @@ class OpenVLATask:
         vla = self.objective.vla
         base = str(self.base.resolve()) if Path(self.config.vla_path).is_dir() else self.config.vla_path
         spec = self.config.policy_options.lora
-        save_adapter(vla, folder, spec, base=base, base_fingerprint=self.base_fingerprint)
+        known = {"base_fingerprint": self.base_fingerprint, "base_full_fingerprint": self.base_full_fingerprint}
+        save_adapter(vla, folder, spec, base=base, **known)
         # Published action heads are bf16, the projectors fp32.
         head_dtype = torch.bfloat16 if self.precision == torch.bfloat16 else None
         for stem, module in self.components().items():

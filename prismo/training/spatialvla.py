@@ -36,7 +36,7 @@ from prismo.models.spatialvla import (
 from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION, load_gaussians
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.spatialvla.rediscretize import rediscretize
-from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.policies.spatialvla import Intrinsics
 from prismo.training.build import recompute_activations
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
@@ -158,7 +158,9 @@ class SpatialVLATask:
         self.base, self.device = base, world.device
         self.cameras = {name: processor.camera(unnorm_key(name)) for name in statistics}
         self.stored_dtype = read_config(base).dtype or torch.bfloat16
-        self.base_fingerprint = fingerprint(stored_tensors(base))
+        tensors = stored_tensors(base)
+        self.base_fingerprint = fingerprint(tensors)
+        self.base_full_fingerprint = full_fingerprint(tensors) if world.is_main else None  # that process writes it
 
     def inputs(self, batch: Batch, train: bool) -> SpatialVLAInputs:
         augmented = train and self.config.image_aug
@@ -190,7 +192,8 @@ class SpatialVLATask:
         lora = _lora(self.config)
         if lora is not None:
             base = str(self.base.resolve()) if Path(self.config.vla_path).is_dir() else self.config.vla_path
-            save_adapter(vla, folder, lora, base=base, base_fingerprint=self.base_fingerprint)
+            known = {"base_fingerprint": self.base_fingerprint, "base_full_fingerprint": self.base_full_fingerprint}
+            save_adapter(vla, folder, lora, base=base, **known)
         else:
             self._write_model(folder, weights)
         if self.objective.alignment is not None:

@@ -80,11 +80,6 @@ def check(value: Any, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
     return parse_json(json.dumps(value).encode(), kind, where, advice=advice)
 
 
-def parse_json(text: bytes, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
-    """JSON that is part of a file; raises ValueError as `read_json` does, `where` names it."""
-    return _validate(text, kind, where, advice)
-
-
 def read_json_lines(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> list[T]:
     """Every line of a file as `kind`; raises as `read_json` does and names the line."""
     lines = Path(path).read_bytes().splitlines()

@@ -13,7 +13,7 @@ from prismo.models.lora import add_lora, save_adapter
 from prismo.models.merge import merge
 from prismo.models.openvla import ActionTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
-from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.util.files import write_json
 from tests.models.adapted import SPEC, load, randomize_lora
 
@@ -52,7 +52,9 @@ def trained(base, tmp_path_factory):
     model = load(base)
     add_lora(model, SPEC)
     randomize_lora(model)
-    save_adapter(model, folder, SPEC, base="openvla/openvla-7b", base_fingerprint=fingerprint(stored_tensors(base)))
+    tensors = stored_tensors(base)
+    known = {"base_fingerprint": fingerprint(tensors), "base_full_fingerprint": full_fingerprint(tensors)}
+    save_adapter(model, folder, SPEC, base="openvla/openvla-7b", **known)
     return folder, model
 
 

@@ -1,5 +1,6 @@
 """Component files: published names and keys, both prefixes, and errors that say what to do."""
 
+import os
 import pickle
 import resource
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prismo.models.component_files import find_component, load_component, read_component, save_component
+from prismo.models.component_files import find_component, has_component, load_component, read_component, save_component
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.projectors import ProprioProjector
 
@@ -80,6 +81,18 @@ def test_missing_files_and_unknown_stems(tmp_path):
         find_component(tmp_path, "action_heads")
 
 
+def test_what_is_no_file(tmp_path):
+    """A broken link of a hub cache, a folder, a pipe that would never end."""
+    path = tmp_path / "action_head--5_checkpoint.pt"
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="is no file"):
+        find_component(tmp_path, "action_head")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no file"):
+        has_component(tmp_path, "action_head")
+
+
 def test_modules_that_do_not_fit_are_named(tmp_path):
     save_component(small_head(), tmp_path, "action_head", 5)
     with pytest.raises(ValueError, match="leave --use_diffusion at False"):
@@ -115,6 +128,9 @@ def test_broken_and_hostile_files(tmp_path):
     with pytest.raises(ValueError, match="cannot read"):
         load_component(small_head(), tmp_path, "action_head")
     assert not (tmp_path / "trap").exists()
+    torch.save({}, path)
+    with pytest.raises(ValueError, match="holds no tensors"):  # it counted as a checkpoint without this module
+        load_component(small_head(), tmp_path, "action_head")
     torch.save([torch.zeros(1)], path)
     with pytest.raises(ValueError, match="state dict"):
         load_component(small_head(), tmp_path, "action_head")

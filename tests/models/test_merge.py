@@ -1,6 +1,8 @@
 """Merging: predictions, bytes, statistics, and refusal of everything that would silently give wrong weights."""
 
 import json
+import os
+import re
 import resource
 import shutil
 import subprocess
@@ -168,6 +170,20 @@ def test_another_base_is_refused(base, checkpoint, tmp_path):
     merge(base, checkpoint, progress=False)
 
 
+def test_a_base_with_a_flipped_byte_is_refused(base, checkpoint, tmp_path):
+    """The quick fingerprint looks at the first bytes of a tensor only."""
+    flipped = Path(shutil.copytree(base, tmp_path / "flipped"))
+    stored = stored_tensors(flipped)["language_model.lm_head.weight"]
+    with stored.file.open("r+b") as file:
+        file.seek(stored.start + stored.size - 3)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match="not those that training read"):
+        merge(flipped, checkpoint, tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_adapters_of_another_size_are_refused_before_anything_is_written(checkpoint, tmp_path):
     wider = make_tiny_openvla(tmp_path / "wider", hidden_size=48)
     with pytest.raises(ValueError, match=r"lora_[AB]\.weight has shape \[.*\], expected \["):
@@ -272,7 +288,8 @@ def test_the_script_with_the_original_flags(base, checkpoint):
         for _ in range(2)
     )
     assert first.returncode == 0, first.stderr
-    assert "weights merged" in first.stdout
+    assert re.search(r"is complete: \d+ weights merged, \d+ copied \(\d+\.\d MB, \d+ s\)", first.stdout)
+    assert "every weight is base + adapter" in first.stdout
     assert again.returncode == 2
     assert "overwrite" in again.stderr.splitlines()[-1]
     assert "Traceback" not in again.stderr

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from prismo.data.normalize import dump_statistics
 from prismo.embodiment import LIBERO
+from prismo.models.lora import LoraSpec, add_lora, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
+from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, tiny_statistics
 from prismo.policies import OpenVLAPolicy, PolicyFlags, PolicyInput, prepare_policy
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, read_json
@@ -46,6 +49,18 @@ def prefer_action_tokens(folder: Path) -> None:
     tokens = model.action_tokenizer
     model.get_output_embeddings().weight.data[tokens.first_id + 1 : tokens.vocab_size] *= 100
     model.save_pretrained(folder, max_shard_size="3MB")
+
+
+@pytest.fixture(scope="session")
+def token_run(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on vanilla OpenVLA, whose folder holds the vanilla model code, without any side module."""
+    folder = tmp_path_factory.mktemp("run") / "run--100_chkpt"
+    model = OpenVLAForActionPrediction.from_pretrained(checkpoints["vanilla"], dtype=torch.float32, self_test=False)
+    spec = LoraSpec(rank=4)
+    add_lora(model, spec)
+    save_adapter(model, folder, spec, base=str(checkpoints["vanilla"]))
+    dump_statistics({"libero_spatial_no_noops": tiny_statistics(LIBERO)}, folder / "dataset_statistics.json")
+    return folder
 
 
 Load = Callable[..., OpenVLAPolicy]

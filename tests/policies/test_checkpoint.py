@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from prismo.embodiment import LIBERO
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.tiny import make_tiny_policy
 from prismo.policies import checkpoint_hash, open_checkpoint
+from prismo.policies.checkpoint import weights_folder
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,67 @@ def test_the_trainers_configuration_wins(checkpoints, tmp_path: Path) -> None:
     (folder / TRAINING_CONFIG).write_text(json.dumps(stored))
     found = open_checkpoint(folder)
     assert (found.num_images, found.center_crop, found.diffusion_steps) == (1, False, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_images_in_input": "2"}, "num_images_in_input should be a valid integer"),
+        ({"num_images_in_input": 0}, "num_images_in_input should be greater than or equal to 1"),
+        ({"image_aug": "False"}, "image_aug should be a valid boolean"),
+        ({"chunk": 1.5}, "chunk should be a valid integer"),
+        ({"attention": "both"}, "attention should be 'bidirectional' or 'causal'"),
+        ({"intrinsics": "mine"}, "intrinsics should be"),
+        ({"embodiment": {"control_hz": 0}}, "embodiment.control_hz should be greater than 0"),
+        ({"embodiment": {"control_hz": "NaN"}}, "embodiment.control_hz should be"),
+        ({"embodiment": {"action_dim": 0}}, "embodiment.action_dim should be greater"),
+        ({"embodiment": {"gripper_env_sign": 7}}, "embodiment.gripper_env_sign should be -1 or 1"),
+        ({"embodiment": {"normalization": "q99"}}, "embodiment.normalization should be"),
+        ({"embodiment": {"gripper_dims": [7]}}, "embodiment.gripper_dims .7. are not among its 7 action numbers"),
+    ],
+)
+def test_a_damaged_training_config(checkpoints, tmp_path: Path, change, says) -> None:
+    folder = shutil.copytree(checkpoints["vanilla"], tmp_path / "copy")
+    if "embodiment" in change:
+        change = {"embodiment": dataclasses.asdict(LIBERO) | change["embodiment"]}
+    (folder / TRAINING_CONFIG).write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=says):
+        open_checkpoint(folder)
+
+
+def test_damaged_modules(checkpoints, tmp_path: Path) -> None:
+    """An empty file counted as one that is not there: evaluation without state, or with discrete tokens."""
+    folder = shutil.copytree(checkpoints["l1"], tmp_path / "copy")
+    for stem in ("action_head", "proprio_projector"):
+        path = folder / f"{stem}--latest_checkpoint.pt"
+        whole = path.read_bytes()
+        torch.save({}, path)
+        with pytest.raises(ValueError, match=f"{stem}.* holds no tensors"):
+            open_checkpoint(folder)
+        path.write_bytes(whole)
+    torch.save({"fc2.weight": torch.zeros(3)}, folder / "proprio_projector--latest_checkpoint.pt")
+    with pytest.raises(ValueError, match=r"holds no matrix fc1\.weight"):
+        open_checkpoint(folder)
+
+
+def test_files_that_are_cut_off_are_found_first(checkpoints, tmp_path: Path) -> None:
+    """Not after a simulator has been started and 15 GB have been read."""
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"):
+        folder = shutil.copytree(checkpoints["l1"], tmp_path / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-50])
+        with pytest.raises(ValueError, match=name):
+            open_checkpoint(folder)
+
+
+def test_a_base_that_has_moved(token_run: Path, checkpoints, tmp_path: Path) -> None:
+    run = shutil.copytree(token_run, tmp_path / "run--100_chkpt")
+    path = run / "lora_adapter" / "adapter_config.json"
+    for base in (str(tmp_path / "gone"), "ckpts/openvla-7b"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+        with pytest.raises(FileNotFoundError, match=rf"base model .* {base} is neither .*--base_checkpoint"):
+            open_checkpoint(run)
+    found = open_checkpoint(run, base=str(checkpoints["vanilla"]))
+    assert weights_folder(found) == checkpoints["vanilla"]
 
 
 def test_crop_from_the_folders_name(checkpoints, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from prismo.embodiment import ALOHA, LIBERO
+from prismo.embodiment import ALOHA, LIBERO, Embodiment
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.policies import PolicyFlags, open_checkpoint, prepare_policy, resolve_settings
 
@@ -80,9 +81,10 @@ def test_all_contradictions_at_once(checkpoints, tmp_path: Path) -> None:
 
 def test_unnorm_key(checkpoints) -> None:
     assert resolved(checkpoints["l1"], unnorm_key="libero_spatial_no_noops").unnorm_key == "libero_spatial_no_noops"
-    for key, flags in (("libero_goal", {}), ("libero_spatial", {"unnorm_key": "libero_gaol"})):
-        with pytest.raises(ValueError, match=r"Available: libero_spatial_no_noops"):
-            resolved(checkpoints["l1"], key, **flags)
+    with pytest.raises(ValueError, match=r"Available: libero_spatial_no_noops"):
+        resolved(checkpoints["l1"], unnorm_key="libero_gaol")
+    with pytest.raises(ValueError, match=r"trained on libero_spatial_no_noops, asked for libero_goal\..*--unnorm_key"):
+        resolved(checkpoints["l1"], "libero_goal")
 
 
 def test_another_robot(checkpoints) -> None:
@@ -126,3 +128,36 @@ def test_a_base_for_merged_weights_is_refused(checkpoints) -> None:
     flags = PolicyFlags(pretrained_checkpoint=str(checkpoints["l1"]), base_checkpoint="/nope")
     with pytest.raises(ValueError, match=r"--base_checkpoint /nope, but the weights in .* are merged"):
         prepare_policy(flags, LIBERO, "libero_spatial")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"intrinsics": "libero"}, "--intrinsics libero, but it is no SpatialVLA"),
+        ({"adaptive_ensemble": True}, "--adaptive_ensemble True, but it is no SpatialVLA"),
+        ({"ensemble_alpha": 0.2}, "--ensemble_alpha 0.2, but it is no SpatialVLA"),
+    ],
+)
+def test_flags_of_another_family(checkpoints, flags, says) -> None:
+    """They were ignored."""
+    with pytest.raises(ValueError, match=says):
+        prepare_policy(PolicyFlags(pretrained_checkpoint=str(checkpoints["l1"]), **flags), LIBERO, "libero_spatial")
+
+
+def test_the_robot_of_the_checkpoint(checkpoints, tmp_path: Path) -> None:
+    """An own robot is known from the files alone; nothing said how its numbers were scaled."""
+    own = Embodiment("mine", 7, 8, 8, "bounds", 15.0, gripper_dims=(6,), gripper_env_sign=1)
+    folder = shutil.copytree(checkpoints["l1"], tmp_path / "copy")
+    flags = PolicyFlags(pretrained_checkpoint=str(folder))
+    assert prepare_policy(flags).robot == LIBERO  # published files: by the name of their dataset
+    assert prepare_policy(flags, LIBERO).robot == LIBERO
+    (folder / TRAINING_CONFIG).write_text(json.dumps({"embodiment": dataclasses.asdict(own), "chunk": 8}))
+    assert prepare_policy(flags).robot == own
+    # In another place it is that place's robot, but the numbers of the model mean what they meant in training.
+    driven = prepare_policy(flags, LIBERO).robot
+    assert driven == dataclasses.replace(LIBERO, normalization="bounds")
+    (folder / TRAINING_CONFIG).unlink()
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    (folder / "dataset_statistics.json").write_text(json.dumps({"mine": statistics["libero_spatial_no_noops"]}))
+    with pytest.raises(ValueError, match="unknown robot of dataset 'mine'"):
+        prepare_policy(flags)

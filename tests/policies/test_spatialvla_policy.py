@@ -12,12 +12,14 @@ import pytest
 
 from prismo.data.images import observation_image
 from prismo.embodiment import LIBERO
+from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.spatialvla import LIBERO_AGENTVIEW
 from prismo.models.spatialvla.tiny import make_tiny_spatialvla
-from prismo.policies import PolicyFlags, PolicyInput, PolicySpec, checkpoint_hash, prepare_policy
+from prismo.policies import PolicyFlags, PolicyInput, PolicySpec, checkpoint_hash, open_checkpoint, prepare_policy
 from tests.policies.conftest import observe
 
 SUITE = "libero_spatial"
+ZERO_SHOT = "droid/1.0.0"
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,14 @@ def inputs() -> list[PolicyInput]:
     return [observe(seed, prompt, images=1) for seed, prompt in enumerate(prompts)]
 
 
-def test_zero_shot_uses_droid_and_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_zero_shot_must_be_asked_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It ran on another dataset's statistics with a warning."""
+    with pytest.raises(
+        ValueError, match=rf"was trained on .* and 24 more, asked for {SUITE}.*--unnorm_key droid/1\.0\.0"
+    ):
+        prepared(folder, model_family="svla")
     with caplog.at_level(logging.WARNING):
-        spec = prepared(folder, model_family="svla")
+        spec = prepared(folder, model_family="svla", unnorm_key=ZERO_SHOT)
     assert spec.settings.unnorm_key == "droid/1.0.0"
     assert "about 0 %" in caplog.text
     assert (spec.settings.chunk, spec.settings.num_images, spec.settings.center_crop) == (1, 1, True)
@@ -49,9 +56,27 @@ def test_a_fine_tuned_checkpoint_uses_its_suite(folder: Path, tmp_path: Path) ->
     config["statistics"]["libero_spatial_no_noops/1.0.0"] = config["statistics"]["droid/1.0.0"]
     (copy / "processor_config.json").write_text(json.dumps(config))
     assert prepared(copy).settings.unnorm_key == "libero_spatial_no_noops/1.0.0"
-    assert checkpoint_hash(prepared(copy).checkpoint) != checkpoint_hash(prepared(folder).checkpoint)
+    assert checkpoint_hash(prepared(copy).checkpoint) != checkpoint_hash(open_checkpoint(folder))
     with pytest.raises(ValueError, match=r"Available: .*droid/1\.0\.0"):
         prepared(copy, unnorm_key="libero_goal")
+
+
+def test_flags_that_contradict_the_training(folder: Path, tmp_path: Path) -> None:
+    """Camera and crop could disagree with training without a word."""
+    copy = shutil.copytree(folder, tmp_path / "fine-tuned")
+    for recorded, wrong, right in (
+        ({"image_aug": False, "intrinsics": "checkpoint"}, {"center_crop": True}, {"center_crop": False}),
+        ({"image_aug": True, "intrinsics": "checkpoint"}, {"intrinsics": "libero"}, {"intrinsics": "checkpoint"}),
+        ({"image_aug": True, "intrinsics": "libero"}, {"center_crop": False}, {"intrinsics": "checkpoint"}),
+    ):
+        (copy / TRAINING_CONFIG).write_text(json.dumps(recorded))
+        ((flag, value),) = wrong.items()
+        with pytest.raises(ValueError, match=rf"contradict the checkpoint .*\n  --{flag} {value}, but it was trained"):
+            prepared(copy, unnorm_key=ZERO_SHOT, **wrong)
+        assert getattr(prepared(copy, unnorm_key=ZERO_SHOT, force=True, **wrong).settings, flag) == value
+        settings = prepared(copy, unnorm_key=ZERO_SHOT, **right).settings
+        assert settings == prepared(copy, unnorm_key=ZERO_SHOT).settings
+        assert settings.center_crop == recorded["image_aug"]
 
 
 def test_flags_of_the_other_family(folder: Path) -> None:
@@ -62,7 +87,7 @@ def test_flags_of_the_other_family(folder: Path) -> None:
 
 
 def test_chunks_without_ensemble(folder: Path, inputs: list[PolicyInput]) -> None:
-    policy = prepared(folder, adaptive_ensemble=False).load()
+    policy = prepared(folder, unnorm_key=ZERO_SHOT, adaptive_ensemble=False).load()
     together = policy.predict(inputs, [0, 1, 2])
     assert together.shape == (3, 4, 7)
     for slot, item in enumerate(inputs):
@@ -72,8 +97,8 @@ def test_chunks_without_ensemble(folder: Path, inputs: list[PolicyInput]) -> Non
 
 def test_the_ensemble_belongs_to_the_episode(folder: Path, inputs: list[PolicyInput]) -> None:
     """A slot's second action averages two chunks; other slots and finished episodes have no vote."""
-    policy = prepared(folder, ensemble_alpha=0.0).load()
-    chunks = prepared(folder, adaptive_ensemble=False).load().predict(inputs, [0, 1, 2])
+    policy = prepared(folder, unnorm_key=ZERO_SHOT, ensemble_alpha=0.0).load()
+    chunks = prepared(folder, unnorm_key=ZERO_SHOT, adaptive_ensemble=False).load().predict(inputs, [0, 1, 2])
     assert policy.robot.chunk == 1
     policy.start_episode(0, seed=0)
     policy.start_episode(1, seed=0)
@@ -87,7 +112,10 @@ def test_the_ensemble_belongs_to_the_episode(folder: Path, inputs: list[PolicyIn
 
 
 def test_the_true_camera_follows_the_crop(folder: Path) -> None:
-    cropped = prepared(folder, intrinsics="libero").load()._camera
+    cropped = prepared(folder, unnorm_key=ZERO_SHOT, intrinsics="libero").load()._camera
     assert cropped.matrix(224)[0, 0].item() == pytest.approx(285.0, abs=0.1)
-    assert prepared(folder, intrinsics="libero", center_crop=False).load()._camera == LIBERO_AGENTVIEW
-    assert prepared(folder).load()._camera.width == 640  # what the checkpoint stores
+    assert (
+        prepared(folder, unnorm_key=ZERO_SHOT, intrinsics="libero", center_crop=False).load()._camera
+        == LIBERO_AGENTVIEW
+    )
+    assert prepared(folder, unnorm_key=ZERO_SHOT).load()._camera.width == 640  # what the checkpoint stores

@@ -61,8 +61,8 @@ def _influences(model: OpenVLAForActionPrediction) -> tuple[float, float, float]
     table: Tensor = embedding.weight
     size = model.config.towers[0].image_size
     channels = 3 * len(model.config.towers)
-    dtype = next(model.projector.parameters()).dtype
-    pixels = torch.ones(2, channels, size, size, device=table.device, dtype=dtype if dtype.is_floating_point else None)
+    # Of the model, not of some weight: quantised ones are integers.
+    pixels = torch.ones(2, channels, size, size, device=table.device, dtype=model.dtype)
     pixels[0] *= -1
     condition = None
     ids = torch.arange(3, 3 + _TEXT_TOKENS, device=table.device)[None].repeat(3, 1)
