@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from tests.fuzz.mutate import Mutation
 Kind = Literal["works", "refused", "traceback", "crash", "hang", "escape"]
 Read = Callable[[Path], Any]
 Judge = Callable[[Mutation, Any, Any], bool]
-_SECONDS = 60
+_SECONDS = 40
 _MEMORY = 6 << 30  # bytes beyond those that the process has already
 _LONGEST = 1000  # characters of an error that somebody reads
 _WRONG_INPUT = (ValueError, OSError, SelfTestError)  # what the commands take for wrong input; anything else is a bug
@@ -76,7 +77,10 @@ def _child(read: Read, folder: Path, send: Connection) -> None:
     for stream in (1, 2):
         os.dup2(null, stream)
     sys.stdout = sys.stderr = os.fdopen(null, "w")
-    os.environ |= {"XDG_CACHE_HOME": str(folder.parent / "cache"), "HOME": str(folder.parent / "cache")}
+    cache = folder.parent / "cache"
+    cache.mkdir()
+    os.environ |= {"XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
+    tempfile.tempdir = str(cache)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     os.fsync = lambda handle: None  # nothing here outlives the test
@@ -121,6 +125,8 @@ def _run(read: Read, folder: Path) -> Outcome:
         return Outcome("works", value=read(folder))
     except _WRONG_INPUT as error:
         log_error(error)
+    except SystemExit as stopped:
+        return Outcome("refused", text=str(stopped.code))
     except CommandFailedError:
         pass
     except BaseException as error:
@@ -212,7 +218,8 @@ class Fuzzer:
     ) -> tuple[str, str]:
         """(column of the table, what is wrong with it)."""
         if after.kind == "refused":
-            names = (Path(mutation.file).name.lstrip("-"), str(self.folder), *also)
+            parent, name = os.path.split(mutation.file)
+            names = (name, *([parent] if parent else []), str(self.folder), *also)
             if not any(name in after.text for name in names):
                 return "unclear", f"the error does not name the file: {after.text[:300]}"
             return ("clear", "") if len(after.text) <= _LONGEST else ("unclear", f"{len(after.text)} characters")
