@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +51,10 @@ _TAGS = ("!!python/object/apply:os.mkdir [executed]", "!!python/object/apply:os.
 @pytest.fixture(scope="module")
 def believed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, a teacher, descriptions and flags in one folder."""
-    folder = make_tiny_policy(tmp_path_factory.mktemp("fuzz") / "believed", layers=2)
+    folder = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("fuzz") / "believed"))
+    make_tiny_policy(folder, layers=2)
     make_tiny_vggt(folder / "vggt.pt", image_size=56)
-    (folder / "robot.yaml").write_text(ROBOT.replace(f"path: {DATASET}", f"path: {dataset / DATASET}"))
+    (folder / "robot.yaml").write_text(ROBOT)
     (folder / "mixture.yaml").write_text(MIXTURE.replace(f", {DATASET}: 2", ""))
     (folder / "flags.yaml").write_text("batch_size: 2\n")
     return folder

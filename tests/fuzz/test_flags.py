@@ -50,13 +50,13 @@ _KINDS = {
         "vla_path", "data_root_dir", "dataset_name", "vggt_path", "adapt_emb", "pretrained_checkpoint", "hdf5_dir",
         "base_checkpoint", "initial_states_path", "lora_finetuned_checkpoint_dir", "compare", "libero_assets",
     },
-    "output": {"run_root_dir", "local_log_dir", "rollout_dir", "output_dir", "output"},
+    "output": {"run_root_dir", "output_dir", "output"},
 }  # fmt: skip
 _LEFT_OUT = {"wandb_entity", "wandb_project", "use_wandb", "use_tensorboard", "compile", "compile_vggt", "max_steps"}
 _ZERO = {
     "seed", "resume_step", "num_workers", "max_grad_norm", "lr_warmup_steps", "num_steps_before_decay", "weight_decay",
     "min_sigma", "lora_dropout", "val_fraction", "align_loss_coeff", "align_map_freq", "vla_layers_align", "noise",
-    "vggt_layers_align", "num_steps_wait", "ensemble_alpha", "episode",
+    "vggt_layers_align", "num_steps_wait", "ensemble_alpha", "episode", "shuffle_buffer_size", "max_errors",
 }  # fmt: skip
 _NAMES = ("finetune_align", "run_libero_eval", "merge", "collect", "statistics", "show", "gaussians", "tiny")
 _MINUS_ONE = {"vla_layers_align", "vggt_layers_align"}
