@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Builds a virtual environment with the versions of constraints.txt; `make setup` and `make setup-compare` call it.
 #   scripts/setup.sh PYTHON FOLDER [EXTRA]     EXTRA: only add that extra to an environment that is there
+#   CONSTRAINTS=file                           other versions (scripts/try_versions.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 folder=$2 extra=${3:-}
 log=$folder/setup.log
+constraints=${CONSTRAINTS:-constraints.txt}
 SIMULATOR="hf-libero robosuite bddl"
 
 # The one place that says which Pythons are supported.
@@ -37,8 +39,7 @@ check_python() {
 install() {
   local title=$1 start=$SECONDS
   shift
-  if ! "$folder/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt "$@" >>"$log" 2>&1
-  then
+  if ! "$folder/bin/python" -m pip install --constraint "$constraints" "$@" >>"$log" 2>&1; then
     grep -E '^(ERROR|error)' "$log" | tail -3 >&2 || tail -5 "$log" >&2
     fail "pip could not install $title; its whole output is in $log"
   fi
@@ -52,7 +53,7 @@ if [ "$extra" ]; then
 fi
 
 check_python
-torch=$(grep '^torch==' constraints.txt)
+torch=$(grep '^torch==' "$constraints" || echo torch)
 echo "Setting up $folder with $("$python" --version), once: a few minutes, 3 GB (8 GB where torch comes with CUDA)."
 version() { "$1" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null; }
 clear=$([ "$(version "$python")" = "$(version "$folder/bin/python")" ] || echo --clear) # of another Python: anew
