@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from prismo.data.dataset import Source, open_dataset
 from prismo.data.normalize import FieldStats, dump_statistics, load_statistics, resolve_unnorm_key
 from prismo.util.cli import run_command
+from prismo.util.extras import need
 
 COLUMNS = ("mean", "std", "min", "q01", "q99", "max")
 
@@ -33,6 +33,7 @@ class StatsConfig:
 
 
 def main(cfg: StatsConfig) -> None:
+    need("matplotlib", "data")
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     output = cfg.output_dir or Path("runs/statistics") / Path(cfg.dataset_name).stem
     output.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def plot_histograms(source: Source, path: Path) -> None:
     """One histogram per dimension with its 1 % and 99 % quantiles."""
     fields = {"action": source.statistics.action, "proprio": source.statistics.proprio}
     width = max(stats.dim for stats in fields.values())
-    figure = Figure(figsize=(2.2 * width, 4.6), layout="constrained")
+    figure = need("matplotlib.figure", "data").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
     axes = figure.subplots(2, width, squeeze=False)
     for row, (name, stats) in enumerate(fields.items()):
         for dim in range(width):

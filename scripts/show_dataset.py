@@ -7,20 +7,24 @@ Check here that pictures are upright, that the first camera is the outside one, 
 0 = closed when the robot grasps.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import imageio.v2 as imageio
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from prismo.data.dataset import Source, open_dataset
 from prismo.util.cli import run_command
+from prismo.util.extras import need
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NO_OP = 1e-4  # movement (norm of the first six action numbers) below which a step counts as idle
 
@@ -61,11 +65,13 @@ class Episode:
 
 
 def main(cfg: ShowConfig) -> None:
+    output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
+    for module in ("matplotlib", "imageio") if output.suffix == ".mp4" else ("matplotlib",):
+        need(module, "data")
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     for source in dataset.sources:
         summarize(source)
     episode = pick(dataset.sources, cfg.episode)
-    output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".mp4":
         write_film(episode, output)
@@ -99,10 +105,14 @@ def pick(sources: tuple[Source, ...], number: int) -> Episode:
     raise AssertionError("unreachable: the number was checked")
 
 
+def make_figure(**options: Any) -> Figure:
+    return need("matplotlib.figure", "data").Figure(**options)
+
+
 def write_sheet(episode: Episode, path: Path, frames: int) -> None:
     shown = np.unique(np.linspace(0, episode.steps - 1, frames).astype(int))
     cameras = len(episode.source.index.spec.cameras)
-    figure = Figure(figsize=(1.9 * len(shown), 1.9 * cameras + 3.4), layout="constrained")
+    figure = make_figure(figsize=(1.9 * len(shown), 1.9 * cameras + 3.4), layout="constrained")
     grid = figure.add_gridspec(cameras + 2, len(shown), height_ratios=[1.9] * cameras + [1.7, 1.7])
     for column, step in enumerate(shown):
         for camera, view in enumerate(episode.views(step)):
@@ -132,15 +142,15 @@ def plot(panel: Axes, name: str, episode: Episode, marks: list[int]) -> None:
 def write_film(episode: Episode, path: Path) -> None:
     """All cameras side by side with the actions below and a moving cursor, at the robot's control rate."""
     rate = max(1, round(episode.source.index.spec.embodiment.control_hz))
-    with imageio.get_writer(path, fps=rate, macro_block_size=2) as film:
+    with need("imageio.v2", "data").get_writer(path, fps=rate, macro_block_size=2) as film:
         for picture in tqdm(film_frames(episode), total=episode.steps, unit="frame"):
             film.append_data(picture)
 
 
 def film_frames(episode: Episode) -> Iterator[np.ndarray]:
     cameras = len(episode.source.index.spec.cameras)
-    figure = Figure(figsize=(3.2 * cameras, 5.2), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = make_figure(figsize=(3.2 * cameras, 5.2), dpi=100, layout="constrained")
+    canvas = need("matplotlib.backends.backend_agg", "data").FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, cameras, height_ratios=[3, 1.6])
     pictures = [figure.add_subplot(grid[0, c]).imshow(view) for c, view in enumerate(episode.views(0))]
     for picture in pictures:

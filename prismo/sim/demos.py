@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from prismo.sim.interface import (
@@ -27,6 +26,7 @@ from prismo.sim.interface import (
     quat_to_axis_angle,
 )
 from prismo.sim.suites import Task
+from prismo.util.extras import need
 from prismo.util.files import atomic_write
 
 AGENT_VIEW = "agentview_rgb"
@@ -119,7 +119,7 @@ def demo_file_name(task: Task) -> str:
 
 def write_demo(path: Path, demo: Demo) -> None:
     """Write one demonstration to a file of its own, atomically."""
-    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_write(path) as temporary, _open(temporary, "w") as file:
         group = file.create_group("demo")
         group.attrs["num_samples"] = len(demo)
         group.attrs["init_state"] = demo.states[0]
@@ -152,11 +152,11 @@ def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) ->
         task: goes into the attributes that LIBERO's readers look at.
         info: assets and versions, so that data made with stand-ins can be told.
     """
-    with atomic_write(target) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_write(target) as temporary, _open(temporary, "w") as file:
         data = file.create_group("data")
         total = 0
         for index, part in sorted(parts.items()):
-            with h5py.File(part, "r") as source:
+            with _open(part, "r") as source:
                 source.copy("demo", data, name=f"demo_{index}")
             total += int(data[f"demo_{index}"].attrs["num_samples"])
         problem = {"domain_name": "robosuite", "language_instruction": task.language}
@@ -177,7 +177,7 @@ def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) ->
 
 def demo_indices(path: Path) -> list[int]:
     """The demonstrations of a file, in numeric order (they may have gaps)."""
-    with h5py.File(path, "r") as file:
+    with _open(path, "r") as file:
         return sorted(int(name.removeprefix("demo_")) for name in file["data"])
 
 
@@ -187,7 +187,7 @@ def read_demo(path: Path, index: int, *, images: bool = True) -> Demo:
     Raises:
         ValueError: the file lacks it, or something in it.
     """
-    with h5py.File(path, "r") as file:
+    with _open(path, "r") as file:
         group = file.get(f"data/demo_{index}")
         if group is None:
             raise ValueError(f"{path} has no demonstration {index}; it has {demo_indices(path)}")
@@ -200,3 +200,8 @@ def read_demo(path: Path, index: int, *, images: bool = True) -> Demo:
             arrays[name] = None if dataset is None or (is_image and not images) else dataset[()]
         seed = group.attrs.get("seed")
     return Demo(**arrays, seed=None if seed is None else int(seed))
+
+
+def _open(path: Path, mode: str) -> Any:
+    """An h5py.File."""
+    return need("h5py", "data").File(path, mode)

@@ -21,6 +21,7 @@ from prismo.training.checkpoint import base_of, check_same_run, check_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.families import family_of
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
+from prismo.util.extras import install_hint
 
 _LOG = logging.getLogger(__name__)
 _USUAL_BATCH = 32
@@ -140,4 +141,4 @@ def _check_dataset(config: FinetuneConfig) -> None:
 def _check_extras(config: FinetuneConfig) -> None:
     for wanted, package in ((config.wandb_wanted, "wandb"), (config.use_tensorboard, "tensorboard")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"logging to {package} needs the package: pip install 'prismo[{package}]'")
+            raise ValueError(f"logging to {package} needs its package: {install_hint(package)}")

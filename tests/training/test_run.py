@@ -292,7 +292,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
         ),
         pytest.param(
             {"use_tensorboard": True},
-            "pip install 'prismo[tensorboard]'",
+            'pip install -e ".[tensorboard]"',
             marks=pytest.mark.skipif(bool(find_spec("tensorboard")), reason="tensorboard is installed"),
         ),
     ],
@@ -325,7 +325,7 @@ def test_weights_and_biases_respects_the_users_mode(flags, tmp_path, monkeypatch
 
 
 def test_tensorboard(flags, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'prismo[tensorboard]')")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     before = "tensorflow" in sys.modules
     assert train(flags(tmp_path, max_steps=2, use_tensorboard=True, align_map_freq=1)) == 0
     assert ("tensorflow" in sys.modules) == before
