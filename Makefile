@@ -1,46 +1,52 @@
-# Everything a newcomer needs:  make test  (sets up .venv, runs the suite)  and  make demo.
+# `make test` and `make demo` set up .venv first, whatever the machine; `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# CUDA hardware needs nothing else: torch's wheel brings its own libraries.
-TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-SIMULATOR := hf-libero robosuite bddl
+COMPARE := $(VENV)/.compare
 
-.PHONY: setup gl demo test test-fast lint format clean
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-compare gl demo test test-fast lint types format clean
 
-setup: $(READY)
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1#\2/p' Makefile | awk -F'#' '{printf "  %-19s %s\n", $$1, $$2}'
+	@echo "  PYTHON=python3.12 make setup chooses the interpreter; PIP_INDEX_URL and pip's other variables are obeyed."
+	@echo "  Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup spares 5 GB of CUDA."
 
-# torch goes first and alone, the simulator without its dependency lists: see constraints.txt.
+setup: $(READY) ## .venv with the tested versions, all extras and the LIBERO simulator
+
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all]"
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(SIMULATOR)
-	touch $(READY)
+	@bash scripts/setup.sh "$(PYTHON)" $(VENV) && touch $(READY)
 
-# Software rendering for machines without a GPU; says what to type where it may not install it.
-gl:
-	@bash scripts/install_gl.sh
+setup-compare: $(COMPARE) ## TensorFlow, too, for the tests that compare with it (1.6 GB more)
 
-demo: setup gl
+$(COMPARE): $(READY)
+	@bash scripts/setup.sh "$(PYTHON)" $(VENV) compare && touch $(COMPARE)
+
+gl: setup ## something that draws without a screen (EGL or OSMesa): installs it, or says what to type
+	@bash scripts/install_gl.sh $(BIN)/python
+
+demo: gl ## the whole chain at a small size: demonstrations, dataset, training, merge, roll-outs (no GPU, no downloads)
 	$(BIN)/python scripts/demo.py --output demo --overwrite
 
 # Two processes, a file at a time: module fixtures are shared, and the slowest part does not wait for the others.
-test: setup gl
+test: setup ## the suite
+	@bash scripts/install_gl.sh $(BIN)/python both || echo "Tests that draw are skipped."
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: setup
+test-fast: setup ## the suite without what takes more than a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-lint: setup
+lint: setup ## what continuous integration checks of the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup
+types: setup ## the type checker
+	$(BIN)/ty check
+
+format: setup ## mends what lint complains about
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean: ## removes .venv and what builds leave
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

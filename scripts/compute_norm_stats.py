@@ -33,7 +33,7 @@ class StatsConfig:
 
 
 def main(cfg: StatsConfig) -> None:
-    need("matplotlib", "libero")
+    need("matplotlib", "data")
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     output = cfg.output_dir or Path("runs/statistics") / Path(cfg.dataset_name).stem
     output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def plot_histograms(source: Source, path: Path) -> None:
     """One histogram per dimension with its 1 % and 99 % quantiles."""
     fields = {"action": source.statistics.action, "proprio": source.statistics.proprio}
     width = max(stats.dim for stats in fields.values())
-    figure = need("matplotlib.figure", "libero").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
+    figure = need("matplotlib.figure", "data").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
     axes = figure.subplots(2, width, squeeze=False)
     for row, (name, stats) in enumerate(fields.items()):
         for dim in range(width):

@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Makes sure that MuJoCo can render without a screen (EGL or OSMesa). Installs Mesa where it may, else says how.
+# Makes sure that MuJoCo can draw without a screen; ends with 1 and a sentence where nothing can be done.
+#   scripts/install_gl.sh PYTHON          something draws: EGL (a GPU, or Mesa in software) or OSMesa
+#   scripts/install_gl.sh PYTHON both     EGL and, where it can be had, the fallback OSMesa, for the tests of both
+# Only root on Debian or Ubuntu installs anything. PYTHON is one that has prismo and MuJoCo.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1 wanted=${2:-any}
 
-packages="libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
+# Drawing decides, not the names of libraries: they may lack their driver, or lie where only LD_LIBRARY_PATH leads.
+draws() { env ${1:+MUJOCO_GL=$1} "$python" -c 'from prismo.sim.gl import choose_backend as c; c()' 2>/dev/null; }
 
-# Read once into a variable: with pipefail, `ldconfig | grep -q` may fail because grep closes the pipe early.
-libraries=$(ldconfig -p 2>/dev/null || true)
-case "$libraries" in
-  *libEGL.so*|*libOSMesa.so*) exit 0 ;;
-esac
+enough() { if [ "$wanted" = both ]; then draws egl && draws osmesa; else draws; fi; }
 
-if [ "$(uname -s)" != Linux ]; then
-  echo "The LIBERO simulator renders through EGL or OSMesa, which this script installs on Linux only." >&2
-  exit 0
-fi
+enough && exit
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  echo "No EGL or OSMesa library found: installing $packages"
-  apt-get update -qq
-  # shellcheck disable=SC2086  # a list of words
-  apt-get install -y -qq --no-install-recommends $packages >/dev/null
-else
-  echo "No EGL or OSMesa library found, so the simulator cannot render. Type:" >&2
-  echo "  sudo apt-get install --no-install-recommends $packages" >&2
-  exit 1
+  hint=$("$python" -c 'from prismo.sim.gl import INSTALL_HINT; print(INSTALL_HINT)')
+  packages=${hint##*--no-install-recommends}
+  [ "$wanted" = any ] || packages="$packages libosmesa6" # newer distributions have none
+  echo "Installing what is missing of$packages"
+  options="-qq -o Acquire::Retries=0 -o Acquire::http::Timeout=20"
+  # shellcheck disable=SC2086  # lists of words
+  {
+    apt-get $options update || true
+    for package in $packages; do apt-get $options install -y --no-install-recommends "$package" || true; done
+  } >/dev/null 2>&1 </dev/null
 fi
+exec "$python" -c '
+from prismo.sim.gl import GLUnavailableError, choose_backend
+try:
+    choose_backend()
+except GLUnavailableError as error:
+    raise SystemExit(str(error)) from None
+'

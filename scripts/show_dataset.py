@@ -70,7 +70,7 @@ def main(cfg: ShowConfig) -> None:
     ends_in(cfg, "output", ".png", ".pdf", ".svg", ".mp4")
     output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
     for module in ("matplotlib", "imageio_ffmpeg") if output.suffix == ".mp4" else ("matplotlib",):
-        need(module, "libero")
+        need(module, "data")
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     for source in dataset.sources:
         summarize(source)
@@ -110,7 +110,7 @@ def pick(sources: tuple[Source, ...], number: int) -> Episode:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches, of 100 pixels each in a film."""
-    return need("matplotlib.figure", "libero").Figure(figsize=(width, height), dpi=100, layout="constrained")
+    return need("matplotlib.figure", "data").Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def write_sheet(episode: Episode, path: Path, frames: int) -> None:
@@ -146,7 +146,7 @@ def plot(panel: Axes, name: str, episode: Episode, marks: list[int]) -> None:
 def write_film(episode: Episode, path: Path) -> None:
     """All cameras side by side with the actions below and a moving cursor, at the robot's control rate."""
     rate = max(1, round(episode.source.index.spec.embodiment.control_hz))
-    with need("imageio.v2", "libero").get_writer(path, fps=rate, macro_block_size=2) as film:
+    with need("imageio.v2", "data").get_writer(path, fps=rate, macro_block_size=2) as film:
         for picture in tqdm(film_frames(episode), total=episode.steps, unit="frame"):
             film.append_data(picture)
 
@@ -154,7 +154,7 @@ def write_film(episode: Episode, path: Path) -> None:
 def film_frames(episode: Episode) -> Iterator[np.ndarray]:
     cameras = len(episode.source.index.spec.cameras)
     figure = new_figure(3.2 * cameras, 5.2)
-    canvas = need("matplotlib.backends.backend_agg", "libero").FigureCanvasAgg(figure)
+    canvas = need("matplotlib.backends.backend_agg", "data").FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, cameras, height_ratios=[3, 1.6])
     pictures = [figure.add_subplot(grid[0, c]).imshow(view) for c, view in enumerate(episode.views(0))]
     for picture in pictures:

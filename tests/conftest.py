@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
+from prismo.sim.gl import GLBackend, GLUnavailableError, choose_backend
+
+pytest_plugins = ("tests.skips",)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +35,12 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_vggt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small VGGT `model.pt`."""
     return make_tiny_vggt(tmp_path_factory.mktemp("tiny") / "model.pt")
+
+
+@pytest.fixture(scope="session")
+def drawing() -> GLBackend:
+    """What pictures of the simulator are drawn with; where nothing can draw, the tests that need it are skipped."""
+    try:
+        return choose_backend()
+    except GLUnavailableError:
+        pytest.skip("nothing here can draw: `make gl` installs what is missing, or says what to type")

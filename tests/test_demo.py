@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawing")
 def test_smallest_demo(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     sizes = ("--tasks", "1", "--demos", "1", "--train_steps", "12", "--trials", "1", "--max_steps", "16")

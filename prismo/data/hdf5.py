@@ -113,7 +113,7 @@ class _UnfitError(ValueError):
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """An open HDF5 file. Damage, for which h5py has many exceptions, becomes one ValueError."""
-    h5py = need("h5py", "libero")
+    h5py = need("h5py", "data")
     try:
         with h5py.File(path) as file:
             yield file
@@ -124,7 +124,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _is_group(found: Any) -> bool:
-    return isinstance(found, need("h5py", "libero").Group)
+    return isinstance(found, need("h5py", "data").Group)
 
 
 def _dataset(file: Any, demo: Demonstration, name: str, *shape: int | None) -> Any:

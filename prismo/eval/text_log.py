@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from prismo.eval.results import EpisodeResult, Summary, tally
+from prismo.util.extras import install_hint
 
 
 class TextLog:
@@ -80,7 +81,7 @@ class WandbLog:
         try:
             import wandb  # noqa: PLC0415 (optional)
         except ImportError as error:
-            raise ValueError("--use_wandb True needs wandb: pip install wandb") from error
+            raise ValueError(f"--use_wandb True needs wandb: {install_hint('wandb')}") from error
         identifier = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.name)
         try:
             self._run = wandb.init(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from prismo.eval.plan import Episode
+from prismo.util.extras import install_hint
 from prismo.util.files import atomic_write
 
 _FPS = 30  # the original's; the simulator runs at 20 Hz, so videos play 1.5 times as fast
@@ -18,7 +19,7 @@ def check_video_writer() -> None:
     """Raises ValueError with what to type where videos cannot be written."""
     for module in ("imageio", "imageio_ffmpeg"):
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"videos need {module}: pip install 'imageio[ffmpeg]', or pass --save_videos none")
+            raise ValueError(f"videos need {module}: {install_hint('data')}, or pass --save_videos none")
 
 
 def video_path(folder: str | Path, timestamp: str, family: str, episode: Episode, success: bool) -> Path:

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
 from prismo.sim.interface import (
@@ -30,7 +29,11 @@ from prismo.sim.interface import (
     quat_to_axis_angle,
 )
 from prismo.sim.suites import Task
+from prismo.util.extras import need
 from prismo.util.files import atomic_write
+
+if TYPE_CHECKING:
+    import h5py
 
 AGENT_VIEW = "agentview_rgb"
 WRIST_VIEW = "eye_in_hand_rgb"
@@ -127,7 +130,7 @@ def demo_file_name(task: Task) -> str:
 
 def write_demo(path: Path, demo: Demo) -> None:
     """Write one demonstration to a file of its own, atomically."""
-    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_write(path) as temporary, need("h5py", "data").File(temporary, "w") as file:
         group = file.create_group("demo")
         group.attrs["num_samples"] = len(demo)
         group.attrs["init_state"] = demo.states[0]
@@ -160,7 +163,7 @@ def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) ->
         task: goes into the attributes that LIBERO's readers look at.
         info: assets and versions, so that data made with stand-ins can be told.
     """
-    with atomic_write(target) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_write(target) as temporary, need("h5py", "data").File(temporary, "w") as file:
         data = file.create_group("data")
         total = 0
         for index, part in sorted(parts.items()):
@@ -191,7 +194,7 @@ def demo_indices(path: Path) -> list[int]:
     """
     with _opened(path) as file:
         data = file.get("data")
-        if not isinstance(data, h5py.Group) or not len(data):
+        if not isinstance(data, need("h5py", "data").Group) or not len(data):
             raise DemoError(f"{path} has no group data with demonstrations (demo_0, ...); expected LIBERO's schema")
         wrong = [name for name in data if not re.fullmatch(r"demo_\d+", name)]
         if wrong:
@@ -227,7 +230,7 @@ def read_demo(path: Path, index: int, *, images: bool = True) -> Demo:
 def _opened(path: Path) -> Iterator[h5py.File]:
     """A file for reading; what h5py throws at damaged ones (of any kind) becomes a DemoError."""
     try:
-        with h5py.File(path, "r") as file:
+        with need("h5py", "data").File(path, "r") as file:
             yield file
     except DemoError:
         raise
@@ -238,9 +241,9 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def _datasets(path: Path, file: h5py.File, index: int) -> dict[str, h5py.Dataset]:
     """The arrays of a demonstration, all of the kind and length that `Demo` says; pictures may be absent."""
-    where = f"data/demo_{index}"
+    where, group = f"data/demo_{index}", need("h5py", "data").Group
     for name in (where, f"{where}/obs"):
-        if not isinstance(file.get(name), h5py.Group):
+        if not isinstance(file.get(name), group):
             raise DemoError(f"{path}: {name} is no group; expected LIBERO's schema")
     found = {}
     for name in _ARRAYS:
@@ -258,16 +261,16 @@ def _datasets(path: Path, file: h5py.File, index: int) -> dict[str, h5py.Dataset
 
 def _check_kind(where: str, dataset: h5py.Dataset | h5py.Group, name: str) -> None:
     """Refuse what is no array of numbers [T, width] or no picture."""
+    is_array = isinstance(dataset, need("h5py", "data").Dataset)
     if name in _WIDTHS:
         width = _WIDTHS[name]
         expected = f"numbers [T, {width or 'N'}]"
-        right = isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "fiu" and dataset.ndim == 2
+        right = is_array and dataset.dtype.kind in "fiu" and dataset.ndim == 2
         right = right and width in (None, dataset.shape[1])
     else:
         expected = "uint8 [T, H, W, 3]"
-        right = isinstance(dataset, h5py.Dataset) and dataset.dtype == np.uint8 and dataset.ndim == 4
+        right = is_array and dataset.dtype == np.uint8 and dataset.ndim == 4
         right = right and dataset.shape[3] == 3
     if not right:
-        is_array = isinstance(dataset, h5py.Dataset)
         found = f"{dataset.dtype} {list(dataset.shape)}" if is_array else f"a {type(dataset).__name__.lower()}"
         raise DemoError(f"{where} is {found}; expected {expected}")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from prismo.sim.demos import Demo, Recorder
 from prismo.sim.interface import CAMERAS, GRIPPER_CLOSE, GRIPPER_OPEN, SimulatorError
@@ -252,8 +251,12 @@ def _horizontal(vector: np.ndarray) -> np.ndarray:
 
 
 def _matrix(quat: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation  # noqa: PLC0415 (comes with the simulator, in whose process this runs)
+
     return Rotation.from_quat(quat).as_matrix()
 
 
 def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation  # noqa: PLC0415 (comes with the simulator, in whose process this runs)
+
     return Rotation.from_matrix(matrix).as_rotvec()

@@ -23,7 +23,9 @@ from prismo.util.processes import end_with
 
 log = logging.getLogger(__name__)
 
-INSTALL_HINT = "apt-get install -y --no-install-recommends libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
+# Without libopengl0, PyOpenGL's EGL finds no functions on a machine that has no other OpenGL. OSMesa would do, too, but
+# Mesa 25.1 dropped it, and apt-get installs nothing where one name is unknown.
+INSTALL_HINT = "apt-get install -y --no-install-recommends libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0"
 _PROBE_TIMEOUT_S = 120.0
 _IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
 _EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the CUDA ordinal of an EGL device
@@ -110,7 +112,8 @@ def choose_backend(cuda_device: int | None = None) -> GLBackend:
             log.warning("no EGL device says that it is CUDA device %d; rendering with %s", cuda_device, backend)
         return backend
     raise GLUnavailableError(
-        f"no OpenGL backend can draw here ({'; '.join(failures)}). On Debian or Ubuntu type: {INSTALL_HINT}"
+        f"no OpenGL backend can draw here ({'; '.join(failures)}). On Debian or Ubuntu type: sudo {INSTALL_HINT} "
+        "(who may not, uses a machine with a GPU, whose driver draws, or a container with these packages)"
     )
 
 
@@ -210,6 +213,8 @@ def _main() -> None:
     try:
         print(json.dumps(_egl_cuda_ordinals() if sys.argv[1] == "list" else _draw()))
     except Exception as error:  # whatever a driver throws: the parent goes on to the next candidate and reports this
+        if "'NoneType' object has no attribute" in str(error):  # PyOpenGL's way to say it
+            raise SystemExit("its library, or one that it needs, is not installed") from None
         raise SystemExit(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
 
 

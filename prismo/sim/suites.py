@@ -20,6 +20,7 @@ import numpy as np
 from annotated_types import MinLen
 from pydantic import Field, FiniteFloat
 
+from prismo.util.extras import install_hint
 from prismo.util.schema import read_json
 from prismo.util.text import did_you_mean
 
@@ -80,8 +81,8 @@ def package_folder() -> Path:
         if (folder / "bddl_files").is_dir():
             return folder
     raise ModuleNotFoundError(
-        "LIBERO is not installed: `make setup` installs it, or "
-        "`pip install 'prismo[libero]' && pip install --no-deps hf-libero robosuite==1.4.0 bddl==1.0.1`"
+        f"LIBERO is not installed: `make setup` installs it; by hand, {install_hint('libero')}, "
+        "then `pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1`"
     )
 
 

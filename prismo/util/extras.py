@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 
 def install_hint(extra: str) -> str:
-    """What to type for an extra of this project. Not its bare name: on the package index that is another project."""
-    return f'type `pip install -e ".[{extra}]"` in the folder of the source code'
+    """What to type for an extra of this project, whose name on the package index is not that of the package."""
+    if (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():
+        return f'type `pip install -e ".[{extra}]"` in the folder of the source code'
+    return f'type `pip install "prismo-vla[{extra}]"`'
 
 
 def need(module: str, extra: str) -> ModuleType:

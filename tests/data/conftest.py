@@ -37,7 +37,7 @@ def small(synthetic: Path) -> WindowDataset:
 @pytest.fixture(scope="session")
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """HDF5 demonstrations as the regeneration script writes them (32 pixels): two tasks with gaps in the numbering."""
-    h5py = pytest.importorskip("h5py", reason="h5py (extra rlds) is not installed")
+    h5py = pytest.importorskip("h5py", reason="h5py (extra data) is not installed")
     folder = tmp_path_factory.mktemp("hdf5")
     tasks = {"pick_up_the_bowl": (0, 2), "KITCHEN_SCENE3_turn_on_the_stove": (1, 10, 3)}
     for task, numbers in tasks.items():
@@ -67,7 +67,7 @@ def rebuilt(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def tensorflow(rebuilt: Path, synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with everything that `tensorflow_side.py` writes; its inputs are `rebuilt` and `synthetic`."""
-    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets (extra rlds) is not installed")
+    pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets: make setup-compare")
     out = tmp_path_factory.mktemp("tensorflow")
     folders = [rebuilt / "libero_90_no_noops" / "1.0.0", synthetic / "libero_spatial_no_noops" / "1.0.0"]
     command = [sys.executable, str(HERE / "tensorflow_side.py"), str(out), *map(str, folders)]

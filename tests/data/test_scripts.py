@@ -214,7 +214,7 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_benchmark_prints_its_table(tmp_path: Path) -> None:
-    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets (extra rlds) is not installed")
+    pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets: make setup-compare")
     done = run_script("bench_data.py", "--work_dir", tmp_path, "--generate_gb", 0.02, "--seconds", 0.3, "--repeats", 1,
                       "--shuffle_buffer_size", 64, "--batch_size", 4, "--modes", "augmented")  # fmt: skip
     for row in ("index built at", "samples/s, augmented", "first batch (s)", "memory (MB)"):

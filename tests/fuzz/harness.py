@@ -53,7 +53,7 @@ class Outcome:
 
 
 def attempt(read: Read, folder: Path) -> Outcome:
-    """`read(folder)` in a child process. It may write in `folder` and `folder`/../cache only, and not look beside it."""
+    """`read(folder)` in a child process. It may write in `folder` and `folder`/../cache, and not look beside it."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(read, folder, send))
@@ -213,7 +213,7 @@ class Fuzzer:
         finally:
             shutil.rmtree(case, ignore_errors=True)
 
-    def _judge(
+    def _judge(  # noqa: PLR0911 (one return for each outcome)
         self, mutation: Mutation, before: Outcome, after: Outcome, legitimate: Judge, also: tuple[str, ...]
     ) -> tuple[str, str]:
         """(column of the table, what is wrong with it)."""

@@ -76,9 +76,9 @@ def files_of(folder: Path, *below: str) -> list[str]:
 
 
 def other_numbers(folder: Path) -> Callable[[Mutation, Any, Any], bool]:
-    """Weights have no checksum, and numbers of a description may be others; what kind of policy it is may not change."""
+    """Weights have no checksum, numbers of a description may be others; the kind of policy may not change."""
 
-    def judge(mutation: Mutation, before: Any, after: Any) -> bool:
+    def judge(mutation: Mutation, before: Any, after: Any) -> bool:  # noqa: PLR0911 (one for each kind)
         if not np.isfinite(after["actions"]).all():
             return False
         name = Path(mutation.file).name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -110,10 +111,8 @@ def _script(name: str, **valid: str) -> Command:
     def call(arguments: list[str]) -> None:
         if hasattr(module, "SimWorker"):
             module.SimWorker = _stop_here
-        try:
+        with contextlib.suppress(_ReachedSimulatorError):
             module.main(parse_flags(kind, arguments))
-        except _ReachedSimulatorError:
-            pass
 
     return Command(kind, valid, call)
 

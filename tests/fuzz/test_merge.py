@@ -33,7 +33,9 @@ def read_merged(folder: Path) -> Any:
         raise
     policy = open_checkpoint("merged")
     digests = {path.name: _digest(path) for path in sorted(Path("merged").iterdir()) if path.name != "merge.json"}
-    return digests | {"kind": [str(value) for value in (policy.head, policy.proprio_dim, policy.chunk, policy.attention)]}
+    return digests | {
+        "kind": [str(value) for value in (policy.head, policy.proprio_dim, policy.chunk, policy.attention)]
+    }
 
 
 def _digest(path: Path) -> str:
@@ -41,7 +43,7 @@ def _digest(path: Path) -> str:
 
 
 def other_weights(folder: Path) -> Any:
-    """What is not weights is copied as it is; the adapter's numbers have no checksum, the base's behind a fingerprint."""
+    """What is no weight is copied as it is; the adapter's numbers have no checksum, the base's a fingerprint."""
 
     def judge(mutation: Mutation, before: Any, after: Any) -> bool:
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prismo.data.dataset import open_dataset
 from tests.fuzz.conftest import DATASET
 from tests.fuzz.harness import Fuzzer
-from tests.fuzz.mutate import WRONG, Draw, Mutation, damage, describe, edited, yaml_bytes, writes
+from tests.fuzz.mutate import WRONG, Draw, Mutation, damage, describe, edited, writes, yaml_bytes
 
 ROBOT = f"""
 name: my_robot
@@ -104,7 +104,10 @@ def valid(mutation: Mutation, before: Any, after: Any) -> bool:
     weights = [weight for found in after.values() for weight in found["weights"]]
     bounds = (
         *(0 < spec["embodiment"]["control_hz"] < 1e5 for spec in specs),
-        *(1 <= spec["embodiment"]["chunk"] < 1e4 and spec["embodiment"]["gripper_env_sign"] in (-1, 1) for spec in specs),
+        *(
+            1 <= spec["embodiment"]["chunk"] < 1e4 and spec["embodiment"]["gripper_env_sign"] in (-1, 1)
+            for spec in specs
+        ),
         *(spec["skip_first"] >= 0 and all(spec[name] for name in ("name", "cameras", "action")) for spec in specs),
         *(0 < weight < math.inf for weight in weights),
     )
@@ -123,6 +126,8 @@ _OPTIONAL = ("path", "chunk", "normalization", "gripper_dims", "gripper_env_sign
 
 
 def test_damaged_descriptions_and_mixtures(fuzz: Fuzzer, described: Path) -> None:
-    edits = yaml_edit(described).filter(lambda mutation: not (mutation.kind == "../" and mutation.place[-1:] == ("path",)))
+    edits = yaml_edit(described).filter(
+        lambda mutation: not (mutation.kind == "../" and mutation.place[-1:] == ("path",))
+    )
     fuzz(described, st.one_of(edits, edits, edits, edits, damage(described, FILES)), read_specs, percent=12,
          legitimate=valid, also=("cannot be mixed",))  # fmt: skip

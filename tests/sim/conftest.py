@@ -11,6 +11,7 @@ import pytest
 
 from prismo.sim import SimWorker
 from prismo.sim.assets import ASSETS_VARIABLE, STAND_INS, Assets, cache_folder, resolve_assets
+from prismo.sim.gl import GLBackend, GLUnavailableError, choose_backend
 from prismo.util.files import atomic_folder
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared"
@@ -37,8 +38,24 @@ def libero_assets() -> Assets:
     return resolve_assets(unpacked)
 
 
+@pytest.fixture
+def osmesa(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine where OSMesa can draw; the choice of what draws is open again."""
+    choose_backend.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("MUJOCO_GL", "osmesa")
+        try:
+            choose_backend()
+        except GLUnavailableError:
+            pytest.skip("needs OSMesa, the fallback of EGL (Debian and Ubuntu: libosmesa6)")
+        finally:
+            choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
+
+
 @pytest.fixture(scope="session")
-def worker(stand_ins: Assets) -> Iterator[SimWorker]:
+def worker(stand_ins: Assets, drawing: GLBackend) -> Iterator[SimWorker]:
     """A simulator with cameras; tests leave it usable."""
     with SimWorker(stand_ins, image_size=64) as shared:
         yield shared

@@ -37,6 +37,7 @@ def test_all_forty_tasks_load_reset_and_step(libero_assets: Assets) -> None:
         assert not success, job
 
 
+@pytest.mark.usefixtures("drawing")
 def test_tasks_of_every_suite_draw_and_probes_find_the_right_physics(libero_assets: Assets) -> None:
     with SimWorker(libero_assets, image_size=128) as worker:
         pictures = [worker.reset(suite, 3, 0) for suite in ("libero_goal", "libero_10")]

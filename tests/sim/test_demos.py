@@ -19,6 +19,7 @@ from prismo.sim.assets import Assets
 from prismo.sim.collect import EXPERT_TASKS, expert_items, run_expert, success_table
 from prismo.sim.collection import Collection
 from prismo.sim.demos import Demo, assemble, demo_file_name, demo_indices, read_demo, write_demo
+from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimInfo
 from prismo.sim.rates import Rate
 from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
@@ -36,7 +37,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def collected(tmp_path_factory: pytest.TempPathFactory, drawing: GLBackend) -> Path:
     """One demonstration of one task, as the script writes it."""
     folder = tmp_path_factory.mktemp("demos") / "scripted"
     flags = ("--libero_assets", "stand-ins", "--task_ids", f"[{BUTTER}]", "--num_demos_per_task", 1)

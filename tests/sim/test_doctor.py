@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +18,7 @@ def run_doctor(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
 
 
+@pytest.mark.usefixtures("drawing")
 def test_healthy_machine(tmp_path: Path) -> None:
     done = run_doctor("--libero_assets", "stand-ins", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -10,6 +10,18 @@ import pytest
 
 from prismo.sim import gl
 
+# Python runs a module of this name when it starts: here libraries load, but for OSMesa, wherever it is installed.
+NO_OSMESA = """
+import ctypes, ctypes.util
+find, load = ctypes.util.find_library, ctypes.CDLL.__init__
+ctypes.util.find_library = lambda name: None if "OSMesa" in name else find(name)
+def forgetful(self, name, *args, **kwargs):
+    if "OSMesa" in str(name):
+        raise OSError(f"{name}: cannot open shared object file")
+    load(self, name, *args, **kwargs)
+ctypes.CDLL.__init__ = forgetful
+"""
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
@@ -18,29 +30,54 @@ def _fresh() -> Iterator[None]:
     gl.choose_backend.cache_clear()
 
 
+@pytest.fixture
+def no_egl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a container without the driver's EGL looks like: the loader finds no vendor."""
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", str(tmp_path / "none.json"))
+
+
+@pytest.fixture
+def egl() -> None:
+    if not gl.egl_devices():
+        pytest.skip("needs EGL (Debian and Ubuntu: libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0)")
+
+
+@pytest.mark.usefixtures("drawing")
 def test_chosen_backend_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "prismo.sim.gl"):
         backend = gl.choose_backend()
         assert gl.choose_backend() is backend  # probed once
-    assert [record.getMessage() for record in caplog.records] == [f"rendering with {backend}"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"rendering with {backend}")
+    assert ("after egl: " in line) == (backend.name == "osmesa")
     assert backend.environment()["MUJOCO_GL"] == backend.name
     assert backend.environment()["CUDA_VISIBLE_DEVICES"] is None
 
 
-def test_osmesa_takes_over_where_egl_is_broken(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    # What a container without the driver's EGL looks like: the loader finds no vendor.
-    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", str(tmp_path / "none.json"))
+@pytest.mark.usefixtures("osmesa", "no_egl")
+def test_osmesa_takes_over_where_egl_is_broken(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "prismo.sim.gl"):
         assert gl.choose_backend().name == "osmesa"
     assert "after egl" in caplog.text
+
+
+@pytest.mark.usefixtures("no_egl")
+def test_what_to_type_where_nothing_can_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    gl.choose_backend.cache_clear()
     with pytest.raises(gl.GLUnavailableError, match="apt-get install"):
         gl.choose_backend()
 
 
+def test_a_library_that_is_not_installed_is_called_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyOpenGL says "'NoneType' object has no attribute 'glGetError'"."""
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    (tmp_path / "sitecustomize.py").write_text(NO_OSMESA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(gl.GLUnavailableError, match="osmesa: its library, or one that it needs, is not installed"):
+        gl.choose_backend()
+
+
+@pytest.mark.usefixtures("egl")
 def test_impossible_egl_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")

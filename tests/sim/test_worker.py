@@ -23,7 +23,6 @@ from prismo.sim import (
     load_tasks,
 )
 from prismo.sim.assets import Assets
-from prismo.sim.gl import choose_backend
 
 SUITE = "libero_object"
 OPEN, CLOSE = -1.0, 1.0
@@ -95,6 +94,7 @@ def test_picture_is_turned_by_180_degrees(worker: SimWorker) -> None:
     assert np.median(robot) < 40
 
 
+@pytest.mark.usefixtures("drawing")
 def test_picture_agrees_with_a_published_observation(libero_assets: Assets) -> None:
     """OpenVLA-OFT's sample observation against our picture of the same scene, upright and in all wrong ways."""
     path = Path(__file__).resolve().parents[3] / "shared" / "sample_libero_spatial_observation.npz"
@@ -230,6 +230,7 @@ def test_bad_states_are_refused_and_the_worker_goes_on(blind_worker: SimWorker) 
     assert np.array_equal(by_array.state, by_index.state)
 
 
+@pytest.mark.usefixtures("drawing")
 def test_nothing_is_asked_or_written_at_home(
     tmp_path: Path, stand_ins: Assets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,18 +251,15 @@ def test_simulator_without_cameras_needs_no_opengl(blind_worker: SimWorker) -> N
     assert not [name for name in ("libEGL", "libOSMesa", "libGL.") if name in libraries]
 
 
+@pytest.mark.usefixtures("osmesa")
 def test_osmesa_draws_the_same_picture(stand_ins: Assets, worker: SimWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     if worker.backend.name != "egl" or not worker.backend.software:
         pytest.skip("compares the two software renderers")
     reference = worker.reset(SUITE, 0, 1)
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    choose_backend.cache_clear()
-    try:
-        with SimWorker(stand_ins, image_size=64) as other:
-            assert other.backend.name == "osmesa"
-            assert same(other.reset(SUITE, 0, 1), reference)
-    finally:
-        choose_backend.cache_clear()
+    with SimWorker(stand_ins, image_size=64) as other:
+        assert other.backend.name == "osmesa"
+        assert same(other.reset(SUITE, 0, 1), reference)
 
 
 @pytest.mark.parametrize("task", load_tasks(SUITE), ids=lambda task: task.name[8:-24])

@@ -131,7 +131,7 @@ print("RESULT", json.dumps(found))
 def test_libero_camera_is_mujocos() -> None:
     """The matrices that robosuite computes from MuJoCo's model, for a table, a floor and a kitchen scene."""
     if not (find_spec("robosuite") and find_spec("libero")):
-        pytest.skip("needs the simulator (pip install 'prismo[libero]' and hf-libero, robosuite)")
+        pytest.skip("needs the simulator (make setup)")
     tasks = json.dumps([("libero_spatial", 0), ("libero_object", 0), ("libero_10", 2)])
     done = subprocess.run(
         [sys.executable, "-c", SIMULATOR, tasks],
