@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def python(folder: Path, name: str, minor: int) -> Path:
     file = folder / "bin" / name
     file.parent.mkdir(exist_ok=True)
     program = f"import sys; sys.version_info = (3, {minor}, 1); sys.version = '3.{minor}.1 (main)'; exec(sys.argv[1])"
-    file.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {shutil.which("python3")} -c "{program}" "$2"\nexit 1\n')
+    file.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "{program}" "$2"\nexit 1\n')
     file.chmod(0o755)
     return file
 

@@ -59,6 +59,8 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_
         FileNotFoundError, ValueError: see `open_checkpoint` and `resolve_settings`.
     """
     flags.validate()
+    if not flags.pretrained_checkpoint:
+        raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
     if flags.model_family not in (None, *FAMILIES):
         raise ValueError(did_you_mean("model_family", flags.model_family, FAMILIES))
     device = _device(flags.device)

@@ -82,8 +82,6 @@ class PolicyFlags:
         Raises:
             ValueError: naming the flag, what it was and what it may be.
         """
-        if not self.pretrained_checkpoint:
-            raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit True and --load_in_4bit True exclude each other")
         at_least(self, num_images_in_input=1, num_diffusion_steps_train=1, num_diffusion_steps_inference=1)

@@ -52,7 +52,7 @@ def change(path: Path, place: str, value: Any) -> None:
         ("name", ..., "name is missing"),
         ("name", 5, "name should be a valid string"),
         ("splits", "train", "splits should be a valid array"),
-        ("splits", [], "splits List should have at least 1 item"),
+        ("splits", [], "splits should have at least 1 item"),
         ("splits.0", 7, r"splits\[0\] should be an object"),
         ("splits.0.name", None, r"splits\[0\].name should be a valid string"),
         ("splits.0.shardLengths", 2, r"splits\[0\].shardLengths should be a valid array"),

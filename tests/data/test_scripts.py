@@ -208,7 +208,7 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
         ("build_rlds_dataset.py", "BuildConfig", {"hdf5_dir": tmp_path}, "h5py"),
     ):
         loaded = script(name)
-        with pytest.raises(ValueError, match=rf'package {package} is missing: type `pip install -e "\.\[libero\]"`'):
+        with pytest.raises(ValueError, match=rf'package {package} is missing: type `pip install -e "\.\[data\]"`'):
             loaded["main"](loaded[kind](dataset_name="x", **flags))
 
 

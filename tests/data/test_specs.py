@@ -164,11 +164,11 @@ def test_a_yaml_file_may_be_a_mixture(synthetic: Path, tmp_path: Path) -> None:
         (("control_hz: 10", "control_hz: .nan"), "control_hz should be less than or equal to 10000, found nan"),
         (("control_hz: 10", "control_hz: .inf"), "control_hz should be less than or equal to"),
         (("name: my_robot", "name: 5"), "name should be a valid string, found 5"),
-        (("name: my_robot", "name: ''"), "name String should have at least 1 character"),
+        (("name: my_robot", "name: ''"), "name should have at least 1 character"),
         (("instruction:", "instructoin:"), "unknown key 'instructoin'. Did you mean 'instruction'"),
         ((": language_instruction", ": [a]"), r"instruction should be a valid string, found \['a'\]"),
         (("chunk: 4", "embodiment: [libero]"), "embodiment should be a valid string"),
-        (("action: [", "action: []  # ["), "action List should have at least 1 item"),
+        (("action: [", "action: []  # ["), "action should have at least 1 item"),
         (("action: [", "action: 5  # ["), "action should be a valid array, found 5"),
         (("action: [", "action: [[a]]  # ["), r"action\[0\] should be a valid string"),
         (("path: libero", "path: [1]  # libero"), "path should be a valid string"),
@@ -185,7 +185,7 @@ def test_mistakes_in_a_yaml_file(synthetic: Path, tmp_path: Path, change: tuple[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("datasets: {}", "datasets Dictionary should have at least 1 item"),
+        ("datasets: {}", "datasets should have at least 1 item"),
         ("datasets: [libero_spatial_no_noops]", "datasets should be an object"),
         (
             "datasets: {libero_spatial_no_noops: 0}",

@@ -108,10 +108,15 @@ def test_a_damaged_weight_file(tmp_path, content):
         stored_tensors(tmp_path)
 
 
+PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json")
+OTHER_TYPES = '{"means": 1, "model": 1, "pad_token": 3.5}'
+
+
 @pytest.mark.parametrize(
-    "file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"]
+    ("file", "content"),
+    [(file, content) for file in PROCESSOR for content in (None, "[]")]
+    + [(file, OTHER_TYPES) for file in PROCESSOR if file != "tokenizer_config.json"],  # which has none of these keys
 )
-@pytest.mark.parametrize("content", [None, "[]", '{"means": 1, "model": 1, "pad_token": 3.5}'])
 def test_a_damaged_processor(folder, file, content):
     """The usual remains of an interrupted download."""
     text = (folder / file).read_text()

@@ -60,7 +60,6 @@ def test_contradictions_need_force(checkpoints, kind, flags, says) -> None:
         ("discrete", {"use_proprio": True}, "no proprio_projector"),
         ("vanilla", {"use_film": True}, "no vision_backbone file"),
         ("l1", {"attention": "causal"}, "causal attention cannot feed an action head"),
-        ("l1", {"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
     ],
 )
 def test_the_impossible_is_refused_even_with_force(checkpoints, kind, flags, says) -> None:
@@ -116,6 +115,7 @@ def test_before_any_file_is_read(checkpoints) -> None:
         ({"intrinsics": "x"}, "unknown intrinsics 'x'. Available: checkpoint, libero"),
         ({"ensemble_alpha": float("nan")}, "--ensemble_alpha is nan; expected at least 0"),
         ({"ensemble_alpha": float("inf")}, "--ensemble_alpha is inf"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
     ],
 )
 def test_impossible_flags_are_refused_before_any_file_is_read(flags, says) -> None:
