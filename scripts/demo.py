@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 
 from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
+from prismo.util.schema import JsonObject, read_json, read_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "libero_object_no_noops"
+MARKER = ".made_by_prismo_demo"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Demo:
             *("--libero_assets", self.assets, "--env_img_res", "128", "--max_steps", str(self.args.max_steps)),
             *("--local_log_dir", str(self.folder / "eval"), "--rollout_dir", str(self.folder / "videos")),
         )
-        results = json.loads(next((self.folder / "eval").glob("*/results.json")).read_text())["total"]
+        results = read_json(next((self.folder / "eval").glob("*/results.json")), JsonObject)["total"]
         rate, episodes = results["success_rate"], results["episodes"]
         self.result(f"{episodes} episodes, " + ("all ended in errors" if rate is None else f"success rate {rate:.0%}"))
 
@@ -179,8 +181,7 @@ class Demo:
 
 def training_rows(run: Path) -> list[dict[str, float]]:
     """The logged training steps of a run."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["split"] == "train"]
+    return [row for row in read_json_lines(run / "metrics.jsonl", JsonObject) if row["split"] == "train"]
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
@@ -202,6 +203,18 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+def fresh_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder of everything, in the place of an old one if that was made here: its marker file says so."""
+    if folder.exists():
+        if not overwrite:
+            sys.exit(f"{folder} exists; look at {folder}/report.md, or type --overwrite to make it anew")
+        if not (folder / MARKER).is_file():
+            sys.exit(f"{folder} was not made by this script; name another folder with --output, or remove it yourself")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="demo", help="folder of everything that is made; it must not exist")
@@ -212,13 +225,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2, help="roll-outs per task")
     parser.add_argument("--max_steps", type=int, default=280, help="simulator steps of a roll-out (LIBERO-Object: 280)")
     args = parser.parse_args()
-    folder = Path(args.output)
-    if folder.exists():
-        if not args.overwrite:
-            sys.exit(f"{folder} exists; look at {folder}/report.md, or type --overwrite to make it anew")
-        if not (folder / "logs").is_dir():
-            sys.exit(f"{folder} was not made by this script; name another folder with --output")
-        shutil.rmtree(folder)
+    fresh_folder(Path(args.output), overwrite=args.overwrite)
     Demo(args).run()
 
 

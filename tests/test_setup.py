@@ -59,7 +59,7 @@ def test_an_unsuitable_python_is_one_sentence(minor: int | None, others: list[st
 
 def test_a_failing_pip_is_told_without_its_warnings(checkout: Path) -> None:
     (checkout / "constraints.txt").write_text("torch==0.0.0\n")
-    done = make(checkout, "setup", f"PYTHON={shutil.which('python3')}", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=")
+    done = make(checkout, "setup", f"PYTHON={sys.executable}", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=")
     assert done.returncode != 0
     assert "WARNING" not in done.stderr
     assert "setup: pip could not install" in done.stderr

@@ -127,9 +127,19 @@ def _is_group(found: Any) -> bool:
     return isinstance(found, need("h5py", "data").Group)
 
 
+def _refuse_links_elsewhere(file: Any, path: str) -> None:
+    """An HDF5 file can name any other file of the machine in the place of a part of its own."""
+    external, parts = need("h5py", "data").ExternalLink, path.split("/")
+    for count in range(1, len(parts) + 1):
+        place = "/".join(parts[:count])
+        if place in file and isinstance(file.get(place, getlink=True), external):
+            raise _UnfitError(f"{file.filename}: {place} is a link to another file; expected data")
+
+
 def _dataset(file: Any, demo: Demonstration, name: str, *shape: int | None) -> Any:
     """The dataset of one demonstration with T > 0 entries of `shape`, where None is any length; pictures have three."""
     path = f"{demo.group}/{name}"
+    _refuse_links_elsewhere(file, path)
     if not _is_group(file.get(demo.group)) or path not in file:
         raise _UnfitError(
             f"{demo.file} has no {path}; run scripts/regenerate_libero_dataset.py on LIBERO's demonstrations first"

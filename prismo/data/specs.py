@@ -222,7 +222,8 @@ def _resolve(data_root: Path, name: str, within: tuple[Path, ...]) -> list[Mixtu
     base = name.split("/", maxsplit=1)[0]
     if base not in SPECS:
         raise ValueError(
-            did_you_mean("dataset", name, [*SPECS, *MIXTURES])
+            (f"{within[-1]}: " if within else "")
+            + did_you_mean("dataset", name, [*SPECS, *MIXTURES])
             + ". Describe your own data in a YAML file and give its path (data/README.md)"
         )
     info = read_dataset_info(_folder(data_root, name))

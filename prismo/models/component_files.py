@@ -8,7 +8,6 @@ looking); only the FiLM backbone is stored without. We write the same, and read 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prismo.util.files import atomic_write
-from prismo.util.text import did_you_mean
+from prismo.util.text import did_you_mean, first_line
 
 Stem = Literal["action_head", "proprio_projector", "noisy_action_projector", "align_projector", "vision_backbone"]
 Step = int | Literal["latest"]
@@ -148,10 +147,15 @@ def read_component(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot read {path} as a file of tensors ({reason}); copy or save it again") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler stumble over anything
+        raise ValueError(
+            f"cannot read {path} as a file of tensors ({first_line(error)}); copy or save it again"
+        ) from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path} does not hold a state dict (a mapping from names to tensors)")
     if not state:
         raise ValueError(f"{path} holds no tensors; copy or save it again")

@@ -133,14 +133,14 @@ def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path, st
         FileNotFoundError, ValueError: as `prismo.models.component_files.load_component`.
     """
     path = find_component(folder, "vision_backbone", step)
-    state = _merge_lora(read_component(path), Path(folder))
+    state = _merge_lora(read_component(path), path)
     if not model.vision_backbone.film:
         add_film(model)
     load_state(model.vision_backbone, state, path)
     return path
 
 
-def _merge_lora(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _merge_lora(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """`state` without LoRA tensors, their product added to the weights."""
     merged = {}
     for name, value in state.items():
@@ -150,8 +150,10 @@ def _merge_lora(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         if not found:
             merged[name] = value
         elif parameter == "weight" and f"{module}.lora_A.default.weight" in state:
-            a, b = state[f"{module}.lora_A.default.weight"], state[f"{module}.lora_B.default.weight"]
-            merged[f"{module}.weight"] = merged_weight(value, a, b, _lora_scale(folder, rank=len(a)))
+            a, b = state[f"{module}.lora_A.default.weight"], state.get(f"{module}.lora_B.default.weight")
+            if b is None or (len(b), *a.shape[1:], len(a)) != (*value.shape, b.shape[1]):
+                raise ValueError(f"{path}: the LoRA factors of {module} do not fit its weight; copy it again")
+            merged[f"{module}.weight"] = merged_weight(value, a, b, _lora_scale(path.parent, rank=len(a)))
         else:
             merged[f"{module}.{parameter}"] = value
     return merged

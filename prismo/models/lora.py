@@ -211,9 +211,9 @@ def load_adapter(model: nn.Module, checkpoint_dir: str | Path, *, dtype: torch.d
         parameters = lora_parameters(model)
         for name, key in match_adapter(file, model, folder).items():
             parameters[name].data.copy_(file.get_tensor(key))
-        saved = saved_parameters(model, spec)
-        for name, parameter in saved.items():
-            parameter.data.copy_(file.get_tensor(_PREFIX + name))
+        saved = match_saved(file, model, spec, folder)
+        for name, parameter in saved_parameters(model, spec).items():
+            parameter.data.copy_(file.get_tensor(saved[name]))
         for key in base_copies(file, spec):
             own = dict(model.named_parameters()).get(key.removeprefix(_PREFIX))
             if own is None or not torch.equal(own.cpu(), file.get_tensor(key).to(own.dtype)):
@@ -247,6 +247,20 @@ def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, 
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in found:
             raise ValueError(f"{folder} is incomplete: it holds {name} without {other}; copy or save it again")
+    return found
+
+
+def match_saved(file: safe_open, model: nn.Module, spec: LoraSpec, folder: Path) -> dict[str, str]:
+    """`saved_keys`, after comparing them with the parameters of `model`.
+
+    Raises:
+        ValueError: the file lacks one, or it has another shape.
+    """
+    found = saved_keys(file, spec)
+    for name, parameter in saved_parameters(model, spec).items():
+        shape = file.get_slice(found[name]).get_shape() if name in found else None
+        if shape != list(parameter.shape):
+            raise ValueError(f"{folder} does not fit: {name} has shape {shape}, expected {list(parameter.shape)}")
     return found
 
 

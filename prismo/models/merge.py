@@ -34,6 +34,7 @@ from prismo.models.lora import (
     add_lora,
     base_copies,
     match_adapter,
+    match_saved,
     merged_weight,
     read_adapter_spec,
     saved_keys,
@@ -296,6 +297,7 @@ def _match(
             add_film(model)
         add_lora(model, spec)
     found = match_adapter(file, model, checkpoint_dir / ADAPTER_FOLDER)
+    match_saved(file, model, spec, checkpoint_dir / ADAPTER_FOLDER)
     modules = {name.rpartition(".lora_")[0] for name in found if not name.startswith(_FILM)}
     return {
         family.stored_name(f"{m}.weight"): (found[f"{m}.lora_A.weight"], found[f"{m}.lora_B.weight"])

@@ -227,8 +227,8 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
 def _other_alignment(before: Mapping[str, Any] | None, now: AlignRecipe | None) -> list[str]:
     """Flags of the alignment that differ; none at all is coefficient 0."""
     if before is None or now is None:
-        pair = tuple((recipe or {"align_loss_coeff": 0})["align_loss_coeff"] for recipe in (before, now and vars(now)))
-        return [] if pair[0] == pair[1] else [f"--align_loss_coeff {pair[0]} -> {pair[1]}"]
+        old, new = (recipe.get("align_loss_coeff") if recipe else 0 for recipe in (before, now and vars(now)))
+        return [] if old == new else [f"--align_loss_coeff {old} -> {new}"]
     return [f"--{name} {before.get(name)} -> {new}" for name, new in vars(now).items() if before.get(name) != new]
 
 

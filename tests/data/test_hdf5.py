@@ -90,6 +90,19 @@ def test_a_demonstration_of_another_kind_is_named(
     assert not (copy.parent / "out" / "1.0.0").exists()
 
 
+def test_a_link_to_another_file_is_not_followed(copy: Path) -> None:
+    """It could name any HDF5 file of the machine."""
+    elsewhere = shutil.copy(copy / FILE, copy.parent / "elsewhere.h5")
+
+    def change(file: h5py.File) -> None:
+        del file[f"{DEMO}/actions"]
+        file[f"{DEMO}/actions"] = h5py.ExternalLink(str(elsewhere), f"{DEMO}/actions")
+
+    edit(copy, change)
+    with pytest.raises(ValueError, match=rf"{FILE}.*actions is a link to another file"):
+        build(copy)
+
+
 def test_pictures_of_different_sizes_are_refused(copy: Path) -> None:
     """The features promise one size; readers would fail in the middle of training."""
     edit(copy, replaced(f"{DEMO}/obs/eye_in_hand_rgb", lambda t: np.zeros((t, 16, 16, 3), np.uint8)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prismo.models.component_files import save_component
+from prismo.models.component_files import read_component, save_component
 from prismo.models.film import add_film, load_film_backbone
 from prismo.models.lora import LoraSpec, add_lora, freeze_never_used, save_adapter
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -91,6 +91,17 @@ def test_a_trained_backbone_loads_with_its_lora_merged(tiny_model, tiny_base, ba
     condition = torch.randn(2, tiny_model.llm_dim, generator=torch.Generator().manual_seed(0))
     ours, expected = (backbone(batch.pixel_values, condition) for backbone in (loaded.vision_backbone, trained))
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_half_of_the_lora_layers_of_a_backbone(tiny_model, tmp_path):
+    add_film(tiny_model)
+    add_lora(tiny_model, SPEC)
+    path = save_component(tiny_model.vision_backbone, tmp_path, "vision_backbone", "latest")
+    state = read_component(path)
+    del state[next(name for name in state if name.endswith("attn.qkv.lora_B.default.weight"))]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"LoRA factors of .*attn\.qkv do not fit"):
+        load_film_backbone(tiny_model, tmp_path)
 
 
 def test_a_backbone_of_another_size_is_refused(tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -271,6 +272,38 @@ def test_interrupted_collection_continues(tmp_path: Path, make_blind: Callable[[
     assert "| 2/2 = 100.0%" in success_table(finished)
     with pytest.raises(ValueError, match=r"was made with .*0\.05.*; the flags now say .*0\.1"):
         Collection(tmp_path, {"noise": 0.1}, (), overwrite=False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"success": "yes", "steps": 3}', '{"success": true, "steps": -3}'])
+def test_a_damaged_note_is_one_sentence(content: str, tmp_path: Path) -> None:
+    item = expert_items("libero_object", [CREAM_CHEESE], 1)[0]
+    collection = Collection(tmp_path, {}, {item.task}, overwrite=False)
+    note = collection.demo_file(item).with_suffix(".json")
+    note.parent.mkdir()
+    note.write_text(content)
+    with pytest.raises(ValueError, match=rf"{note}: .*; remove it, and its demonstration is made again"):
+        collection.finished([item])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"num_workers": 0}, "--num_workers is 0; expected at least 1"),
+        ({"num_demos_per_task": 0}, "--num_demos_per_task is 0"),
+        ({"noise": float("nan")}, "--noise is nan"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"task_ids": []}, "--task_ids is empty"),
+        ({"task_ids": [10]}, r"--task_ids holds \[10\]; libero_object has tasks 0 to 9"),
+    ],
+)
+def test_flags_of_the_collection_have_bounds(flags: dict[str, object], says: str, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("collect", ROOT / "scripts" / "collect_scripted_demos.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["collect"] = script
+    spec.loader.exec_module(script)
+    with pytest.raises(ValueError, match=says):
+        script.main(script.CollectConfig(output_dir=tmp_path / "demos", **flags))
+    assert not (tmp_path / "demos").exists()
 
 
 def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:

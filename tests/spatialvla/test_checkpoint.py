@@ -170,6 +170,20 @@ def test_every_lora_target_can_be_merged(
     SpatialVLAForConditionalGeneration.from_pretrained(merged)
 
 
+def test_a_trained_table_that_is_not_there(
+    tiny_spatialvla: Path, fresh: SpatialVLAForConditionalGeneration, tmp_path: Path
+) -> None:
+    """The base's action embeddings were merged in its place."""
+    spec = LoraSpec(4, 4, target_modules=LORA_TARGETS["linear"], modules_to_save=("spatial_embed_tokens",))
+    add_lora(fresh, spec)
+    save_adapter(fresh, tmp_path, spec, base=str(tiny_spatialvla))
+    SpatialVLAProcessor.from_pretrained(tiny_spatialvla).save_pretrained(tmp_path)
+    path = tmp_path / "lora_adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "spatial_embed" not in name}, path)
+    with pytest.raises(ValueError, match=r"spatial_embed_tokens\.weight has shape None, expected \[8194, 64\]"):
+        merge(tiny_spatialvla, tmp_path, tmp_path / "merged", progress=False)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
