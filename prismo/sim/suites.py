@@ -94,7 +94,7 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
         ValueError: unknown suite; the message lists them.
     """
     if suite not in SUITES:
-        raise ValueError(did_you_mean("LIBERO suite", suite, SUITES))
+        raise ValueError(did_you_mean("task_suite_name (LIBERO suite)", suite, SUITES))
     root = package_folder()
     spec = importlib.util.spec_from_file_location("_libero_tasks", root / "benchmark" / "libero_suite_task_map.py")
     module = importlib.util.module_from_spec(spec)

@@ -116,6 +116,8 @@ class _Option:
         if NoneType in self.kinds and (value is None or (isinstance(value, str) and value in _NONE)):
             return None
         adapter: TypeAdapter[Any] = TypeAdapter(self.hint)
+        if "\0" in str(value):
+            raise ValueError(f"{where} {value!r}: holds a zero byte, which no name can have")
         try:
             if self.many:
                 several = yaml.safe_load(value) if isinstance(value, str) else value
