@@ -239,6 +239,8 @@ def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, 
         shape, expected = file.get_slice(key).get_shape(), list(parameters[name].shape)
         if shape != expected:
             raise ValueError(f"{folder} does not fit this base model: {key} has shape {shape}, expected {expected}")
+        if (kind := file.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{folder}: {key} holds {kind}, expected real numbers; copy or save it again")
     unused = never_used_modules(model, lm_head_used=False)
     absent = [name for name in parameters.keys() - found.keys() if not any(name.startswith(f"{m}.") for m in unused)]
     if absent:

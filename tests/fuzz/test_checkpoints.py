@@ -34,6 +34,9 @@ def spatialvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_spatialvla(tmp_path_factory.mktemp("fuzz") / "spatialvla")
 
 
+NAMED = ("unknown unnorm_key", "was trained on")  # about the name that was asked for, no file
+
+
 def reader(policy: str, key: str) -> Callable[[Path], Any]:
     """Loads the policy in a sub-folder and asks it once."""
 
@@ -102,16 +105,25 @@ _OTHER_WEIGHTS = ("tensor float64", "tensor int64", "tensor bool", "tensor NaN",
 
 def test_damaged_merged_checkpoint(fuzz: Fuzzer, merged: Path) -> None:
     read = reader("", DATASET)
-    fuzz(merged, mutations(merged, files_of(merged, ".")), read, percent=6, legitimate=other_numbers(merged))
+    fuzz(
+        merged, mutations(merged, files_of(merged, ".")), read, percent=6, legitimate=other_numbers(merged), also=NAMED
+    )
 
 
 def test_damaged_unmerged_checkpoint(fuzz: Fuzzer, trained: Path) -> None:
     files = files_of(trained, RUN, "base")
     files = [name for name in files if "trainer_state" not in name]
-    fuzz(trained, mutations(trained, files), reader(RUN, DATASET), percent=5, legitimate=other_numbers(trained))
+    fuzz(
+        trained,
+        mutations(trained, files),
+        reader(RUN, DATASET),
+        percent=5,
+        legitimate=other_numbers(trained),
+        also=NAMED,
+    )
 
 
 def test_damaged_spatialvla_checkpoint(fuzz: Fuzzer, spatialvla: Path) -> None:
     read = reader("", "bridge_orig/1.0.0")
     files = files_of(spatialvla, ".")
-    fuzz(spatialvla, mutations(spatialvla, files), read, percent=4, legitimate=other_numbers(spatialvla))
+    fuzz(spatialvla, mutations(spatialvla, files), read, percent=4, legitimate=other_numbers(spatialvla), also=NAMED)
