@@ -31,6 +31,10 @@ _SCALED_BY: dict[Normalization, tuple[str, str]] = {
 Rule = Literal["training", "evaluation"]
 
 
+class UnknownKeyError(ValueError):
+    """Statistics that do not have the entry that is asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class FieldStats:
     """Statistics of one vector field (all arrays float64 [D], in the field's own units, gripper 1 = open).
@@ -245,7 +249,8 @@ def resolve_unnorm_key(stats: Mapping[str, DatasetStats], key: str | None, kind:
         kind: how the entry will be used.
 
     Raises:
-        ValueError: nothing fits, where the message lists every key; or the entry cannot scale anything by `kind`.
+        UnknownKeyError: nothing fits; the message lists every key.
+        ValueError: the entry cannot scale anything by `kind`.
     """
     name = _find_key(stats, key)
     for what, field in (("action", stats[name].action), ("proprio", stats[name].proprio)):
@@ -258,7 +263,7 @@ def _find_key(stats: Mapping[str, DatasetStats], key: str | None) -> str:
     if not key:
         if len(stats) == 1:
             return next(iter(stats))
-        raise ValueError(
+        raise UnknownKeyError(
             f"the checkpoint has statistics of {len(stats)} datasets; choose one with --unnorm_key: "
             + ", ".join(sorted(stats))
         )
@@ -268,7 +273,7 @@ def _find_key(stats: Mapping[str, DatasetStats], key: str | None) -> str:
         versions = [known for known in stats if known.rsplit("/", 1)[0] == name]
         if len(versions) == 1:
             return versions[0]
-    raise ValueError(did_you_mean("unnorm_key", key, stats))
+    raise UnknownKeyError(did_you_mean("unnorm_key", key, stats))
 
 
 def _check_usable(where: str, stats: FieldStats, kind: Normalization, *, moves: bool) -> None:

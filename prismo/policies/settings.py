@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from prismo.data.normalize import resolve_unnorm_key
-from prismo.embodiment import Embodiment
+from prismo.data.normalize import UnknownKeyError, resolve_unnorm_key
+from prismo.embodiment import Embodiment, Normalization
 from prismo.models.openvla import AttentionKind
 from prismo.policies.checkpoint import Checkpoint, Head
 from prismo.util.flags import at_least
@@ -123,7 +123,7 @@ def resolve_settings(
     Raises:
         ValueError: an unknown unnorm_key, impossible flags, or flags that contradict the checkpoint.
     """
-    key = statistics_key(flags, checkpoint, default_key)
+    key = statistics_key(flags, checkpoint, default_key, robot.normalization)
     head, attention, problems = _resolve_head(flags, checkpoint)
     problems += _contradictions(flags, checkpoint)
     for name, value, default in (
@@ -152,20 +152,23 @@ def resolve_settings(
     return settings
 
 
-def statistics_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None) -> str:
-    """Whose statistics to use: the user's choice, else those of `default_key`.
+def statistics_key(
+    flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None, kind: Normalization = "bounds_q99"
+) -> str:
+    """Whose statistics to use, for scaling by `kind`: the user's choice, else those of `default_key`.
 
     Raises:
-        ValueError: the checkpoint has none of that name.
+        UnknownKeyError: the checkpoint has none of that name.
+        ValueError: it has, but they cannot be used.
     """
     if flags.unnorm_key or not default_key:
-        return resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key)
+        return resolve_unnorm_key(checkpoint.statistics, flags.unnorm_key, kind)
     try:
-        return resolve_unnorm_key(checkpoint.statistics, default_key)
-    except ValueError as error:
+        return resolve_unnorm_key(checkpoint.statistics, default_key, kind)
+    except UnknownKeyError as error:
         known = sorted(checkpoint.statistics)
         trained = ", ".join(known[:4]) + (f" and {len(known) - 4} more" if len(known) > 4 else "")
-        raise ValueError(
+        raise UnknownKeyError(
             f"{checkpoint.source} was trained on {trained}, asked for {default_key}. Ask for what it was trained on, "
             "or choose the statistics of a similar dataset with --unnorm_key"
         ) from error

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from prismo.data.images import observation_image
+from prismo.data.normalize import UnknownKeyError
 from prismo.embodiment import Embodiment
 from prismo.models.spatialvla import (
     LIBERO_AGENTVIEW,
@@ -217,7 +218,7 @@ def _unnorm_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | N
     """The user's key, else the suite's."""
     try:
         key = statistics_key(flags, checkpoint, default_key)
-    except ValueError as error:
+    except UnknownKeyError as error:
         if flags.unnorm_key or _FRANKA_KEY not in checkpoint.statistics:
             raise
         raise ValueError(

@@ -269,7 +269,7 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
         TextBatch(batch.text["input_ids"], batch.text.get("attention_mask"), batch.text["labels"]),
         batch.actions,
         processor=processor,
-        size=OpenVLAConfig.from_pretrained(base).towers[0].image_size,
+        size=_image_size(base),
         device=torch.device("cpu"),
         dtype=torch.float32,
         seeds=batch.seeds if config.image_aug else None,
@@ -277,9 +277,14 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
     return processor.denormalize(inputs.pixel_values).clamp(0, 1)
 
 
+def _image_size(base: Path) -> int:
+    return OpenVLAConfig.from_pretrained(base).towers[0].image_size
+
+
 OPENVLA = ModelFamily(
     settle=settle,
     chunk=lambda base: None,
+    image_size=_image_size,
     hidden_states=lambda base: OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers + 1,
     load_collate=load_collate,
     build_task=build_task,

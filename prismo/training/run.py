@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from prismo.training.families import family_of, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
+from prismo.training.task import ModelFamily
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
 from prismo.util.cli import log_error, set_up_logging
 from prismo.util.processes import end_with_launcher, sigterm_as_exit
@@ -98,7 +100,7 @@ def _train(plan: Plan, world: World, online: list[Sink]) -> None:
         end_descendants_of_this_process()
     base = resolve_base(config.vla_path)
     family = family_of(base)
-    data = _open_datasets(config, family.chunk(base))
+    data = _open_datasets(config, family, base)
     collate = family.load_collate(config, base)
     robot = data[0].embodiment
     loaders = _loaders(config, data, collate, world)
@@ -119,12 +121,13 @@ def _train(plan: Plan, world: World, online: list[Sink]) -> None:
         )
 
 
-def _open_datasets(config: FinetuneConfig, chunk: int | None) -> list[WindowDataset]:
-    """Training windows of `chunk` actions and, if asked, held-out ones."""
+def _open_datasets(config: FinetuneConfig, family: ModelFamily, base: Path) -> list[WindowDataset]:
+    """Training windows and, if asked, held-out ones, with chunks and, where sizes differ, pictures as the model's."""
     fraction = config.val_fraction if config.use_val_set else 0.0
     options = {
         "num_images": config.num_images_in_input,
-        "chunk": chunk,
+        "chunk": family.chunk(base),
+        "size": family.image_size(base),
         "use_tail": config.use_tail,
         "val_fraction": fraction,
     }
@@ -167,7 +170,7 @@ def _dry_run(plan: Plan, world: World) -> None:
     config = replace(plan.config, num_workers=0)
     base = settings_folder(config.vla_path)
     family = family_of(base)
-    data = _open_datasets(config, family.chunk(base))
+    data = _open_datasets(config, family, base)
     outline = family.outline(config, base, data[0].embodiment)
     sizes = count_parameters(config, outline)
     memory = expected_memory(config, sizes, outline, world.device, world.size)

@@ -337,6 +337,7 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
 SPATIALVLA = ModelFamily(
     settle=settle,
     chunk=lambda base: SpatialVLAProcessor.from_pretrained(base).chunk,
+    image_size=lambda base: read_config(base).vision_config.image_size,
     hidden_states=lambda base: read_config(base).text_config.num_hidden_layers + 1,
     load_collate=lambda config, base: CollateText(_processor(config, base)),
     build_task=build_task,

@@ -78,6 +78,7 @@ class ModelFamily:
         settle: (flags, base folder, number of processes) -> the flags as this family means them. Reads small files
             only and raises ValueError for flags that the family does not have.
         chunk: base folder -> actions per chunk; None = the robot's.
+        image_size: base folder -> height and width of the pictures that the model sees.
         hidden_states: base folder -> number of hidden states that can be aligned.
         load_collate: base folder and flags -> what makes token ids in the data workers, without weights.
         build_task: loads the model (and the teacher) and puts together what is trained.
@@ -88,6 +89,7 @@ class ModelFamily:
 
     settle: Callable[[FinetuneConfig, Path, int], FinetuneConfig]
     chunk: Callable[[Path], int | None]
+    image_size: Callable[[Path], int]
     hidden_states: Callable[[Path], int]
     load_collate: Callable[[FinetuneConfig, Path], CollateText]
     build_task: Callable[[FinetuneConfig, Path, Embodiment, Mapping[str, DatasetStats], World], TrainingTask]

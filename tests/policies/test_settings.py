@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prismo.embodiment import ALOHA, LIBERO, Embodiment
@@ -84,6 +85,19 @@ def test_unnorm_key(checkpoints) -> None:
         resolved(checkpoints["l1"], unnorm_key="libero_gaol")
     with pytest.raises(ValueError, match=r"trained on libero_spatial_no_noops, asked for libero_goal\..*--unnorm_key"):
         resolved(checkpoints["l1"], "libero_goal")
+
+
+def test_statistics_that_cannot_be_used(checkpoints) -> None:
+    """Refused as such, before weights are read, and not taken for those of another dataset."""
+    checkpoint = open_checkpoint(checkpoints["l1"])
+    ((name, stats),) = checkpoint.statistics.items()
+    action = dataclasses.replace(stats.action, q99=np.full(7, np.nan))
+    broken = dataclasses.replace(checkpoint, statistics={name: dataclasses.replace(stats, action=action)})
+    for flags in (PolicyFlags(), PolicyFlags(unnorm_key=name)):
+        with pytest.raises(ValueError, match=rf"the statistics of '{name}' cannot be used: action q99\[0\] is nan"):
+            resolve_settings(flags, broken, LIBERO, "libero_spatial")
+    by_extremes = dataclasses.replace(LIBERO, normalization="bounds")
+    assert resolve_settings(PolicyFlags(), broken, by_extremes, "libero_spatial").unnorm_key == name
 
 
 def test_another_robot(checkpoints) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 
 from prismo.data.normalize import load_statistics
+from prismo.data.synthetic import write_synthetic_libero
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import read_component
 from prismo.policies import PolicyFlags, PolicyInput, prepare_policy
+from prismo.training.config import FinetuneAlignConfig, parse_config
+from prismo.training.openvla import OPENVLA
+from prismo.training.run import _open_datasets
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import DATASET, assert_same_state, metrics, train
 
@@ -100,3 +105,23 @@ def test_latest_checkpoint_is_not_merged_into_its_own_base(flags, tmp_path, capl
     with caplog.at_level(logging.ERROR):
         assert train(flags(tmp_path, vla_path=tmp_path / "run", resume=True, resume_step=1, **latest)) == 2
     assert "the base model of its own adapters" in caplog.text
+
+
+def test_mixed_sizes_are_resized_to_what_the_model_sees(flags, tiny_base: Path, tmp_path: Path) -> None:
+    """To a smaller size first, a model of 384 pixels would see 224 of them, stretched."""
+    root = tmp_path / "data"
+    write_synthetic_libero(root, DATASET, episodes=2, steps=12, image_size=32)
+    write_synthetic_libero(root, "libero_goal_no_noops", episodes=2, steps=12, image_size=48)
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(f"datasets: {{{DATASET}: 1, libero_goal_no_noops: 1}}")
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((tiny_base / "config.json").read_text())
+    for tower in config["vision_towers"]:
+        tower["image_size"] = 56
+    (base / "config.json").write_text(json.dumps(config))
+    parsed = parse_config(FinetuneAlignConfig, flags(tmp_path / "runs", data_root_dir=root, dataset_name=mixture))
+    (mixed,) = _open_datasets(parsed, OPENVLA, base)
+    assert mixed.pixel_shape == (2, 56, 56, 3)
+    (alone,) = _open_datasets(dataclasses.replace(parsed, dataset_name=DATASET), OPENVLA, base)
+    assert alone.pixel_shape == (2, 32, 32, 3), "where all agree, they keep the stored size"
