@@ -145,6 +145,7 @@ class Evaluation:
                 self._play(text)
                 summary = summarize(run.log.results.values(), len(self.episodes))
                 text.end(summary, self._warnings())
+            self._write_results(summary, time.perf_counter() - start)
         except KeyboardInterrupt:
             done = len(run.log.results)
             _LOG.warning("stopped after %d of %d episodes; the same command continues", done, len(self.episodes))
@@ -155,7 +156,6 @@ class Evaluation:
                 f"stopped after {done} of {len(self.episodes)} episodes: {run.path} cannot be written ({error}). "
                 "Make room; the same command continues"
             ) from error
-        self._write_results(summary, time.perf_counter() - start)
         self.wandb.task("total", list(run.log.results.values()))
         self.wandb.close(run.text_log)
         _LOG.info("results: %s\n%s", run.results_file, format_table(summary))

@@ -17,6 +17,8 @@ from prismo.sim.suites import Task
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, read_json
 
+_AGAIN = "remove it, and its demonstration is made again"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -75,7 +77,9 @@ class Collection:
     def finished(self, items: Sequence[Item]) -> list[Finished]:
         """The items that an earlier run finished."""
         return [
-            Finished(item, read_json(note, EpisodeOutcome)) for item in items if (note := self._note(item)).exists()
+            Finished(item, read_json(note, EpisodeOutcome, advice=_AGAIN))
+            for item in items
+            if (note := self._note(item)).exists()
         ]
 
     def note(self, done: Finished) -> None:

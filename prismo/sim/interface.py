@@ -6,9 +6,10 @@ Imported by both sides (`prismo.sim.worker` in the parent, `prismo.sim.server` i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge
 
 # Which steps of a chunk are drawn: only the one that the policy will look at, every one (videos), or none.
 Render = Literal["last", "all", "none"]
@@ -82,8 +83,8 @@ class EpisodeOutcome:
     """
 
     success: bool
-    steps: int
-    noops: int = 0
+    steps: Annotated[int, Ge(0)]
+    noops: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True)
