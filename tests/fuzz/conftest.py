@@ -1,4 +1,4 @@
-"""Fuzzing: how many cases, and the intact folders that are mutated (made once per session, read-only)."""
+"""Fuzzing: how many cases (`pytest tests/fuzz --fuzz-cases 2000`; 300 otherwise), and the intact folders, read-only."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from tests.fuzz.mutate import Mutation
 Kind = Literal["works", "refused", "traceback", "crash", "hang", "escape"]
 Read = Callable[[Path], Any]
 Judge = Callable[[Mutation, Any, Any], bool]
-_SECONDS = 40
+_SECONDS = 120
 _MEMORY = 6 << 30  # bytes beyond those that the process has already
 _LONGEST = 1000  # characters of an error that somebody reads
 _WRONG_INPUT = (ValueError, OSError, SelfTestError)  # what the commands take for wrong input; anything else is a bug
