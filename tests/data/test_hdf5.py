@@ -13,7 +13,7 @@ import pytest
 from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
 from prismo.data.writer import libero_features, write_rlds
 
-h5py = pytest.importorskip("h5py", reason="h5py (extra libero) is not installed")
+h5py = pytest.importorskip("h5py", reason="h5py (extra data) is not installed")
 
 FILE = "pick_up_the_bowl_demo.hdf5"
 DEMO = "data/demo_2"

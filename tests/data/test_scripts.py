@@ -153,7 +153,7 @@ def colors(path: Path) -> int:
 
 
 def test_contact_sheet_and_film(synthetic: Path, tmp_path: Path) -> None:
-    imageio = pytest.importorskip("imageio.v2", reason="imageio (extra libero) is not installed")
+    imageio = pytest.importorskip("imageio.v2", reason="imageio (extra data) is not installed")
     options = ("--data_root_dir", synthetic, "--dataset_name", NAME, "--episode", 2)
     done = run_script("show_dataset.py", *options, "--output", tmp_path / "sheet.png")
     dataset = open_dataset(synthetic, NAME)

@@ -18,7 +18,7 @@ from tests.fuzz.harness import Fuzzer
 from tests.fuzz.mutate import Draw, Mutation, damage
 from tests.fuzz.test_shards import read_samples
 
-h5py = pytest.importorskip("h5py", reason="h5py (extra rlds) is not installed")
+h5py = pytest.importorskip("h5py", reason="h5py (extra data) is not installed")
 FILES = ("pick_up_the_bowl_demo.hdf5", "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5")
 _VECTORS = {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2, "obs/joint_states": 7}
 _CAMERAS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
