@@ -46,7 +46,7 @@ from prismo.models.publish import MARKER, check_space, prepared, read_marker, re
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration
 from prismo.models.spatialvla.checkpoint import official_name
 from prismo.models.spatialvla.modeling import read_config as spatialvla_config
-from prismo.models.training_record import attention_kind, read_training_record
+from prismo.models.training_record import attention_kind, check_modules, read_training_record
 from prismo.models.weight_files import (
     StoredTensor,
     checksum,
@@ -130,7 +130,9 @@ def _openvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def _attention(checkpoint: Path) -> AttentionKind | None:
-    return attention_kind(checkpoint, read_training_record(checkpoint), {})[0]
+    record = read_training_record(checkpoint)
+    check_modules(checkpoint, record)
+    return attention_kind(checkpoint, record, {})[0]
 
 
 def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:

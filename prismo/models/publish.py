@@ -16,7 +16,7 @@ from pydantic import FiniteFloat
 
 from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import TRAINING_CONFIG
-from prismo.models.folder import CONFIG, INDEX, MERGING, is_model, is_unfinished
+from prismo.models.folder import CONFIG, INDEX, MERGING, is_model
 from prismo.util.files import flush_folder
 from prismo.util.schema import JsonObject, read_json
 
@@ -88,7 +88,7 @@ def refuse_overwriting(
 ) -> None:
     """Stop before anything is written where files of that name are in the way.
 
-    What an unfinished merge has left is none of them.
+    What a merge has left that was cut off is none of them.
 
     Args:
         names: files beside the weights that are going to be written.
@@ -100,7 +100,8 @@ def refuse_overwriting(
         raise ValueError(f"{output} is the base itself; choose another output folder")
     if output.resolve() != checkpoint_dir.resolve() and (output / ADAPTER_FOLDER).is_dir():
         raise ValueError(f"{output} is the checkpoint of another run; choose another output folder")
-    if overwrite or is_unfinished(output):
+    cut_off = (output / MERGING).is_dir() and not (output / CONFIG).exists()
+    if overwrite or cut_off:
         return
     present = sorted(path.name for path in output.glob(_WEIGHTS))
     if is_model(output):
@@ -118,7 +119,8 @@ def refuse_overwriting(
 def check_space(output: Path, weights: int, files: Mapping[str, Path]) -> None:
     """Create `output`, delete what a killed merge had prepared there, and raise OSError if its disk is too small."""
     output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / MERGING, ignore_errors=True)
+    for path in (output / MERGING).glob("*"):
+        path.unlink()
     needed = weights + sum(path.stat().st_size for path in files.values())
     free = shutil.disk_usage(output).free
     if free < needed * 1.01:
@@ -133,12 +135,15 @@ def prepared(output: Path) -> Iterator[Path]:
     (`is_unfinished`), and merging again makes it one.
     """
     temporary = output / MERGING
-    temporary.mkdir(parents=True)
+    cut_off = temporary.is_dir()
+    temporary.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         flush_folder(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if cut_off:
+            temporary.mkdir()  # still is
         raise
     _move(temporary, output)
 

@@ -35,6 +35,7 @@ class TrainingRecord:
         num_diffusion_steps_train: length of the diffusion schedule.
         intrinsics: camera of SpatialVLA's pictures.
         embodiment: the robot.
+        use_l1_regression, use_diffusion, use_film, use_proprio: modules beside an OpenVLA.
     """
 
     attention: AttentionKind = "bidirectional"
@@ -44,6 +45,21 @@ class TrainingRecord:
     num_diffusion_steps_train: Count | None = None
     intrinsics: Camera | None = None
     embodiment: Embodiment | None = None
+    use_l1_regression: bool = False
+    use_diffusion: bool = False
+    use_film: bool = False
+    use_proprio: bool = False
+
+    @property
+    def modules(self) -> tuple[Stem, ...]:
+        """Modules that an OpenVLA checkpoint of this run has files of."""
+        wanted: dict[Stem, bool] = {
+            "action_head": self.use_l1_regression or self.use_diffusion,
+            "noisy_action_projector": self.use_diffusion,
+            "proprio_projector": self.use_proprio,
+            "vision_backbone": self.use_film,
+        }
+        return tuple(stem for stem, is_wanted in wanted.items() if is_wanted)
 
 
 def read_training_record(folder: Path) -> TrainingRecord | None:
@@ -63,6 +79,20 @@ def read_training_record(folder: Path) -> TrainingRecord | None:
             "numbers; restore it or fetch it again"
         )
     return record
+
+
+def check_modules(folder: Path, record: TrainingRecord | None) -> None:
+    """Without one of its modules an OpenVLA would run as another kind of policy.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    for stem in () if record is None else record.modules:
+        if not has_component(folder, stem):
+            raise FileNotFoundError(
+                f"{folder} has no {stem}--*_checkpoint.pt, which its {TRAINING_CONFIG} says it was trained with; copy "
+                "the checkpoint again"
+            )
 
 
 def attention_kind(

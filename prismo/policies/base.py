@@ -67,6 +67,17 @@ class Policy(Protocol):
         """Every setting that changes the actions, as JSON values, for result files."""
 
 
+def check_finite(actions: np.ndarray, source: str) -> np.ndarray:
+    """`actions` as they are.
+
+    Raises:
+        ValueError: one is NaN or infinite, which no robot should be sent.
+    """
+    if not np.isfinite(actions).all():
+        raise ValueError(f"{source} predicts actions that are not finite: its weights are damaged, copy it again")
+    return actions
+
+
 def environment_actions(actions: np.ndarray, robot: Embodiment) -> np.ndarray:
     """Predicted actions [..., A] as the robot's controller takes them: the gripper becomes -1 or +1.
 

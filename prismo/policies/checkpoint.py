@@ -22,7 +22,14 @@ from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_
 from prismo.models.openvla import AttentionKind
 from prismo.models.openvla.loading import read_config as read_openvla_config
 from prismo.models.spatialvla.modeling import read_config as read_spatialvla_config
-from prismo.models.training_record import Camera, Count, TrainingRecord, attention_kind, read_training_record
+from prismo.models.training_record import (
+    Camera,
+    Count,
+    TrainingRecord,
+    attention_kind,
+    check_modules,
+    read_training_record,
+)
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.hub import is_hub_id, local_folder, no_such_folder
 from prismo.util.schema import JsonObject, read_json
@@ -125,6 +132,8 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     if config:
         _READ_CONFIG[family](folder)
     record = read_training_record(folder)
+    if family == "openvla":
+        check_modules(folder, record)
     head_state = _component(folder, "action_head")
     proprio_state = _component(folder, "proprio_projector")
     attention, evidence = attention_kind(folder, record, config)

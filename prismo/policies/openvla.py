@@ -28,7 +28,7 @@ from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.self_test import run_self_test
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.policies.base import PolicyInput
+from prismo.policies.base import PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.settings import PolicySettings, Quantization
 
@@ -43,6 +43,7 @@ class OpenVLAPolicy:
         settings: resolved settings.
         robot: sizes and conventions of the robot.
         stats: statistics of `settings.unnorm_key`.
+        source: the checkpoint, named in errors.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class OpenVLAPolicy:
         settings: PolicySettings,
         robot: Embodiment,
         stats: DatasetStats,
+        source: str,
     ) -> None:
         self._vla = vla
         self._modules = modules
@@ -60,6 +62,7 @@ class OpenVLAPolicy:
         self._settings = settings
         self._robot = replace(robot, chunk=settings.chunk)
         self._stats = stats
+        self._source = source
         self._image_size = processor.image_processor.input_sizes[0][-1]
         self._noise: dict[int, torch.Generator] = {}
 
@@ -87,7 +90,8 @@ class OpenVLAPolicy:
             diffusion_steps=self._settings.diffusion_steps_inference,
             start=self._start_noise(slots),
         )
-        return unnormalize(normalised.cpu().numpy(), self._stats.action, self._robot.normalization)
+        actions = unnormalize(normalised.cpu().numpy(), self._stats.action, self._robot.normalization)
+        return check_finite(actions, self._source)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -167,7 +171,8 @@ def load_openvla_policy(
             module.to(device, dtype).eval()
     vla.eval()
     run_self_test(vla)
-    return OpenVLAPolicy(vla, modules, processor, settings, robot, checkpoint.statistics[settings.unnorm_key])
+    stats = checkpoint.statistics[settings.unnorm_key]
+    return OpenVLAPolicy(vla, modules, processor, settings, robot, stats, checkpoint.source)
 
 
 def _load_vla(

@@ -27,7 +27,7 @@ from prismo.models.spatialvla import (
 )
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.training_record import Camera
-from prismo.policies.base import PolicyInput
+from prismo.policies.base import PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.openvla import merge_adapter
 from prismo.policies.settings import PolicyFlags, Problem, refuse, statistics_key
@@ -71,8 +71,10 @@ class SpatialVLAPolicy:
         processor: SpatialVLAProcessor,
         settings: SpatialVLASettings,
         robot: Embodiment,
+        source: str,
     ) -> None:
         self._model = model
+        self._source = source
         self._processor = processor
         self._decoder = TokenDecoder(model, processor.action_tokenizer.slots, processor.action_tokens)
         self._settings = settings
@@ -101,6 +103,7 @@ class SpatialVLAPolicy:
             self._settings.unnorm_key,
             camera=self._camera,
         )
+        check_finite(chunks, self._source)
         if not self._settings.adaptive_ensemble:
             return chunks
         return np.stack([self._ensembles[slot](chunk) for slot, chunk in zip(slots, chunks, strict=True)])[:, None]
@@ -211,7 +214,7 @@ def load_spatialvla_policy(
         model = SpatialVLAForConditionalGeneration.from_pretrained(weights_folder(checkpoint), device=device)
         merge_adapter(model, checkpoint)
         model.to(dtype)
-    return SpatialVLAPolicy(model.eval(), processor, settings, robot)
+    return SpatialVLAPolicy(model.eval(), processor, settings, robot, checkpoint.source)
 
 
 def _unnorm_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None) -> str:

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +85,7 @@ def _child(read: Read, folder: Path, send: Connection) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     os.fsync = lambda handle: None  # nothing here outlives the test
+    torch.set_num_threads(1)  # makes the pool that fork left behind anew: two threads doing so at once is a crash
     escapes = _watch(folder)
     outcome = _run(read, folder)
     send.send(Outcome("escape", text=f"it touched {escapes[0]}") if escapes else outcome)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -105,7 +106,17 @@ def test_a_kill_while_an_older_merge_is_replaced(base, trained, merged, older, t
     kinds = [what for what, _ in itertools.groupby(found)]
     assert len(kinds) == 3, kinds
     assert "unfinished merge" in kinds[1]
-    merge(base, trained[0], states[found.index(kinds[1])], progress=False, verify=False)
+    half = states[found.index(kinds[1]) + 3]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))  # the second attempt fails, too
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            merge(base, trained[0], half, progress=False, verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert identity(half) == kinds[1]
+    merge(base, trained[0], half, progress=False, verify=False)
+    assert identity(half) == identity(merged)
 
 
 def test_a_kill_in_the_checkpoint_itself(base, trained, tmp_path):

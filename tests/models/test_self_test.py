@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.openvla.self_test import run_self_test
+from prismo.models.openvla.self_test import SelfTestError, run_self_test
 
 
 class Int8Linear(nn.Module):
@@ -22,6 +23,14 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), bias)
+
+
+def test_damaged_weights(tiny_base):
+    """They were taken for another kind of attention."""
+    model = OpenVLAForActionPrediction.from_pretrained(tiny_base, dtype=torch.float32, self_test=False)
+    model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(SelfTestError, match="not finite"):
+        run_self_test(model)
 
 
 def test_quantised_models(tiny_base):

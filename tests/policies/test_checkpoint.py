@@ -91,6 +91,24 @@ def test_damaged_modules(checkpoints, tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "record", "stem"),
+    [
+        ("l1", {"use_l1_regression": True, "use_proprio": True}, "action_head"),
+        ("l1", {"use_l1_regression": True, "use_proprio": True}, "proprio_projector"),
+        ("diffusion", {"use_l1_regression": False, "use_diffusion": True}, "noisy_action_projector"),
+    ],
+)
+def test_a_module_of_the_training_is_missing(checkpoints, tmp_path: Path, kind, record, stem) -> None:
+    """Without its head it was a policy of action tokens, without the projector one without state."""
+    folder = shutil.copytree(checkpoints[kind], tmp_path / "copy")
+    (folder / TRAINING_CONFIG).write_text(json.dumps(record))
+    open_checkpoint(folder)
+    (folder / f"{stem}--latest_checkpoint.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no {stem}--\*_checkpoint.pt, which its training_config.json says"):
+        open_checkpoint(folder)
+
+
 def test_files_that_are_cut_off_are_found_first(checkpoints, tmp_path: Path) -> None:
     """Not after a simulator has been started and 15 GB have been read."""
     for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"):

@@ -15,7 +15,7 @@ from prismo.data.images import center_crop, encode_jpeg, prepare_images
 from prismo.data.normalize import dump_statistics, normalize
 from prismo.data.writer import libero_episode, libero_features, write_rlds
 from prismo.embodiment import LIBERO
-from prismo.models.component_files import save_component
+from prismo.models.component_files import read_component, save_component
 from prismo.models.film import add_film
 from prismo.models.heads import L1RegressionActionHead
 from prismo.models.lora import LoraSpec, add_lora, save_adapter
@@ -167,6 +167,15 @@ def test_adapter_of_another_base(tiny_base: Path, checkpoints, load, tmp_path: P
         load(folder)
     with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor a hub id"):
         load(folder, base_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_actions_that_are_not_finite(load, checkpoints, observations, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints["l1"], tmp_path / "copy")
+    head = read_component(folder / "action_head--latest_checkpoint.pt")
+    head["model.fc2.bias"][2] = torch.nan
+    torch.save(head, folder / "action_head--latest_checkpoint.pt")
+    with pytest.raises(ValueError, match=r"copy predicts actions that are not finite"):
+        load(folder).predict(observations, [0, 1, 2])
 
 
 def test_quantised_loading_says_what_it_needs(load, checkpoints) -> None:

@@ -6,6 +6,7 @@ transformers versions dropped the image of OpenVLA without an error.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,8 @@ def run_self_test(model: OpenVLAForActionPrediction) -> None:
         before, after, image = _influences(model)
     finally:
         model.train(was_training)
+    if not math.isfinite(before + after + image):
+        raise SelfTestError("self-test failed: the model computes numbers that are not finite; its weights are damaged")
     kind = model.config.attention
     if kind == "bidirectional" and not before > 0:
         raise SelfTestError(
