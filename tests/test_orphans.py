@@ -119,7 +119,6 @@ def test_children_that_others_started_end_with_a_job():
     )
     try:
         job.stdout.readline()
-        time.sleep(1.5)
         assert len(members(mark)) == 4  # job, reaper, child, grandchild
         os.killpg(job.pid, signal.SIGKILL)
         assert ended(job, 5)

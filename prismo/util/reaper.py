@@ -1,7 +1,9 @@
 """A process that outlives a job by a second and ends whatever it left: for children that others start, as torch does.
 
 Our own children ask the kernel to end with their parent (`prismo.util.processes.end_with`). torch's compile workers
-look once a minute whether their parent is still there. Run as a script, without the package: `reaper.py <pid>`.
+look once a minute whether their parent is still there. Whatever a job starts inherits its environment, so a mark in it
+finds them all, even one that was started in the job's last millisecond. Run as a script, without the package:
+`reaper.py <pid> <mark>`.
 """
 
 from __future__ import annotations
@@ -12,65 +14,58 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
-_PERIOD_S = 0.5
+_VARIABLE = "PRISMO_JOB"
 _GRACE_S = 1.0  # of those that are about to leave by themselves
+_ROUNDS = 5  # a dying process may have started another one while we looked
 
 
 def end_descendants_of_this_process() -> None:
-    """Start a reaper for this process: all its children, and theirs, are gone a few seconds after it."""
+    """Start a reaper for this process: what it starts from here on is gone a few seconds after it."""
+    mark = uuid.uuid4().hex
     subprocess.Popen(
-        [sys.executable, "-I", "-S", str(Path(__file__)), str(os.getpid())],
+        [sys.executable, "-I", "-S", str(Path(__file__)), str(os.getpid()), mark],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # out of reach of a signal to the job's group
     )
+    os.environ[_VARIABLE] = mark
 
 
-def _descendants(pid: int) -> dict[int, str]:
-    """Children of a process and theirs: id -> time of start, which tells a process from a later one of the same id."""
-    found: dict[int, str] = {}
-    waiting = [pid]
-    while waiting:
-        for file in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            try:
-                children = [int(child) for child in file.read_text().split()]
-            except OSError:  # a thread or process that ended meanwhile
-                continue
-            for child in children:
-                if child not in found and child != os.getpid():
-                    found[child] = _started(child)
-                    waiting.append(child)
+def _marked(mark: str) -> list[int]:
+    """Processes that were started with this mark in their environment, and those forked from them."""
+    wanted = f"{_VARIABLE}={mark}".encode()
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted in file.read_bytes().split(b"\0"):
+                found.append(int(file.parent.name))
+        except OSError:  # ended meanwhile, or another user's
+            continue
     return found
 
 
-def _started(pid: int) -> str:
+def main(job: int, mark: str) -> None:
+    """Wait for the end of `job`; then end what it started and left."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
-def main(job: int) -> None:
-    """Remember the descendants of `job` until it ends; then end those that are left."""
-    try:
-        handle = os.pidfd_open(job)
+        select.select([os.pidfd_open(job)], [], [])
     except ProcessLookupError:
-        return
-    known: dict[int, str] = {}
-    while not select.select([handle], [], [], _PERIOD_S)[0]:
-        known |= _descendants(job)
+        pass  # it has ended before we started
     time.sleep(_GRACE_S)
-    for pid, started in list(known.items()):
-        if started and _started(pid) == started:
-            for each in (*_descendants(pid), pid):
-                try:
-                    os.kill(each, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+    for _ in range(_ROUNDS):
+        left = _marked(mark)
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if not left:
+            return
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])
