@@ -225,7 +225,7 @@ def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, 
     """Which tensor of an adapter file belongs to which LoRA parameter of `model` (as `lora_parameters` names it).
 
     Raises:
-        ValueError: the file adapts something else, has other shapes, or lacks a module that is used.
+        ValueError: the file adapts something else, has other shapes or numbers, or lacks a module that is used.
     """
     parameters = lora_parameters(model)
     found = {key.removeprefix(_PREFIX): key for key in file.keys() if ".lora_" in key}  # noqa: SIM118 (not a dict)
@@ -241,6 +241,8 @@ def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, 
             raise ValueError(f"{folder} does not fit this base model: {key} has shape {shape}, expected {expected}")
         if (kind := file.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{folder}: {key} holds {kind}, expected real numbers; copy or save it again")
+        if not file.get_tensor(key).isfinite().all():
+            raise ValueError(f"{folder}: {key} holds NaN or infinity; copy it again, or merge an earlier checkpoint")
     unused = never_used_modules(model, lm_head_used=False)
     absent = [name for name in parameters.keys() - found.keys() if not any(name.startswith(f"{m}.") for m in unused)]
     if absent:

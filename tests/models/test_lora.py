@@ -186,6 +186,9 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint, tiny_base):
     rewrite(checkpoint, lambda _: original | {name.replace("layers.1", "layers.9"): torch.zeros(4, 32)})
     with pytest.raises(ValueError, match=r"adapts language_model.model.layers.9"):
         load_adapter(fresh(tiny_base), checkpoint)
+    rewrite(checkpoint, lambda _: original | {name: torch.full((4, 32), torch.nan)})
+    with pytest.raises(ValueError, match=r"lora_adapter: .*layers.1.self_attn.q_proj.lora_A.weight holds NaN"):
+        load_adapter(fresh(tiny_base), checkpoint)
 
 
 @pytest.mark.parametrize(
