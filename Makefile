@@ -27,7 +27,7 @@ gl: setup ## something that draws without a screen (EGL or OSMesa): installs it,
 	@bash scripts/install_gl.sh $(BIN)/python
 
 demo: gl ## the whole chain at a small size: demonstrations, dataset, training, merge, roll-outs (no GPU, no downloads)
-	$(BIN)/python scripts/demo.py --output demo --overwrite
+	$(BIN)/prismo demo --output demo --overwrite
 
 # Two processes, a file at a time: module fixtures are shared, and the slowest part does not wait for the others.
 test: setup ## the suite

@@ -1,49 +1,8 @@
-"""Turn regenerated LIBERO demonstrations (HDF5) into an RLDS dataset that prismo, OpenVLA and tfds can load.
-
-    python scripts/build_rlds_dataset.py --hdf5_dir demos/libero_spatial_no_noops \
-        --dataset_name libero_spatial_no_noops --data_root_dir data
-
-Needs no TensorFlow. The HDF5 files come from scripts/regenerate_libero_dataset.py.
-"""
+"""`prismo data build` (see `prismo/commands/data_build.py`)."""
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-from tqdm import tqdm
-
-from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
-from prismo.data.writer import libero_features, write_rlds
-from prismo.util.cli import run_command
-from prismo.util.flags import at_least
-
-
-@dataclass
-class BuildConfig:
-    # Folder with one {task}_demo.hdf5 per task
-    hdf5_dir: Path
-    # Name of the dataset and of its shards, for example libero_spatial_no_noops
-    dataset_name: str
-    # Folder of the dataset folders; writes {data_root_dir}/{dataset_name}/1.0.0
-    data_root_dir: Path = Path("data")
-    # Size at which a shard is closed, in MB
-    shard_mb: int = 128
-    # Replace a dataset that is already there
-    overwrite: bool = False
-
-
-def main(cfg: BuildConfig) -> None:
-    at_least(cfg, shard_mb=1)
-    folder = cfg.data_root_dir / cfg.dataset_name / "1.0.0"
-    if folder.exists() and not cfg.overwrite:
-        raise FileExistsError(f"{folder} exists; give --overwrite true to replace it")
-    demonstrations = find_demonstrations(cfg.hdf5_dir)
-    features = libero_features(*image_size(demonstrations[0]))
-    episodes = tqdm(read_episodes(demonstrations), total=len(demonstrations), unit="episode", desc=cfg.dataset_name)
-    write_rlds(folder, cfg.dataset_name, features, episodes, shard_bytes=cfg.shard_mb << 20)
-    tasks = len({demo.instruction for demo in demonstrations})
-    print(f"{folder}: {len(demonstrations)} episodes of {tasks} tasks")
-
+from prismo.commands.data_build import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, BuildConfig))
+    sys.exit(main())

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 
+from prismo.commands import COMMANDS, main
 from prismo.data.specs import resolve
-from prismo.eval.config import EvalConfig
 from prismo.sim import SimWorker
 from prismo.sim.assets import Assets
-from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.util.cli import run_command
 from prismo.util.flags import parse_flags
 
@@ -101,28 +100,55 @@ def test_a_missing_flag_is_named(tmp_path):
     assert parse_flags(Needs, ["--config_path", str(file)]) == Needs(Path("there"))
 
 
-SCRIPTS = [path for path in REPOSITORY.glob("*scripts/*.py") if "sys.exit(run_command(" in path.read_text()]
+HEAVY = "import sys; from prismo.commands import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
 
 
-def flags_of(script: Path) -> type:
-    """The dataclass of a script's flags."""
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
-    return getattr(module, re.search(r"run_command\(main, (\w+)\)", script.read_text()).group(1))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_at_once(name):
+    """What it does, an example, its flags; and nothing that takes seconds to import is needed for it, or for a typo."""
+    words = name.split()
+    for arguments in ([*words, "--help"], [*words, "-h"]):
+        shown = subprocess.run([sys.executable, "-m", "prismo", *arguments], capture_output=True, text=True, check=True)
+        assert f"prismo {name} " in shown.stdout
+        assert "default: " in shown.stdout
+        assert shown.stderr == ""
+    typo = subprocess.run([sys.executable, "-c", HEAVY, *words, "--halp"], capture_output=True, text=True, check=True)
+    assert typo.stdout.split() == ["False", "2"]
+    assert typo.stderr.startswith("ERROR unknown flag '--halp'")
 
 
-@pytest.mark.parametrize("kind", [FinetuneAlignConfig, FinetuneConfig, EvalConfig, *SCRIPTS])
-def test_every_command_has_help(kind, capsys):
-    """argparse takes a percent sign in a flag's comment for a format."""
-    kind = flags_of(kind) if isinstance(kind, Path) else kind
-    for flag in ("-h", "--help"):
-        with pytest.raises(SystemExit) as stopped:
-            parse_flags(kind, [flag])
-        assert stopped.value.code == 0
+def test_the_console_command(capsys):
+    assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"--{field.name} " in shown for field in fields(kind))
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert main(["data"]) == 0
+    assert "  data show" in capsys.readouterr().out
+    for wrong in (["trian"], ["data", "shw"]):
+        assert main(wrong) == 2
+        assert "Did you mean" in capsys.readouterr().err
+
+
+SCRIPTS = [
+    path
+    for folder in ("scripts", "vla-scripts", "experiments/robot/libero")
+    for path in (REPOSITORY / folder).glob("*.py")
+    if not path.name.startswith("bench_")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_their_commands(script):
+    """The original's paths, and nothing in them but a call."""
+    command = re.search(r"from prismo.commands.(\w+) import main", script.read_text()).group(1)
+    assert command in {module for module, _ in COMMANDS.values()}
+    assert len(script.read_text().splitlines()) < 10
+
+
+def test_a_scripts_file_runs():
+    script = REPOSITORY / "vla-scripts" / "merge_lora_weights_and_save.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ERROR missing --base_checkpoint, --lora_finetuned_checkpoint_dir;")
 
 
 @dataclass(frozen=True)

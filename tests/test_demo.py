@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from prismo.demo import fresh_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """scripts/demo.py as a module."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_only_its_own_folder_is_overwritten(script: ModuleType, tmp_path: Path) -> None:
+def test_only_its_own_folder_is_overwritten(tmp_path: Path) -> None:
     """`make demo` always says --overwrite; a user's folder of that name may hold years of work, and logs/ as well."""
     theirs = tmp_path / "theirs"
     (theirs / "logs").mkdir(parents=True)
     (theirs / "thesis.tex").write_text("precious")
-    with pytest.raises(SystemExit, match=r"theirs was not made by this script; name another folder with --output"):
-        script.fresh_folder(theirs, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"theirs was not made by the demo; name another with --output"):
+        fresh_folder(theirs, overwrite=True)
     assert (theirs / "thesis.tex").read_text() == "precious"
     ours = tmp_path / "new" / "ours"
-    script.fresh_folder(ours, overwrite=True)
+    fresh_folder(ours, overwrite=True)
     (ours / "report.md").write_text("old")
-    with pytest.raises(SystemExit, match=r"type --overwrite"):
-        script.fresh_folder(ours, overwrite=False)
-    script.fresh_folder(ours, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"add --overwrite"):
+        fresh_folder(ours, overwrite=False)
+    fresh_folder(ours, overwrite=True)
     assert not (ours / "report.md").exists()
 
 
@@ -86,5 +76,5 @@ def test_smallest_demo(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "--overwrite" in again.stderr

@@ -1,9 +1,8 @@
-"""Fine-tune OpenVLA on RLDS data (OpenVLA-OFT), without alignment. See `finetune_align.py`; the trainer is the same."""
+"""`prismo finetune` (see `prismo/commands/finetune.py`)."""
 
 import sys
 
-from prismo.training.config import FinetuneConfig
-from prismo.training.run import main
+from prismo.commands.finetune import main
 
 if __name__ == "__main__":
-    sys.exit(main(FinetuneConfig))
+    sys.exit(main())

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from prismo.policies import PolicyFlags
+from prismo.policies.flags import PolicyFlags
 from prismo.sim import MAX_STEPS, SUITES
 from prismo.sim.suites import check_task_ids
 from prismo.util.flags import at_least

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from prismo.eval.plan import Episode
-from prismo.policies import Policy, PolicyInput, environment_actions
+from prismo.policies.base import Policy, PolicyInput, environment_actions
 from prismo.sim import Observation, SimulatorCrashed, SimulatorTimeout, SimWorker
 
 _LOG = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """An evaluation from its flags to its results: `prepare` settles everything that can be wrong, `Evaluation.run` plays.
 
-Called by `experiments/robot/libero/run_libero_eval.py`. Episodes run one after the other here; policy and simulators
+Called by `prismo eval`. Episodes run one after the other here; policy and simulators
 only meet in `prismo.eval.rollout`.
 """
 
@@ -39,10 +39,13 @@ from prismo.eval.versions import (
     version_warnings,
 )
 from prismo.eval.video import check_video_writer, video_path, write_video
-from prismo.policies import Policy, PolicySpec, checkpoint_hash, prepare_policy
+from prismo.policies.base import Policy
+from prismo.policies.checkpoint import checkpoint_hash
+from prismo.policies.loading import PolicySpec, prepare_policy
 from prismo.sim import SimWorker
 from prismo.sim.assets import Assets, resolve_assets
 from prismo.sim.gl import physical_cuda_index
+from prismo.util.cli import BrokenOffError
 from prismo.util.files import write_json
 
 _LOG = logging.getLogger(__name__)
@@ -99,7 +102,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
         return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all())
 
 
-class RepeatedError(RuntimeError):
+class RepeatedError(BrokenOffError):
     """Episode after episode ends in the same error, so the evaluation was stopped."""
 
 

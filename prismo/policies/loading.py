@@ -11,8 +11,9 @@ import torch
 from prismo.embodiment import Embodiment, embodiment_for
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import Checkpoint, open_checkpoint
+from prismo.policies.flags import PolicyFlags
 from prismo.policies.openvla import load_openvla_policy
-from prismo.policies.settings import PolicyFlags, PolicySettings, resolve_settings, statistics_key
+from prismo.policies.settings import PolicySettings, resolve_settings, statistics_key
 from prismo.policies.spatialvla import SpatialVLASettings, load_spatialvla_policy, resolve_spatialvla_settings
 from prismo.util.text import did_you_mean
 

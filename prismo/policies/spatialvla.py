@@ -29,8 +29,9 @@ from prismo.models.spatialvla.modeling import read_config
 from prismo.models.training_record import Camera
 from prismo.policies.base import PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
+from prismo.policies.flags import PolicyFlags
 from prismo.policies.openvla import merge_adapter
-from prismo.policies.settings import PolicyFlags, Problem, refuse, statistics_key
+from prismo.policies.settings import Problem, refuse, statistics_key
 from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)

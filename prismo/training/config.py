@@ -10,16 +10,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
-import torch
-
-from prismo.align import TEACHERS, AlignRecipe
-from prismo.models.lora import LoraSpec
-from prismo.training.optim import Schedule
-from prismo.training.options import HeadKind, PolicyOptions
 from prismo.util.flags import parse_flags
 from prismo.util.text import did_you_mean
+
+if TYPE_CHECKING:  # they take seconds to import, and `--help` needs none of them
+    import torch
+
+    from prismo.align import AlignRecipe
+    from prismo.training.optim import Schedule
+    from prismo.training.options import HeadKind, PolicyOptions
 
 Precision = Literal["auto", "bfloat16", "float32"]
 PLACEHOLDER = "your-wandb-"  # the original's defaults of the two Weights & Biases names
@@ -174,6 +175,9 @@ class FinetuneConfig:
 
     @property
     def policy_options(self) -> PolicyOptions:
+        from prismo.models.lora import LoraSpec
+        from prismo.training.options import PolicyOptions
+
         return PolicyOptions(
             head=self.head,
             use_proprio=self.use_proprio,
@@ -186,6 +190,8 @@ class FinetuneConfig:
 
     @property
     def schedule(self) -> Schedule:
+        from prismo.training.optim import Schedule
+
         return Schedule(
             peak=self.learning_rate,
             kind=self.scheduler,
@@ -201,6 +207,8 @@ class FinetuneConfig:
 
     def precision(self, device: torch.device) -> torch.dtype:
         """Of base weights and computation on `device`."""
+        import torch
+
         if self.dtype == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return getattr(torch, self.dtype)
@@ -267,6 +275,8 @@ class FinetuneAlignConfig(FinetuneConfig):
     def align_recipe(self) -> AlignRecipe | None:
         if self.align_loss_coeff == 0:
             return None
+        from prismo.align import AlignRecipe
+
         return AlignRecipe(
             vla_layers_align=self.vla_layers_align,
             vggt_layers_align=self.vggt_layers_align,
@@ -290,10 +300,14 @@ class FinetuneAlignConfig(FinetuneConfig):
 
     def teacher_precision(self, device: torch.device) -> torch.dtype:
         """Of the teacher's weights on `device`."""
+        import torch
+
         return self.precision(device) if self.vggt_dtype == "auto" else getattr(torch, self.vggt_dtype)
 
     def validate(self) -> None:
         super().validate()
+        from prismo.align import TEACHERS
+
         _check_choice("teacher", self.teacher, TEACHERS)
         _check_choice("vggt_dtype", self.vggt_dtype, get_args(Precision))
 
@@ -338,13 +352,13 @@ _LONGEST_NAME = 200  # bytes; a file system takes 255, and checkpoints add to a 
 C = TypeVar("C", bound=FinetuneConfig)
 
 
-def parse_config(kind: type[C], arguments: Sequence[str] | None = None) -> C:
-    """Read the flags as `prismo.util.cli.parse_flags` does, and validate them.
+def parse_config(kind: type[C], arguments: Sequence[str] | None = None, about: str | None = None) -> C:
+    """Read the flags as `prismo.util.flags.parse_flags` does, and validate them.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest one), or a value that cannot be.
     """
-    config = parse_flags(kind, arguments)
+    config = parse_flags(kind, arguments, about)
     config.validate()
     return config
 

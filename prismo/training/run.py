@@ -1,11 +1,9 @@
-"""From a command line to a finished run: `vla-scripts/finetune.py` and `finetune_align.py` call `main`."""
+"""From the flags to a finished run: `prismo train` and `prismo finetune` call `run`."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from prismo.models.merge import resolve_base
 from prismo.models.openvla import SelfTestError
 from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import read_state
-from prismo.training.config import FinetuneConfig, parse_config
+from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.families import family_of, settings_folder
 from prismo.training.logs import Sink, open_online
@@ -27,26 +25,20 @@ from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
 from prismo.training.task import ModelFamily
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
-from prismo.util.cli import log_error, set_up_logging
-from prismo.util.processes import end_with_launcher, sigterm_as_exit
+from prismo.util.cli import log_error
 from prismo.util.reaper import end_descendants_of_this_process
 
 _LOG = logging.getLogger(__name__)
 _WRONG_INPUT = (ValueError, OSError, SelfTestError)
 
 
-def main(kind: type[FinetuneConfig], arguments: Sequence[str] | None = None) -> int:
-    """Run a training; returns the process's exit code: 0 done or stopped by a signal, 1 broken off, 2 wrong input."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    set_up_logging(logging.INFO if is_main else logging.ERROR)
-    end_with_launcher()
-    with sigterm_as_exit():
-        return _run(kind, arguments, is_main)
+def run(config: FinetuneConfig, is_main: bool) -> int:
+    """Run a training; returns the process's exit code: 0 done or stopped by a signal, 1 broken off, 2 wrong input.
 
-
-def _run(kind: type[FinetuneConfig], arguments: Sequence[str] | None, is_main: bool) -> int:
+    Args:
+        is_main: whether this is the first of the job's processes, which says what is wrong with all of them.
+    """
     try:
-        config = parse_config(kind, arguments)
         world = start_world(config.device)
     except _WRONG_INPUT as error:
         return _fail(error, 2, is_main)

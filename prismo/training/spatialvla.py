@@ -37,7 +37,7 @@ from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION, load_ga
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.spatialvla.rediscretize import rediscretize
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
-from prismo.policies.settings import Intrinsics
+from prismo.policies.flags import Intrinsics
 from prismo.training.build import recompute_activations
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.distributed import World

@@ -41,13 +41,14 @@ from prismo.training.signals import StopSignals
 from prismo.training.step import StepResult, TrainStep
 from prismo.training.task import TrainingTask
 from prismo.training.validate import validate
+from prismo.util.cli import BrokenOffError
 from prismo.util.text import first_line
 
 _LOG = logging.getLogger(__name__)
 _MAP_SAMPLES = 4
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(BrokenOffError):
     """The loss or its gradient is not finite; the message names the batch and the saved state."""
 
 

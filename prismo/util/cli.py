@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,16 +18,25 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _LOG = logging.getLogger(__name__)
 
 
-def run_command(main: Callable[[C], None], kind: type[C]) -> int:
-    """Run `main` with the flags of the process; returns the exit code: 0, or 2 after an error (see `log_error`)."""
+class BrokenOffError(RuntimeError):
+    """Nothing was wrong with what the user typed, but the work could not be finished."""
+
+
+def run_command(run: Callable[[C], int | None], kind: type[C], arguments: Sequence[str] | None = None) -> int:
+    """Parse flags and call `run`, whose module's docstring heads the help.
+
+    Returns:
+        Exit code: that of `run` (None is 0), 1 after a BrokenOffError, 2 after another error, 130 after Ctrl-C.
+    """
     set_up_logging()
     with sigterm_as_exit():
         try:
-            main(parse_flags(kind))
+            return run(parse_flags(kind, arguments, sys.modules[run.__module__].__doc__)) or 0
+        except KeyboardInterrupt:
+            return 130
         except Exception as error:
             log_error(error)
-            return 2
-    return 0
+            return 1 if isinstance(error, BrokenOffError) else 2
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

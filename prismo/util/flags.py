@@ -31,12 +31,13 @@ _NONE = ("None", "none", "null", "")
 _GROUP = "# --- "
 
 
-def parse_flags(kind: type[C], arguments: Sequence[str] | None = None) -> C:
+def parse_flags(kind: type[C], arguments: Sequence[str] | None = None, about: str | None = None) -> C:
     """Read `--flag value` arguments, over those of `--config_path file.yaml` if given.
 
     Args:
         kind: dataclass of the flags.
         arguments: None takes those of the process.
+        about: what --help says first.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest one), a missing one, or a value of another type.
@@ -44,7 +45,7 @@ def parse_flags(kind: type[C], arguments: Sequence[str] | None = None) -> C:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(help_text(kind))
+        sys.stdout.write(help_text(kind, about))
         raise SystemExit(0)
     options = {option.name: option for option in _options(kind)}
     given = _split(arguments, options)
@@ -214,10 +215,9 @@ def _comments(kind: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def help_text(kind: Any) -> str:
+def help_text(kind: Any, about: str | None = None) -> str:
     """What --help prints."""
-    main = sys.modules.get("__main__")
-    about = inspect.cleandoc(getattr(main, "__doc__", None) or kind.__doc__ or "")
+    about = inspect.cleandoc(about or kind.__doc__ or "")
     width = min(120, shutil.get_terminal_size().columns)
     groups: dict[str, list[_Option]] = {}
     for option in _options(kind):

@@ -8,6 +8,7 @@ finds them all, even one that was started in the job's last millisecond. Run as 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -50,10 +51,8 @@ def _marked(mark: str) -> list[int]:
 
 def main(job: int, mark: str) -> None:
     """Wait for the end of `job`; then end what it started and left."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended before we started
         select.select([os.pidfd_open(job)], [], [])
-    except ProcessLookupError:
-        pass  # it has ended before we started
     time.sleep(_GRACE_S)
     for _ in range(_ROUNDS):
         left = _marked(mark)

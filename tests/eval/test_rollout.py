@@ -16,7 +16,7 @@ from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
 from prismo.eval.plan import Episode, plan_episodes
 from prismo.eval.rollout import RolloutSettings, policy_input, run_episode
-from prismo.policies import PolicyInput
+from prismo.policies.base import PolicyInput
 from prismo.sim import SimWorker
 
 SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, record=False)

@@ -20,7 +20,7 @@ import pytest
 
 from prismo.eval.config import EvalConfig
 from prismo.eval.run import RepeatedError, evaluate, prepare
-from prismo.policies import Policy, PolicyInput
+from prismo.policies.base import Policy, PolicyInput
 from prismo.sim import SimulatorError
 from prismo.sim.assets import STAND_INS
 from tests.eval.conftest import ASSETS, identity, lines, make_config

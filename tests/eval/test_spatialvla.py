@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from prismo.commands.train import train
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.eval.run import evaluate
 from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 from prismo.training.config import FinetuneConfig
-from prismo.training.run import main
 from tests.eval.conftest import SUITE, lines, make_config
 from tests.eval.test_run import SCRIPT
 
@@ -66,7 +66,7 @@ def test_a_trained_checkpoint_rolls_out(base: Path, tmp_path: Path) -> None:
         "run_root_dir": tmp_path / "runs", "run_id_override": "run", "batch_size": 2, "num_workers": 0, "max_steps": 1,
         "merge_lora_during_training": False,
     }  # fmt: skip
-    assert main(FinetuneConfig, [part for name, value in arguments.items() for part in (f"--{name}", str(value))]) == 0
+    assert train(FinetuneConfig, [part for name, value in arguments.items() for part in (f"--{name}", str(value))]) == 0
     checkpoint = tmp_path / "runs" / "run--1_chkpt"
     evaluate(make_config(checkpoint, tmp_path, num_trials_per_task=1, adaptive_ensemble=False))
     results = results_of(tmp_path / "logs")

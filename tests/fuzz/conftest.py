@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from prismo.commands.train import train
 from prismo.data.dataset import open_dataset
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.models.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
-from prismo.training.run import main
 from tests.fuzz.harness import Fuzzer
 
 DATASET = "libero_spatial_no_noops"
@@ -65,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert main(FinetuneConfig, training_flags()) == 0
+        assert train(FinetuneConfig, training_flags()) == 0
     finally:
         os.chdir(before)
     for path in folder.rglob("*_config.json"):

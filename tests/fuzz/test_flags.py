@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
-import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import strategies as st
 
 import prismo.eval.run
+from prismo.commands import data_collect, data_gaussians, data_show, data_stats, merge, tiny
+from prismo.commands.train import train
 from prismo.eval.config import EvalConfig
 from prismo.models.tiny import make_tiny_policy, make_tiny_vggt
 from prismo.training.config import FinetuneAlignConfig
-from prismo.training.run import main
 from prismo.util.flags import parse_flags
 from tests.fuzz.conftest import DATASET, training_flags
 from tests.fuzz.harness import CommandFailedError, Fuzzer, attempt
@@ -83,7 +82,7 @@ class Command:
 
 
 def _train(arguments: list[str]) -> None:
-    if main(FinetuneAlignConfig, arguments):
+    if train(FinetuneAlignConfig, arguments):
         raise CommandFailedError
 
 
@@ -100,19 +99,11 @@ def _stop_here(*arguments: object, **options: object) -> None:
     raise _ReachedSimulatorError
 
 
-def _script(name: str, **valid: str) -> Command:
-    path = REPOSITORY / name
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    kind = getattr(module, re.search(r"run_command\(main, (\w+)\)", path.read_text()).group(1))
-
+def _command(module: ModuleType, kind: type, **valid: str) -> Command:
     def call(arguments: list[str]) -> None:
-        if hasattr(module, "SimWorker"):
-            module.SimWorker = _stop_here
+        prismo.sim.SimWorker = _stop_here
         with contextlib.suppress(_ReachedSimulatorError):
-            module.main(parse_flags(kind, arguments))
+            module.run(parse_flags(kind, arguments))
 
     return Command(kind, valid, call)
 
@@ -126,13 +117,13 @@ def _commands() -> dict[str, Command]:
     return {
         "finetune_align": Command(FinetuneAlignConfig, training, _train),
         "run_libero_eval": Command(EvalConfig, evaluation, _evaluate),
-        "merge": _script("vla-scripts/merge_lora_weights_and_save.py", base_checkpoint="base", output="merged",
+        "merge": _command(merge, merge.MergeConfig, base_checkpoint="base", output="merged",
                          lora_finetuned_checkpoint_dir="runs/run--1_chkpt"),
-        "collect": _script("scripts/collect_scripted_demos.py", output_dir="demos", libero_assets="stand-ins"),
-        "statistics": _script("scripts/compute_norm_stats.py", **data, output_dir="out"),
-        "show": _script("scripts/show_dataset.py", **data, output="out/sheet.png", frames="2"),
-        "gaussians": _script("scripts/fit_action_gaussians.py", **data, output="gaussians.json"),
-        "tiny": _script("scripts/make_tiny_checkpoint.py", output="tiny"),
+        "collect": _command(data_collect, data_collect.CollectConfig, output_dir="demos", libero_assets="stand-ins"),
+        "statistics": _command(data_stats, data_stats.StatsConfig, **data, output_dir="out"),
+        "show": _command(data_show, data_show.ShowConfig, **data, output="out/sheet.png", frames="2"),
+        "gaussians": _command(data_gaussians, data_gaussians.FitConfig, **data, output="gaussians.json"),
+        "tiny": _command(tiny, tiny.TinyConfig, output="tiny"),
     }  # fmt: skip
 
 

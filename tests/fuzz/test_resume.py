@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from prismo.commands.train import train
 from prismo.training.config import FinetuneConfig
-from prismo.training.run import main
 from tests.fuzz.conftest import training_flags
 from tests.fuzz.harness import CommandFailedError, Fuzzer
 from tests.fuzz.mutate import Mutation, damage, data_starts, header_edit, json_of
@@ -25,7 +25,7 @@ STATE = f"{RUN}/trainer_state"
 def resume(folder: Path) -> Any:
     """Weights after one more update."""
     os.chdir(folder)
-    if main(FinetuneConfig, training_flags(resume=True, max_steps=2)):
+    if train(FinetuneConfig, training_flags(resume=True, max_steps=2)):
         raise CommandFailedError
     weights = load_file("runs/run--2_chkpt/trainer_state/weights.safetensors")
     finite = all(np.isfinite(value.numpy()).all() for value in weights.values())

@@ -17,7 +17,7 @@ from prismo.models.heads import L1RegressionActionHead
 from prismo.models.merge import merge, resolve_base
 from prismo.models.openvla import PrismaticProcessor
 from prismo.models.publish import prepared
-from prismo.policies import checkpoint_hash, open_checkpoint
+from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
 from prismo.policies.openvla import processor_folder
 from prismo.util.files import write_json
 from tests.disk import small_disk

@@ -13,8 +13,7 @@ import torch
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.tiny import make_tiny_policy
-from prismo.policies import checkpoint_hash, open_checkpoint
-from prismo.policies.checkpoint import weights_folder
+from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint, weights_folder
 
 
 @pytest.mark.parametrize(

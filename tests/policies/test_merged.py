@@ -10,7 +10,9 @@ import pytest
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.merge import merge
-from prismo.policies import PolicyFlags, open_checkpoint, resolve_settings
+from prismo.policies.checkpoint import open_checkpoint
+from prismo.policies.flags import PolicyFlags
+from prismo.policies.settings import resolve_settings
 from prismo.util.files import write_json
 from tests.policies.conftest import SUITE
 

@@ -23,7 +23,7 @@ from prismo.models.merge import merge
 from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny import tiny_statistics
-from prismo.policies import PolicyInput, environment_actions
+from prismo.policies.base import PolicyInput, environment_actions
 from tests.models.adapted import randomize_lora
 from tests.policies.conftest import observe
 

@@ -12,7 +12,10 @@ import pytest
 
 from prismo.embodiment import ALOHA, LIBERO, Embodiment
 from prismo.models.component_files import TRAINING_CONFIG
-from prismo.policies import PolicyFlags, open_checkpoint, prepare_policy, resolve_settings
+from prismo.policies.checkpoint import open_checkpoint
+from prismo.policies.flags import PolicyFlags
+from prismo.policies.loading import prepare_policy
+from prismo.policies.settings import resolve_settings
 
 
 def resolved(folder: Path, key: str | None = "libero_spatial", **flags: object):

@@ -15,7 +15,10 @@ from prismo.embodiment import LIBERO
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.spatialvla import LIBERO_AGENTVIEW
 from prismo.models.spatialvla.tiny import make_tiny_spatialvla
-from prismo.policies import PolicyFlags, PolicyInput, PolicySpec, checkpoint_hash, open_checkpoint, prepare_policy
+from prismo.policies.base import PolicyInput
+from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
+from prismo.policies.flags import PolicyFlags
+from prismo.policies.loading import PolicySpec, prepare_policy
 from tests.policies.conftest import observe
 
 SUITE = "libero_spatial"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from prismo.commands import data_collect
 from prismo.data.hdf5 import find_demonstrations, read_episodes
 from prismo.sim import SimulatorError, SimWorker, load_task
 from prismo.sim.assets import Assets
@@ -297,12 +297,8 @@ def test_a_damaged_note_is_one_sentence(content: str, tmp_path: Path) -> None:
     ],
 )
 def test_flags_of_the_collection_have_bounds(flags: dict[str, object], says: str, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "scripts" / "collect_scripted_demos.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["collect"] = script
-    spec.loader.exec_module(script)
     with pytest.raises(ValueError, match=says):
-        script.main(script.CollectConfig(output_dir=tmp_path / "demos", **flags))
+        data_collect.run(data_collect.CollectConfig(output_dir=tmp_path / "demos", **flags))
     assert not (tmp_path / "demos").exists()
 
 

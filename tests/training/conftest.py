@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prismo.commands import train as command
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.models.tiny import make_tiny_vggt
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.training.run import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATASET = "libero_spatial_no_noops"
@@ -68,7 +68,7 @@ def flags(tiny_base: Path, small_vggt: Path, libero: Path) -> Flags:
 
 def train(arguments: list[str], kind: type[FinetuneConfig] = FinetuneAlignConfig) -> int:
     """Run the trainer in this process; returns the exit code."""
-    return main(kind, arguments)
+    return command.train(kind, arguments)
 
 
 def environment() -> dict[str, str]:

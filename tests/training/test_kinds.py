@@ -15,7 +15,9 @@ from prismo.data.normalize import load_statistics
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import read_component
-from prismo.policies import PolicyFlags, PolicyInput, prepare_policy
+from prismo.policies.base import PolicyInput
+from prismo.policies.flags import PolicyFlags
+from prismo.policies.loading import prepare_policy
 from prismo.training.config import FinetuneAlignConfig, parse_config
 from prismo.training.openvla import OPENVLA
 from prismo.training.run import _open_datasets

@@ -25,7 +25,9 @@ from prismo.models.spatialvla import LIBERO_AGENTVIEW, SpatialVLAForConditionalG
 from prismo.models.spatialvla.action_tokenizer import ActionTokenizer, Gaussian, load_gaussians, save_gaussians
 from prismo.models.spatialvla.rediscretize import interpolate_rows
 from prismo.models.spatialvla.tiny import make_tiny_spatialvla
-from prismo.policies import PolicyFlags, PolicyInput, prepare_policy
+from prismo.policies.base import PolicyInput
+from prismo.policies.flags import PolicyFlags
+from prismo.policies.loading import prepare_policy
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.optim import Schedule
 from prismo.training.run_folder import RunFolder

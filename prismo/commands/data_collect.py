@@ -1,0 +1,90 @@
+"""Collect demonstrations of the scripted expert in LIBERO's HDF5 schema, or measure how often it succeeds.
+
+    prismo data collect --task_suite_name libero_object --output_dir demos/libero_object
+    prismo data collect --task_suite_name libero_object --dry_run true
+
+Writes {output_dir}/{task}_demo.hdf5 for `prismo data build`; an interrupted run continues where it stopped.
+`--dry_run true` draws and writes nothing and prints the success rates only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import BrokenOffError, run_command
+from prismo.util.flags import at_least
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    # libero_object, or libero_spatial (some tasks)
+    task_suite_name: str = "libero_object"
+    # Only these tasks (0-based), e.g. "[0, 5]". Default: all that the expert knows
+    task_ids: list[int] | None = None
+    # Episodes per task, from initial state 0 on; only successes are kept
+    num_demos_per_task: int = 50
+    # Folder of the HDF5 files
+    output_dir: Path = Path("demos/scripted")
+    # Simulator processes
+    num_workers: int = 2
+    # Standard deviation of the noise on the expert's actions (0.05 is 2.5 mm)
+    noise: float = 0.05
+    # Height and width of the pictures
+    image_size: int = 256
+    # Seed of scenes and noise: episode k of a task uses seed + k
+    seed: int = 0
+    # Folder of LIBERO's assets, or "stand-ins". Default: PRISMO_LIBERO_ASSETS, what is installed
+    libero_assets: str | None = None
+    # Fetch LIBERO's assets (200 MB) from the hub where none are found
+    download_assets: bool = False
+    # Make the folder anew
+    overwrite: bool = False
+    # Print success rates only
+    dry_run: bool = False
+
+
+def run(cfg: CollectConfig) -> None:
+    from tqdm import tqdm
+
+    from prismo.sim import SimWorker
+    from prismo.sim.assets import resolve_assets
+    from prismo.sim.collect import expert_items, run_expert, success_table
+    from prismo.sim.collection import Collection, Finished
+
+    at_least(cfg, num_demos_per_task=1, num_workers=1, noise=0, image_size=16, seed=0)
+    items = expert_items(cfg.task_suite_name, cfg.task_ids, cfg.num_demos_per_task)
+    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+    settings = {"noise": cfg.noise, "seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}
+    tasks = {item.task for item in items}
+    collection = None if cfg.dry_run else Collection(cfg.output_dir, settings, tasks, overwrite=cfg.overwrite)
+
+    def make_worker() -> SimWorker:
+        return SimWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
+
+    finished: list[Finished] = []
+    with tqdm(total=len(items), unit="episode", desc=cfg.task_suite_name) as progress:
+        for done in run_expert(
+            items,
+            make_worker,
+            num_workers=cfg.num_workers,
+            noise=cfg.noise,
+            seed=cfg.seed,
+            collection=collection,
+        ):
+            finished.append(done)
+            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} successes", refresh=False)
+            progress.update()
+    print(f"Scripted expert, assets: {assets.source}, noise {cfg.noise}\n{success_table(finished)}")
+    if collection is not None:
+        counts = collection.join(finished, make_worker().info)
+        print(f"{sum(counts.values())} demonstrations of {len(counts)} tasks in {cfg.output_dir}")
+        if empty := [task.name for task, count in counts.items() if count == 0]:
+            raise BrokenOffError(f"no successful demonstration of {', '.join(empty)}")
+        collection.discard_parts()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
+    return run_command(run, CollectConfig, arguments)

@@ -1,0 +1,91 @@
+"""Regenerate LIBERO's human demonstrations at 256 pixels, without no-ops and without failures.
+
+    prismo data regenerate --libero_task_suite libero_spatial \\
+        --libero_raw_data_dir LIBERO/libero/datasets/libero_spatial \\
+        --libero_target_dir demos/libero_spatial_no_noops
+
+Then make the RLDS dataset from them with `prismo data build`. Also writes {suite}_metainfo.json into the
+target folder: the initial states of the demonstrations, for `--initial_states_path` of the evaluation. An interrupted
+run continues where it stopped; nothing is asked, `--overwrite` starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import BrokenOffError, run_command
+from prismo.util.flags import at_least
+
+
+@dataclass(frozen=True)
+class RegenerateConfig:
+    # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
+    libero_task_suite: str
+    # Folder of the raw HDF5 files
+    libero_raw_data_dir: Path
+    # Folder for the new HDF5 files
+    libero_target_dir: Path
+    # Empty the target folder first
+    overwrite: bool = False
+    # Only these tasks (0-based), e.g. "0 5". Default: all
+    task_ids: list[int] | None = None
+    # Simulator processes
+    num_workers: int = 2
+    # Height and width of the pictures
+    image_size: int = 256
+    # Demonstration k uses seed + k for the poses of fixtures, unless its file says which seed it had
+    seed: int = 0
+    # Folder of LIBERO's assets, or "stand-ins". Default: PRISMO_LIBERO_ASSETS, what is installed
+    libero_assets: str | None = None
+    # Fetch LIBERO's assets (200 MB) from the hub where none are found
+    download_assets: bool = False
+
+
+def run(cfg: RegenerateConfig) -> None:
+    from tqdm import tqdm
+
+    from prismo.sim import SimWorker
+    from prismo.sim.assets import resolve_assets
+    from prismo.sim.collection import Collection, Finished
+    from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
+
+    at_least(cfg, num_workers=1, image_size=16, seed=0)
+    items = raw_items(cfg.libero_task_suite, cfg.libero_raw_data_dir, cfg.task_ids)
+    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
+    settings = {"seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}
+    tasks = {item.task for item in items}
+    collection = Collection(cfg.libero_target_dir, settings, tasks, overwrite=cfg.overwrite)
+
+    def make_worker() -> SimWorker:
+        return SimWorker(assets, image_size=cfg.image_size)
+
+    finished: list[Finished] = []
+    with tqdm(total=len(items), unit="demo", desc=cfg.libero_task_suite) as progress:
+        for done in regenerate(
+            items,
+            cfg.libero_raw_data_dir,
+            make_worker,
+            num_workers=cfg.num_workers,
+            seed=cfg.seed,
+            collection=collection,
+        ):
+            finished.append(done)
+            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} kept", refresh=False)
+            progress.update()
+    counts = collection.join(finished, make_worker().info)
+    metainfo = cfg.libero_target_dir / f"{cfg.libero_task_suite}_metainfo.json"
+    write_metainfo(metainfo, finished, cfg.libero_raw_data_dir)
+    noops = sum(done.outcome.noops for done in finished)
+    print(
+        f"kept {sum(counts.values())} of {len(items)} demonstrations, left out {noops} no-ops: {cfg.libero_target_dir}"
+    )
+    if empty := [task.name for task, count in counts.items() if count == 0]:
+        raise BrokenOffError(f"no demonstration is left of {', '.join(empty)}: try `prismo doctor`")
+    collection.discard_parts()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
+    return run_command(run, RegenerateConfig, arguments)

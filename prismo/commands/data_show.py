@@ -1,0 +1,45 @@
+"""Look at an episode: a contact sheet (PNG) or a film (MP4), with the actions below, and a summary of the dataset.
+
+    prismo data show --data_root_dir data --dataset_name libero_spatial_no_noops --episode 3
+    prismo data show --dataset_name my_robot.yaml --output episode.mp4
+
+Check here that pictures are upright, that the first camera is the outside one, and that the gripper goes 1 = open to
+0 = closed when the robot grasps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import run_command
+from prismo.util.flags import at_least, ends_in
+
+
+@dataclass
+class ShowConfig:
+    # Known dataset or mixture, or a YAML file
+    dataset_name: str
+    # Folder of the dataset folders
+    data_root_dir: Path = Path("data")
+    # Number of the episode, over all datasets of a mixture
+    episode: int = 0
+    # Picture (.png, .pdf, .svg) or film (.mp4); default runs/show/{dataset}_{episode}.png
+    output: Path | None = None
+    # Frames in a contact sheet
+    frames: int = 8
+
+
+def run(cfg: ShowConfig) -> None:
+    at_least(cfg, episode=0, frames=1)
+    ends_in(cfg, "output", ".png", ".pdf", ".svg", ".mp4")
+    output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
+    from prismo.data.show import show_episode
+
+    print(f"wrote {output}: {show_episode(cfg.dataset_name, cfg.data_root_dir, cfg.episode, output, cfg.frames)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
+    return run_command(run, ShowConfig, arguments)

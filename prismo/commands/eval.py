@@ -1,0 +1,27 @@
+"""Evaluate a policy in LIBERO.
+
+    prismo eval --pretrained_checkpoint runs/...--150000_chkpt --task_suite_name libero_spatial
+
+The kind of policy (head, images, proprio, crop, attention) is read from the checkpoint. A stopped evaluation goes on
+with the same command. Ends with 0, with 1 if episodes ended in errors, with 2 if something was wrong before the first
+or results could not be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prismo.eval.config import EvalConfig
+from prismo.util.cli import run_command
+
+
+def run(cfg: EvalConfig) -> int:
+    cfg.validate()
+    from prismo.eval.run import evaluate
+
+    return 1 if evaluate(cfg).total.errors else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
+    return run_command(run, EvalConfig, arguments)

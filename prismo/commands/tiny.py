@@ -1,0 +1,40 @@
+"""Write tiny random checkpoints: `base/` (like openvla-7b), `policy/` (like a fine-tuned one) and `vggt/model.pt`.
+
+    prismo tiny --output ckpts/tiny
+
+They run every command of the project on a laptop; the actions are noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import run_command
+
+
+@dataclass
+class TinyConfig:
+    # Folder to write into
+    output: Path
+    # Seed of the random weights
+    seed: int = 0
+    # Dataset whose statistics and robot the policy has
+    dataset: str = "libero_spatial_no_noops"
+
+
+def run(cfg: TinyConfig) -> None:
+    from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
+
+    for path in (
+        make_tiny_openvla(cfg.output / "base", cfg.seed),
+        make_tiny_policy(cfg.output / "policy", cfg.seed, dataset=cfg.dataset),
+        make_tiny_vggt(cfg.output / "vggt" / "model.pt", cfg.seed),
+    ):
+        print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
+    return run_command(run, TinyConfig, arguments)

@@ -1,0 +1,88 @@
+"""A dataset's normalisation statistics as a table and as histograms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from prismo.data.dataset import Source, open_dataset
+from prismo.data.normalize import FieldStats, dump_statistics, load_statistics, resolve_unnorm_key
+from prismo.util.extras import need
+
+COLUMNS = ("mean", "std", "min", "q01", "q99", "max")
+
+
+def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> None:
+    """Print a dataset's statistics, draw its histograms, write dataset_statistics.json.
+
+    Args:
+        name: known dataset or mixture, or a YAML file.
+        root: folder of the dataset folders.
+        output: folder for the pictures and the file.
+        other: another dataset_statistics.json to compare with.
+
+    Raises:
+        ValueError: there is no such dataset, or `other` belongs to another robot.
+    """
+    need("matplotlib", "data")
+    dataset = open_dataset(root, name, use_tail=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for source in dataset.sources:
+        stats = source.statistics
+        print(f"\n{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps")
+        print_table("action", stats.action)
+        print_table("proprio", stats.proprio)
+        picture = output / f"{source.name.replace('/', '_')}.png"
+        plot_histograms(source, picture)
+        print(f"wrote {picture}")
+    dump_statistics(dataset.statistics, output / "dataset_statistics.json")
+    print(f"wrote {output / 'dataset_statistics.json'}")
+    if other:
+        compare(dataset.sources, other)
+
+
+def print_table(name: str, stats: FieldStats) -> None:
+    print(f"  {name:>8}" + "".join(f"{column:>11}" for column in COLUMNS) + "   scaled")
+    for dim in range(stats.dim):
+        scaled = "yes" if stats.mask is None or stats.mask[dim] else "no"
+        print(f"  {dim:>8}" + "".join(f"{getattr(stats, column)[dim]:11.5f}" for column in COLUMNS) + f"   {scaled:>6}")
+
+
+def plot_histograms(source: Source, path: Path) -> None:
+    """One histogram per dimension with its 1 % and 99 % quantiles."""
+    fields = {"action": source.statistics.action, "proprio": source.statistics.proprio}
+    width = max(stats.dim for stats in fields.values())
+    figure = need("matplotlib.figure", "data").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
+    axes = figure.subplots(2, width, squeeze=False)
+    for row, (name, stats) in enumerate(fields.items()):
+        for dim in range(width):
+            panel = axes[row][dim]
+            if dim >= stats.dim:
+                panel.axis("off")
+                continue
+            panel.hist(source.index.column(name, slice(dim, dim + 1)).ravel(), bins=80, color="tab:blue")
+            for quantile in (stats.q01[dim], stats.q99[dim]):
+                panel.axvline(quantile, color="tab:red", linewidth=1)
+            panel.set_title(f"{name} {dim}", fontsize=9)
+            panel.set_yticks([])
+            panel.locator_params(axis="x", nbins=4)
+            panel.tick_params(labelsize=7)
+    figure.suptitle(f"{source.name}: {source.statistics.num_transitions} steps; red: 1 % and 99 % quantiles")
+    figure.savefig(path, dpi=110)
+
+
+def compare(sources: tuple[Source, ...], path: Path) -> None:
+    """Print how far another statistics file is from the data, in units of each dimension's 1 %..99 % range."""
+    others = load_statistics(path)
+    for source in sources:
+        other = others[resolve_unnorm_key(others, source.name, source.index.spec.embodiment.normalization)]
+        pairs = [("action", source.statistics.action, other.action)]
+        if other.proprio:
+            pairs.append(("proprio", source.statistics.proprio, other.proprio))
+        for name, ours, theirs in pairs:
+            if ours.dim != theirs.dim:
+                raise ValueError(f"{path}: {name} has {theirs.dim} numbers, the data have {ours.dim}")
+            span = np.maximum(ours.q99 - ours.q01, 1e-8)
+            worst = max(float(np.abs((getattr(ours, c) - getattr(theirs, c)) / span).max()) for c in COLUMNS)
+            print(f"{source.name} {name}: largest difference to {path} is {worst:.2e} of a dimension's range")

@@ -1,0 +1,161 @@
+"""Pictures of an episode: a contact sheet (PNG) or a film (MP4), with the actions below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from prismo.data.dataset import Source, open_dataset
+from prismo.util.extras import need
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NO_OP = 1e-4  # movement (norm of the first six action numbers) below which a step counts as idle
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What is drawn: actions [T, A] and proprio [T, P] in physical units, frames uint8 [T][V][H, W, 3]."""
+
+    source: Source
+    number: int
+    rows: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows)
+
+    @property
+    def instruction(self) -> str:
+        return self.source.index.instructions[self.rows["instruction"][0]]
+
+    def views(self, step: int) -> list[np.ndarray]:
+        cameras = range(len(self.source.index.spec.cameras))
+        return [self.source.index.image(self.number, self.rows[step], camera) for camera in cameras]
+
+
+def show_episode(name: str, root: Path, number: int, output: Path, frames: int) -> str:
+    """Print what a dataset holds and draw one of its episodes.
+
+    Args:
+        name: known dataset or mixture, or a YAML file.
+        root: folder of the dataset folders.
+        number: of the episode, over all datasets of a mixture.
+        output: .png, .pdf, .svg or .mp4.
+        frames: in a contact sheet.
+
+    Returns:
+        What was drawn, in words.
+
+    Raises:
+        ValueError: there is no such dataset or episode.
+    """
+    for module in ("matplotlib", "imageio_ffmpeg") if output.suffix == ".mp4" else ("matplotlib",):
+        need(module, "data")
+    dataset = open_dataset(root, name, use_tail=True)
+    for source in dataset.sources:
+        summarize(source)
+    episode = pick(dataset.sources, number)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".mp4":
+        write_film(episode, output)
+    else:
+        write_sheet(episode, output, frames)
+    return f"episode {number}, {episode.steps} steps, {episode.instruction!r}"
+
+
+def summarize(source: Source) -> None:
+    index, spec = source.index, source.index.spec
+    steps = index.episodes["steps"]
+    idle = float((np.linalg.norm(index.column("action", slice(0, 6)), axis=1) < NO_OP).mean())
+    sizes = [index.image_size(camera) for camera in range(len(spec.cameras))]
+    print(f"{source.name} ({index.info.path})")
+    print(f"  {len(steps)} episodes of {steps.min()} to {steps.max()} steps, {steps.sum()} in all, {idle:.1%} idle")
+    print(f"  cameras {', '.join(f'{c} {s}' for c, s in zip(spec.cameras, sizes, strict=True))}")
+    robot = spec.embodiment
+    print(f"  {robot.action_dim} action and {robot.proprio_dim} proprio numbers, gripper {spec.gripper}")
+    print(f"  {len(index.instructions)} instructions, such as {index.instructions[0]!r}")
+
+
+def pick(sources: tuple[Source, ...], number: int) -> Episode:
+    total = sum(len(source.episodes) for source in sources)
+    if not 0 <= number < total:
+        raise ValueError(f"episode {number} asked for, the dataset has {total} (0 to {total - 1})")
+    for source in sources:
+        if number < len(source.episodes):
+            stored = int(source.episodes[number])
+            return Episode(source, stored, source.index.rows(stored, 0, int(source.index.episodes["steps"][stored])))
+        number -= len(source.episodes)
+    raise AssertionError("unreachable: the number was checked")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches, of 100 pixels each in a film."""
+    return need("matplotlib.figure", "data").Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def write_sheet(episode: Episode, path: Path, frames: int) -> None:
+    shown = np.unique(np.linspace(0, episode.steps - 1, frames).astype(int))
+    cameras = len(episode.source.index.spec.cameras)
+    figure = new_figure(1.9 * len(shown), 1.9 * cameras + 3.4)
+    grid = figure.add_gridspec(cameras + 2, len(shown), height_ratios=[1.9] * cameras + [1.7, 1.7])
+    for column, step in enumerate(shown):
+        for camera, view in enumerate(episode.views(step)):
+            panel = figure.add_subplot(grid[camera, column])
+            panel.imshow(view)
+            panel.set_axis_off()
+            if camera == 0:
+                panel.set_title(f"step {step}", fontsize=8)
+    for row, name in enumerate(("action", "proprio")):
+        plot(figure.add_subplot(grid[cameras + row, :]), name, episode, list(shown))
+    figure.suptitle(f"{episode.source.name}: {episode.instruction}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def plot(panel: Axes, name: str, episode: Episode, marks: list[int]) -> None:
+    values = episode.rows[name]
+    for dim in range(values.shape[1]):
+        panel.plot(values[:, dim], linewidth=1, label=str(dim))
+    for mark in marks:
+        panel.axvline(mark, color="gray", linewidth=0.4)
+    panel.set_xlim(0, max(1, episode.steps - 1))
+    panel.set_ylabel(name, fontsize=8)
+    panel.tick_params(labelsize=7)
+    panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def write_film(episode: Episode, path: Path) -> None:
+    """All cameras side by side with the actions below and a moving cursor, at the robot's control rate."""
+    rate = max(1, round(episode.source.index.spec.embodiment.control_hz))
+    with need("imageio.v2", "data").get_writer(path, fps=rate, macro_block_size=2) as film:
+        for picture in tqdm(film_frames(episode), total=episode.steps, unit="frame"):
+            film.append_data(picture)
+
+
+def film_frames(episode: Episode) -> Iterator[np.ndarray]:
+    cameras = len(episode.source.index.spec.cameras)
+    figure = new_figure(3.2 * cameras, 5.2)
+    canvas = need("matplotlib.backends.backend_agg", "data").FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, cameras, height_ratios=[3, 1.6])
+    pictures = [figure.add_subplot(grid[0, c]).imshow(view) for c, view in enumerate(episode.views(0))]
+    for picture in pictures:
+        picture.axes.set_axis_off()
+    panel = figure.add_subplot(grid[1, :])
+    plot(panel, "action", episode, [])
+    cursor = panel.axvline(0, color="black", linewidth=1)
+    figure.suptitle(episode.instruction, fontsize=9)
+    canvas.draw()
+    figure.set_layout_engine("none")  # keep the first layout: it costs more than drawing
+    for step in range(episode.steps):
+        for picture, view in zip(pictures, episode.views(step), strict=True):
+            picture.set_data(view)
+        cursor.set_xdata([step, step])
+        canvas.draw()
+        yield np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,215 @@
+"""Runs the whole chain at a small size: every stage is the command that a user would type (it is printed)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prismo.commands.demo import DemoConfig
+from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
+from prismo.util.cli import BrokenOffError
+from prismo.util.schema import JsonObject, read_json, read_json_lines
+
+DATASET = "libero_object_no_noops"
+MARKER = ".made_by_prismo_demo"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the final table."""
+
+    name: str
+    seconds: float
+    result: str
+
+
+class Demo:
+    """Runs the stages in order and remembers how long each took.
+
+    Args:
+        config: what was asked.
+    """
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+        self.folder = config.output.resolve()
+        self.stages: list[Stage] = []
+        assets = os.environ.get("PRISMO_LIBERO_ASSETS")
+        self.assets = assets or "stand-ins"
+        self.tasks = json.dumps(list(range(config.tasks)))
+
+    def stage(self, name: str, command: str, *flags: str) -> None:
+        """Run a command of this project; its output goes to `logs/`, the end of it to the screen if it fails."""
+        print(f"\n[{len(self.stages) + 1}] {name}\n$ prismo {command} {shlex.join(flags)}", flush=True)
+        log = self.folder / "logs" / f"{len(self.stages) + 1}-{name.replace(' ', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with log.open("w") as file:
+            done = subprocess.run(
+                [sys.executable, "-m", "prismo", *command.split(), *flags],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+            raise BrokenOffError(
+                f"{tail}\n\nStage '{name}' failed with exit code {done.returncode}; the whole output is in {log}"
+            )
+        self.stages.append(Stage(name, time.monotonic() - start, ""))
+        print(f"    {self.stages[-1].seconds:.0f} s", flush=True)
+
+    def result(self, text: str) -> None:
+        """Say what the latest stage gave."""
+        last = self.stages.pop()
+        self.stages.append(Stage(last.name, last.seconds, text))
+        print(f"    {text}", flush=True)
+
+    def run(self) -> None:
+        self.demonstrations()
+        self.dataset()
+        self.checkpoints()
+        run = self.train()
+        self.merge(run)
+        self.evaluate(run)
+        self.report(run)
+
+    def demonstrations(self) -> None:
+        self.stage(
+            "scripted demonstrations",
+            "data collect",
+            *("--task_suite_name", "libero_object", "--task_ids", self.tasks),
+            *("--num_demos_per_task", str(self.config.demos), "--output_dir", str(self.folder / "hdf5")),
+            *("--libero_assets", self.assets, "--image_size", "128"),
+        )
+        files = sorted((self.folder / "hdf5").glob("*.hdf5"))
+        self.result(f"{len(files)} files, assets: {self.assets}")
+
+    def dataset(self) -> None:
+        self.stage(
+            "RLDS dataset",
+            "data build",
+            *("--hdf5_dir", str(self.folder / "hdf5"), "--dataset_name", DATASET),
+            *("--data_root_dir", str(self.folder / "rlds")),
+        )
+        shards = list((self.folder / "rlds" / DATASET).rglob("*.tfrecord*"))
+        self.result(f"{len(shards)} shards, {sum(s.stat().st_size for s in shards) / 1e6:.1f} MB")
+
+    def checkpoints(self) -> None:
+        """Random weights in the official layouts, in place of openvla-7b and VGGT-1B."""
+        start = time.monotonic()
+        make_tiny_openvla(self.folder / "ckpts" / "openvla-small", hidden_size=128, dtype=torch.float32)
+        make_tiny_vggt(self.folder / "ckpts" / "vggt.pt", image_size=224)
+        self.stages.append(Stage("small checkpoints", time.monotonic() - start, "random weights, official layouts"))
+
+    def train(self) -> Path:
+        steps = self.config.train_steps
+        self.stage(
+            "training with alignment",
+            "train",
+            *("--vla_path", str(self.folder / "ckpts" / "openvla-small")),
+            *("--vggt_path", str(self.folder / "ckpts" / "vggt.pt")),
+            *("--data_root_dir", str(self.folder / "rlds"), "--dataset_name", DATASET),
+            *("--run_root_dir", str(self.folder / "runs"), "--run_id_override", "demo"),
+            *("--use_proprio", "True", "--num_images_in_input", "2", "--batch_size", "8"),
+            *("--vla_layers_align", "3", "--use_vlm_norm", "True", "--use_vggt_pe", "True"),
+            *("--max_steps", str(steps), "--save_freq", str(steps), "--wandb_log_freq", "5"),
+            *("--num_steps_before_decay", str(int(0.8 * steps)), "--learning_rate", "1e-3"),
+            *("--merge_lora_during_training", "False", "--align_map_freq", str(steps)),
+        )
+        run = self.folder / "runs" / "demo"
+        rows = training_rows(run)
+        tenth = max(1, len(rows) // 10)
+
+        def change(key: str) -> str:
+            first, last = (sum(row[key] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
+            return f"{first:.3f} -> {last:.3f}"
+
+        self.result(f"{steps} updates; action loss {change('loss')}, alignment {change('align_loss')}")
+        return run
+
+    def merge(self, run: Path) -> None:
+        self.stage(
+            "merge",
+            "merge",
+            *("--base_checkpoint", str(self.folder / "ckpts" / "openvla-small")),
+            *("--lora_finetuned_checkpoint_dir", str(self.checkpoint(run))),
+        )
+
+    def evaluate(self, run: Path) -> None:
+        self.stage(
+            "roll-outs",
+            "eval",
+            *("--pretrained_checkpoint", str(self.checkpoint(run)), "--task_suite_name", "libero_object"),
+            *("--task_ids", self.tasks, "--num_trials_per_task", str(self.config.trials)),
+            *("--libero_assets", self.assets, "--env_img_res", "128", "--max_steps", str(self.config.max_steps)),
+            *("--local_log_dir", str(self.folder / "eval"), "--rollout_dir", str(self.folder / "videos")),
+        )
+        results = read_json(next((self.folder / "eval").glob("*/results.json")), JsonObject)["total"]
+        rate, episodes = results["success_rate"], results["episodes"]
+        self.result(f"{episodes} episodes, " + ("all ended in errors" if rate is None else f"success rate {rate:.0%}"))
+
+    def checkpoint(self, run: Path) -> Path:
+        return run.with_name(f"{run.name}--{self.config.train_steps}_chkpt")
+
+    def report(self, run: Path) -> None:
+        """Table on the screen and in `report.md`; the training curve as a picture."""
+        curve = self.folder / "training_curve.png"
+        plot(training_rows(run), curve)
+        width = max(len(stage.name) for stage in self.stages)
+        rows = [f"| {'stage':{width}} | seconds | result |", f"|{'-' * (width + 2)}|---------|--------|"]
+        rows += [f"| {s.name:{width}} | {s.seconds:7.0f} | {s.result} |" for s in self.stages]
+        rows += [f"| {'total':{width}} | {sum(s.seconds for s in self.stages):7.0f} | |"]
+        (self.folder / "report.md").write_text("\n".join(rows) + "\n")
+        print("\n" + "\n".join(rows))
+        print(f"\nTraining curve: {curve}")
+        for video in sorted((self.folder / "videos").rglob("*.mp4"))[:1]:
+            print(f"A roll-out:     {video}")
+        print(f"Look around in: {self.folder}")
+
+
+def training_rows(run: Path) -> list[dict[str, float]]:
+    """The logged training steps of a run."""
+    return [row for row in read_json_lines(run / "metrics.jsonl", JsonObject) if row["split"] == "train"]
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Action loss and alignment loss over the updates."""
+    import matplotlib  # noqa: PLC0415 (slow to import)
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    right = left.twinx()
+    steps = [row["step"] for row in rows]
+    lines = left.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="action loss (L1)")
+    lines += right.plot(steps, [row["align_loss"] for row in rows], color="tab:orange", label="alignment (1 - cosine)")
+    left.set(xlabel="update", ylabel="action loss", ylim=(0, None))
+    right.set(ylabel="alignment loss")
+    left.legend(handles=lines)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def fresh_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder of everything, in the place of an old one if that was made here: its marker file says so."""
+    if folder.exists():
+        if not overwrite:
+            raise FileExistsError(f"{folder} exists; look at {folder}/report.md, or add --overwrite to make it anew")
+        if not (folder / MARKER).is_file():
+            raise FileExistsError(
+                f"{folder} was not made by the demo; name another folder with --output, or remove it yourself"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()

@@ -1,0 +1,160 @@
+"""Is this machine fit for a long run? One function per check, each yields findings in plain words."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from packaging.version import Version
+from PIL import Image
+
+from prismo.eval.versions import collect_versions, version_warnings
+from prismo.models.openvla.modeling import OpenVLAForActionPrediction
+from prismo.models.openvla.self_test import SelfTestError
+from prismo.models.tiny import make_tiny_openvla
+from prismo.sim import SimulatorError, SimWorker
+from prismo.sim.assets import cache_folder, resolve_assets
+from prismo.sim.gl import GLUnavailableError, egl_devices, physical_cuda_index
+from prismo.sim.probes import probe_floor, probe_settling
+from prismo.sim.suites import package_folder
+
+MINIMUM = {"torch": "2.6", "transformers": "5.10", "peft": "0.18"}
+GIGABYTE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `level`: "ok", "note" (good to know) or "FAIL" (would spoil results)."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What was asked: folder of LIBERO's assets or "stand-ins" (None looks for them), folder for pictures."""
+
+    libero_assets: str | None
+    output_dir: Path
+
+
+def check_packages(doctor: Doctor) -> Iterator[Finding]:
+    """Versions of what training and evaluation need."""
+    yield Finding("ok", f"Python {sys.version.split()[0]}")
+    for name, minimum in MINIMUM.items():
+        version = importlib.metadata.version(name)
+        enough = Version(version) >= Version(minimum)
+        yield Finding(
+            "ok" if enough else "FAIL", f"{name} {version}" + ("" if enough else f": needs at least {minimum}")
+        )
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding("ok", f"CUDA {torch.version.cuda}: {', '.join(names)}")
+    else:
+        yield Finding("note", "no CUDA device: only tiny models are practical")
+
+
+def check_attention(doctor: Doctor) -> Iterator[Finding]:
+    """OpenVLA-OFT's checkpoints lose half of their success if attention is causal; a tiny model shows which it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = make_tiny_openvla(Path(folder))
+        for kind in ("bidirectional", "causal"):
+            yield _attention_finding(checkpoint, kind)
+
+
+def _attention_finding(checkpoint: Path, kind: str) -> Finding:
+    try:
+        OpenVLAForActionPrediction.from_pretrained(checkpoint, attention=kind)
+    except SelfTestError as error:
+        return Finding("FAIL", str(error))
+    return Finding("ok", f"{kind} attention works with this transformers")
+
+
+def check_simulator(doctor: Doctor) -> Iterator[Finding]:
+    """Versions of the simulator, what draws, and whether physics and pixels are those of the training data."""
+    try:
+        package_folder()
+        assets = resolve_assets(doctor.libero_assets, fallback=True)
+        worker = SimWorker(assets, cuda_device=physical_cuda_index(0) if torch.cuda.is_available() else None)
+    except (ImportError, OSError, GLUnavailableError) as error:
+        yield Finding("FAIL", str(error))
+        return
+    versions = collect_versions(worker.info)
+    yield Finding("ok", f"simulator: {', '.join(f'{k} {v}' for k, v in worker.info.versions.items())}")
+    yield from (Finding("FAIL", text) for text in version_warnings(versions) if not text.startswith("the scenes"))
+    slow = ": every picture costs 50 to 150 ms of CPU" if worker.backend.software else ""
+    yield Finding("note" if slow else "ok", f"rendering with {worker.backend}{slow}")
+    try:
+        with worker:
+            yield from _probes(worker, doctor.output_dir)
+    except SimulatorError as error:
+        yield Finding("FAIL", f"the simulator does not work: {error}")
+
+
+def _probes(worker: SimWorker, output_dir: Path) -> Iterator[Finding]:
+    floor = probe_floor(worker)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("full_image", "wrist_image"):
+        image = getattr(floor.observation, name)
+        Image.fromarray(image).save(output_dir / f"{name}.png")
+        drawn = float(image.std()) > 10.0
+        yield Finding("ok" if drawn else "FAIL", f"{output_dir / name}.png {'saved' if drawn else 'is blank'}")
+    if worker.assets.are_stand_ins:
+        yield Finding(
+            "note",
+            "assets: built-in stand-ins (smoke runs only, on request: --libero_assets stand-ins); probes of floor and "
+            "bowl need LIBERO's own",
+        )
+        return
+    yield Finding("ok", f"assets: {worker.assets.folder}")
+    text = f"floor of LIBERO-Object: mean brightness {floor.brightness:.1f} (training data: 130 to 134)"
+    yield Finding("ok", text) if floor.bright else Finding("FAIL", text + "; MuJoCo 3.3.3 and later draw it dark")
+    bowl = probe_settling(worker)
+    text = f"bowl on the ramekin (LIBERO-Spatial task 5): {bowl.distance_mm:.1f} mm off centre (training data: 14.5)"
+    yield Finding("ok", text) if bowl.seated else Finding("FAIL", text + "; MuJoCo 3.4 and later let it slip")
+
+
+def check_gpu_mapping(doctor: Doctor) -> Iterator[Finding]:
+    """EGL counts devices in its own order; without a map all simulators draw on the first one."""
+    devices = egl_devices()
+    if not torch.cuda.is_available():
+        return
+    for index in range(torch.cuda.device_count()):
+        ordinal = physical_cuda_index(index)
+        if devices is not None and ordinal in devices:
+            yield Finding("ok", f"CUDA device {index} is EGL device {devices.index(ordinal)}")
+        else:
+            yield Finding("note", f"CUDA device {index} has no EGL device here: pictures are drawn elsewhere")
+
+
+def check_room(doctor: Doctor) -> Iterator[Finding]:
+    """Free disk and memory."""
+    for folder, needed in ((Path.cwd(), 40), (cache_folder(), 1)):
+        free = shutil.disk_usage(folder).free / GIGABYTE
+        text = f"{free:.0f} GB free in {folder}"
+        yield Finding("ok", text) if free > needed else Finding("note", f"{text}; a run wants {needed} GB")
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIGABYTE
+    yield Finding("ok" if memory > 4 else "note", f"{memory:.0f} GB of memory free; every simulator takes 1 to 2 GB")
+
+
+# Further checks go here: a function that takes what was asked and yields findings.
+CHECKS: tuple[Callable[[Doctor], Iterator[Finding]], ...] = (
+    check_packages,
+    check_attention,
+    check_simulator,
+    check_gpu_mapping,
+    check_room,
+)
+
+
+def examine(doctor: Doctor) -> Iterator[Finding]:
+    """All findings, as they come."""
+    for check in CHECKS:
+        yield from check(doctor)
