@@ -11,7 +11,34 @@ bf16 autocast, RoPE limits read back by the host twice per block), then ours by 
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+
+from prismo.util.cli import parse_or_exit
+
+
+@dataclass
+class BenchConfig:
+    # VGGT weights; without, VGGT-1B's sizes with random weights
+    vggt_path: str | None = None
+    # "cuda" or "cpu". Default: the GPU where there is one
+    device: str | None = None
+    # Samples
+    batch_size: int = 8
+    # Cameras per sample
+    views: int = 2
+    # Side of the camera images
+    pixels: int = 224
+    # Vggt_layers_align
+    layer: int = -1
+    # Width of the VLA
+    hidden_size: int = 4096
+    # Repetitions of each measurement
+    repeats: int = 10
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +52,8 @@ from prismo.align import SpatialForcing, VGGTAggregator, load_teacher
 from prismo.align.vggt import resize
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: BenchConfig) -> None:
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(args.device)
     images = torch.rand(args.batch_size, args.views, 3, args.pixels, args.pixels)
     on_device = images.to(device)
@@ -58,20 +85,7 @@ def main() -> None:
     bench.row("alignment, with backward", lambda: alignment(spatial_forcing, on_device, hidden), compare=False)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vggt_path", help="VGGT weights; without, VGGT-1B's sizes with random weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--views", type=int, default=2)
-    parser.add_argument("--pixels", type=int, default=224, help="side of the camera images")
-    parser.add_argument("--layer", type=int, default=-1, help="vggt_layers_align")
-    parser.add_argument("--hidden_size", type=int, default=4096, help="width of the VLA")
-    parser.add_argument("--repeats", type=int, default=10)
-    return parser.parse_args()
-
-
-def load(args: argparse.Namespace, dtype: torch.dtype, *, compile: bool = False) -> VGGTAggregator:
+def load(args: BenchConfig, dtype: torch.dtype, *, compile: bool = False) -> VGGTAggregator:
     name = "vggt" if args.vggt_path else "random"
     return load_teacher(name, args.vggt_path, dtype=dtype, device=args.device, compile=compile)
 
@@ -156,7 +170,7 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def print_header(args: argparse.Namespace, model: VGGTAggregator) -> None:
+def print_header(args: BenchConfig, model: VGGTAggregator) -> None:
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(
         f"{name}, torch {torch.__version__}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, "
@@ -167,4 +181,4 @@ def print_header(args: argparse.Namespace, model: VGGTAggregator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

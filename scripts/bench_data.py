@@ -21,7 +21,48 @@ less what it was after the imports. Without tensorflow-datasets only our column 
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from prismo.util.cli import parse_or_exit
+
+Mode = Literal["stored size", "resized", "augmented"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+@dataclass
+class BenchConfig:
+    # Folder of the dataset folders; left out, data are generated
+    data_root_dir: str | None = None
+    # A LIBERO dataset
+    dataset_name: str = "libero_spatial_no_noops"
+    # Size of generated data
+    generate_gb: float = 1.0
+    # Where data are generated
+    work_dir: Path = Path("runs/bench_data")
+    # Samples
+    batch_size: int = 16
+    # Length of each throughput measurement
+    seconds: float = 10
+    # Rounds over all measurements; the best one counts
+    repeats: int = 3
+    # Of tf.data only; the original's default
+    shuffle_buffer_size: int = 100_000
+    # Rows to measure
+    modes: list[Mode] = field(default_factory=lambda: list(MODES))
+    # --- of a child process that the script starts
+    # Statistics that tf.data's side takes over
+    statistics: str | None = None
+    # What to measure
+    measure: str | None = None
+    # Row
+    mode: Mode | None = None
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import importlib.util
 import json
 import os
@@ -34,14 +75,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MODES = ("stored size", "resized", "augmented")
 SIDES = ("prismo", "tfdata", "original")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
 VIEWS = ("primary", "wrist")
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: BenchConfig) -> None:
     if args.measure:
         print(json.dumps(MEASURES[args.measure](args)))
         return
@@ -68,30 +107,13 @@ def main() -> None:
     print_table({key: best([measured[key] for measured in rounds]) for key in rounds[0]}, sides)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root_dir", help="folder of the dataset folders; left out, data are generated")
-    parser.add_argument("--dataset_name", default="libero_spatial_no_noops", help="a LIBERO dataset")
-    parser.add_argument("--generate_gb", type=float, default=1.0, help="size of generated data")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/bench_data"), help="where data are generated")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=10, help="length of each throughput measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over all measurements; the best one counts")
-    parser.add_argument("--shuffle_buffer_size", type=int, default=100_000, help="tf.data only; the original's default")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="rows to measure")
-    parser.add_argument("--statistics", help=argparse.SUPPRESS)
-    parser.add_argument("--measure", choices=sorted(MEASURES), help=argparse.SUPPRESS)
-    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 def version_folder(root: Path, name: str) -> Path:
     from prismo.data.features import find_version_folder  # noqa: PLC0415  (each side imports only its own libraries)
 
     return find_version_folder(root / name)
 
 
-def generate(args: argparse.Namespace) -> Path:
+def generate(args: BenchConfig) -> Path:
     from prismo.data.synthetic import write_synthetic_libero  # noqa: PLC0415
 
     root = args.work_dir / f"{args.generate_gb:g}gb"
@@ -102,7 +124,7 @@ def generate(args: argparse.Namespace) -> Path:
     return root
 
 
-def run(args: argparse.Namespace, root: Path, measure: str, mode: str, environment: dict[str, str]) -> dict[str, Any]:
+def run(args: BenchConfig, root: Path, measure: str, mode: str, environment: dict[str, str]) -> dict[str, Any]:
     """One measurement in a fresh process."""
     command = [sys.executable, __file__, "--measure", measure, "--mode", mode, "--data_root_dir", str(root)]
     for name in ("dataset_name", "batch_size", "seconds", "shuffle_buffer_size", "statistics"):
@@ -147,7 +169,7 @@ def print_table(measured: dict[tuple[str, str], dict[str, float]], sides: tuple[
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def throughput(args: argparse.Namespace, started: float, open_batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
+def throughput(args: BenchConfig, started: float, open_batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
     """Imports, time to the first batch, samples/s and memory of an endless iterator over batches."""
     imported = time.perf_counter()
     before = memory()
@@ -192,7 +214,7 @@ def memory() -> float:
     return total / 1024
 
 
-def measure_index(args: argparse.Namespace) -> dict[str, Any]:
+def measure_index(args: BenchConfig) -> dict[str, Any]:
     from prismo.data.index import open_index  # noqa: PLC0415
     from prismo.data.specs import resolve  # noqa: PLC0415
     from prismo.data.statistics import dataset_statistics  # noqa: PLC0415
@@ -205,7 +227,7 @@ def measure_index(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "statistics": str(index.path / "statistics.json")}
 
 
-def measure_prismo(args: argparse.Namespace) -> dict[str, float]:
+def measure_prismo(args: BenchConfig) -> dict[str, float]:
     started = time.perf_counter()
     from prismo.data.dataset import open_dataset  # noqa: PLC0415
     from prismo.data.images import prepare_images  # noqa: PLC0415
@@ -241,7 +263,7 @@ def measure_gpu(batch_size: int) -> None:
     print(f"resize and augmentation on {torch.cuda.get_device_name()}: {rate:.0f} samples/s\n")
 
 
-def measure_tfdata(args: argparse.Namespace) -> dict[str, float]:
+def measure_tfdata(args: BenchConfig) -> dict[str, float]:
     started = time.perf_counter()
     import numpy as np  # noqa: PLC0415
     import tensorflow as tf  # noqa: PLC0415
@@ -265,7 +287,7 @@ def measure_tfdata(args: argparse.Namespace) -> dict[str, float]:
     return throughput(args, started, batches)
 
 
-def tf_frames(tf: Any, tfds: Any, folder: Path, stats: dict[str, Any], args: argparse.Namespace) -> Any:
+def tf_frames(tf: Any, tfds: Any, folder: Path, stats: dict[str, Any], args: BenchConfig) -> Any:
     """The original's tf.data pipeline up to single frames."""
     chunk, size = 8, 224
     goals = args.measure == "original"
@@ -357,7 +379,7 @@ def tf_augment(tf: Any, image: Any, seed: Any, size: int) -> Any:
     return tf.image.convert_image_dtype(image, tf.uint8, saturate=True)
 
 
-MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[BenchConfig], dict[str, Any]]] = {
     "index": measure_index,
     "prismo": measure_prismo,
     "tfdata": measure_tfdata,
@@ -366,4 +388,4 @@ MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

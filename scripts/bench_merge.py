@@ -5,6 +5,23 @@
 Needs 31 GB of disk and no GPU; removes everything it wrote.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import parse_or_exit
+
+
+@dataclass
+class BenchConfig:
+    # Scratch folder; must not exist
+    folder: Path = Path("bench_merge")
+    # LoRA rank
+    rank: int = 32
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import math
 import os
 import shutil
@@ -26,7 +43,6 @@ from prismo.models.lora import LoraSpec, add_lora, lora_parameters, published_co
 from prismo.models.openvla import OpenVLAConfig
 from prismo.models.tiny import tiny_statistics
 from prismo.models.weight_files import StoredTensor, write_shards
-from prismo.util.cli import run_command
 from prismo.util.files import write_json
 
 _MERGE = """
@@ -36,14 +52,6 @@ merge(*sys.argv[1:4], verify=sys.argv[4] == "1")
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss)
 """
-
-
-@dataclass
-class BenchConfig:
-    # Scratch folder; must not exist
-    folder: Path = Path("bench_merge")
-    # LoRA rank
-    rank: int = 32
 
 
 def write_base(folder: Path) -> int:
@@ -133,4 +141,4 @@ def main(cfg: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, BenchConfig))
+    main(CONFIG)

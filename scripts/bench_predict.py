@@ -9,7 +9,26 @@ latency, predictions per second and peak memory. Nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
+
+from prismo.util.cli import parse_or_exit
+
+
+@dataclass
+class BenchConfig:
+    # Of the prediction
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    # Cameras per sample
+    num_images_in_input: int = 2
+    # Repetitions of each measurement
+    repeats: int = 50
+    # Tiny model on the CPU, to test this script
+    tiny: bool = False
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import time
 
 import numpy as np
@@ -27,15 +46,6 @@ from prismo.models.tiny import tiny_openvla_config
 PROMPT_TOKENS = 34  # LIBERO's prompts have 26 to 38
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--num_images_in_input", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--tiny", action="store_true", help="tiny model on the CPU, to test this script")
-    return parser.parse_args()
-
-
 def build(tiny: bool) -> tuple[OpenVLAForActionPrediction, ActionModules]:
     """Model and side modules in bf16 on the GPU (tiny: fp32 on the CPU)."""
     device, dtype = ("cpu", torch.float32) if tiny else ("cuda", torch.bfloat16)
@@ -50,9 +60,7 @@ def build(tiny: bool) -> tuple[OpenVLAForActionPrediction, ActionModules]:
     return vla, modules
 
 
-def latencies(
-    vla: OpenVLAForActionPrediction, modules: ActionModules, args: argparse.Namespace, batch: int
-) -> list[float]:
+def latencies(vla: OpenVLAForActionPrediction, modules: ActionModules, args: BenchConfig, batch: int) -> list[float]:
     """Seconds of each prediction, after three that warm up."""
     size = vla.config.towers[0].image_size
     pixels = torch.randn(batch, 6 * args.num_images_in_input, size, size, device=vla.device, dtype=vla.dtype)
@@ -67,8 +75,7 @@ def latencies(
     return seconds[3:]
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(args: BenchConfig) -> None:
     vla, modules = build(args.tiny)
     name = "CPU, tiny" if args.tiny else torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {name}, {args.num_images_in_input} images, attention {vla._llm_attention}")
@@ -83,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

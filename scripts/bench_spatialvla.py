@@ -11,7 +11,32 @@ forward, loss, backward and AdamW on the authors' LoRA set-up (rank 32, all line
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
+
+from prismo.util.cli import parse_or_exit
+
+
+@dataclass
+class BenchConfig:
+    # Tiny sizes
+    tiny: bool = False
+    # "cuda" or "cpu". Default: the GPU where there is one
+    device: str | None = None
+    # Of the prediction
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    # Of the training step; 0 leaves it out
+    train_batch: int = 32
+    # Rank of the adapters
+    lora_rank: int = 32
+    # Recompute activations
+    gradient_checkpointing: bool = False
+    # Repetitions of each measurement
+    repeats: int = 20
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +58,8 @@ PROMPT_TOKENS = 20
 ACTION_TOKENS = 12
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: BenchConfig) -> None:
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = tiny_config() if args.tiny else SpatialVLAConfig()
     model = SpatialVLAForConditionalGeneration.random(config, dtype=torch.bfloat16, device=args.device)
     bench = Bench(torch.device(args.device), args.repeats)
@@ -74,7 +99,7 @@ def recomputed_position_bias() -> Iterator[None]:
         ConstantPositionBias.forward = ours
 
 
-def train(bench: Bench, model: SpatialVLAForConditionalGeneration, args: argparse.Namespace) -> None:
+def train(bench: Bench, model: SpatialVLAForConditionalGeneration, args: BenchConfig) -> None:
     """Row of a LoRA training step."""
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS["linear"], init_lora_weights="gaussian"
@@ -148,17 +173,5 @@ class Bench:
         return 1000 * (time.perf_counter() - start)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16], help="of the prediction")
-    parser.add_argument("--train_batch", type=int, default=32, help="of the training step; 0 leaves it out")
-    parser.add_argument("--lora_rank", type=int, default=32)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--repeats", type=int, default=20)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

@@ -11,12 +11,52 @@ Nothing is downloaded. `--tiny` runs the same on a CPU in seconds to test this s
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prismo.util.cli import parse_or_exit
+
+
+@dataclass
+class BenchConfig:
+    # Samples per GPU and micro-batch
+    batch_size: int = 8
+    # Micro-batches per update
+    grad_accumulation_steps: int = 1
+    # Measured updates
+    steps: int = 20
+    # Updates before the measurement
+    warmup: int = 5
+    # Cameras per sample
+    num_images_in_input: int = 2
+    # Leave the teacher out
+    no_align: bool = False
+    # Of the teacher's weights
+    vggt_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Recompute activations
+    gradient_checkpointing: bool = False
+    # torch.compile the blocks of the policy
+    compile: bool = False
+    # torch.compile the blocks of the teacher
+    compile_vggt: bool = False
+    # Prompts of one length: no padding mask
+    same_length: bool = False
+    # Tiny model on the CPU, to test this script
+    tiny: bool = False
+    # Write a Chrome trace of one step to this file
+    profile: Path | None = None
+    # Append to this JSONL file and print all of its rows
+    results: Path | None = None
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,29 +82,7 @@ LEARNING_RATE = 5e-4
 PROMPT_TOKENS = (26, 38)  # LIBERO's prompts differ in length, so batches are padded
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=8, help="samples per GPU and micro-batch")
-    parser.add_argument("--grad_accumulation_steps", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20, help="measured updates")
-    parser.add_argument("--warmup", type=int, default=5, help="updates before the measurement")
-    parser.add_argument("--num_images_in_input", type=int, default=2)
-    parser.add_argument("--no_align", action="store_true", help="leave the teacher out")
-    parser.add_argument("--vggt_dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of the policy")
-    parser.add_argument("--compile_vggt", action="store_true", help="torch.compile the blocks of the teacher")
-    parser.add_argument("--same_length", action="store_true", help="prompts of one length: no padding mask")
-    parser.add_argument("--tiny", action="store_true", help="tiny model on the CPU, to test this script")
-    parser.add_argument("--profile", type=Path, help="write a Chrome trace of one step to this file")
-    parser.add_argument("--results", type=Path, help="append to this JSONL file and print all of its rows")
-    args = parser.parse_args()
-    if args.tiny:
-        args.vggt_dtype = "float32"
-    return args
-
-
-def build_teacher(args: argparse.Namespace, world: World) -> VGGTAggregator:
+def build_teacher(args: BenchConfig, world: World) -> VGGTAggregator:
     """A frozen VGGT: 909 million parameters, or a tiny one."""
     if args.tiny:
         return random_vggt(config=VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256))
@@ -74,7 +92,7 @@ def build_teacher(args: argparse.Namespace, world: World) -> VGGTAggregator:
     return teacher
 
 
-def build(args: argparse.Namespace, world: World) -> OpenVLAObjective:
+def build(args: BenchConfig, world: World) -> OpenVLAObjective:
     """The objective of the recipe, frozen and trained parts as the trainer has them."""
     torch.manual_seed(0)
     if args.tiny:
@@ -107,7 +125,7 @@ class RawBatch:
     seeds: Tensor
 
 
-def draw_batch(args: argparse.Namespace, objective: OpenVLAObjective, number: int, pinned: bool) -> RawBatch:
+def draw_batch(args: BenchConfig, objective: OpenVLAObjective, number: int, pinned: bool) -> RawBatch:
     """A random batch; the same number gives the same one."""
     random = np.random.default_rng(number)
     batch, tokens = args.batch_size, objective.vla.action_tokenizer
@@ -147,7 +165,7 @@ def synchronize(world: World) -> None:
         torch.cuda.synchronize()
 
 
-def measure(args: argparse.Namespace, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
+def measure(args: BenchConfig, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
     """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
     world, cuda = step.world, step.world.device.type == "cuda"
     losses = []
@@ -184,7 +202,7 @@ def seconds_of(world: World, run: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def parts(args: argparse.Namespace, step: TrainStep, batch: RawBatch) -> dict[str, float]:
+def parts(args: BenchConfig, step: TrainStep, batch: RawBatch) -> dict[str, float]:
     """Seconds per update of preparing the inputs and of the teacher, each measured by itself."""
     repeats, alignment = (2 if args.tiny else 5), step.objective.alignment
     result = {"inputs_s": seconds_of(step.world, lambda: prepare(batch, step), repeats), "vggt_s": 0.0}
@@ -228,7 +246,7 @@ def print_table(rows: list[dict[str, float | str]]) -> None:
         )
 
 
-def settings(args: argparse.Namespace, world: World) -> str:
+def settings(args: BenchConfig, world: World) -> str:
     """Everything but the number of GPUs, as the first column of the table."""
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     words = [name, f"batch {args.batch_size}", f"{args.num_images_in_input} images"]
@@ -238,8 +256,8 @@ def settings(args: argparse.Namespace, world: World) -> str:
     return ", ".join([*words, *(flag.replace("_", " ") for flag in flags if getattr(args, flag))])
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(args: BenchConfig) -> None:
+    args.vggt_dtype = "float32" if args.tiny else args.vggt_dtype
     world = start_world("cpu" if args.tiny else None)
     objective = build(args, world)
     precision = torch.float32 if args.tiny else torch.bfloat16
@@ -280,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

@@ -11,11 +11,42 @@ its table row (all rows of the results file); several processes also check that 
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import parse_or_exit
+
+
+@dataclass
+class BenchConfig:
+    # Train the weights themselves; FSDP2 on several GPUs
+    full: bool = False
+    # With VGGT-1B
+    align: bool = False
+    # Samples per GPU and micro-batch
+    batch_size: int = 32
+    # Micro-batches per update
+    grad_accumulation_steps: int = 1
+    # Rank of the adapters
+    lora_rank: int = 32
+    # Measured updates
+    steps: int = 20
+    # Updates before the measurement
+    warmup: int = 5
+    # Recompute activations
+    gradient_checkpointing: bool = False
+    # Tiny model on the CPU, to test this script
+    tiny: bool = False
+    # Append to this JSONL file and print all of its rows
+    results: Path | None = None
+
+
+if __name__ == "__main__":
+    CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
+
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,22 +77,7 @@ from prismo.training.step import TrainStep, trainable_parameters
 CHUNK, PROMPT_TOKENS = 4, (8, 24)  # LIBERO's instructions differ in length, so batches are padded
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="train the weights themselves; FSDP2 on several GPUs")
-    parser.add_argument("--align", action="store_true", help="with VGGT-1B")
-    parser.add_argument("--batch_size", type=int, default=32, help="samples per GPU and micro-batch")
-    parser.add_argument("--grad_accumulation_steps", type=int, default=1)
-    parser.add_argument("--lora_rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20, help="measured updates")
-    parser.add_argument("--warmup", type=int, default=5, help="updates before the measurement")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="tiny model on the CPU, to test this script")
-    parser.add_argument("--results", type=Path, help="append to this JSONL file and print all of its rows")
-    return parser.parse_args()
-
-
-def build(args: argparse.Namespace, world: World) -> SpatialVLAObjective:
+def build(args: BenchConfig, world: World) -> SpatialVLAObjective:
     """The objective as the trainer has it."""
     torch.manual_seed(0)
     config = tiny_config() if args.tiny else SpatialVLAConfig()
@@ -94,7 +110,7 @@ class RawBatch:
     seeds: Tensor
 
 
-def draw_batch(args: argparse.Namespace, objective: SpatialVLAObjective, number: int, pinned: bool) -> RawBatch:
+def draw_batch(args: BenchConfig, objective: SpatialVLAObjective, number: int, pinned: bool) -> RawBatch:
     """A random batch; the same number gives the same one."""
     random = np.random.default_rng(number)
     batch, config = args.batch_size, objective.vla.config
@@ -136,7 +152,7 @@ def prepare(batch: RawBatch, step: TrainStep) -> SpatialVLAInputs:
     )
 
 
-def measure(args: argparse.Namespace, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
+def measure(args: BenchConfig, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
     """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
     world, cuda = step.world, step.world.device.type == "cuda"
     losses = []
@@ -164,7 +180,7 @@ def measure(args: argparse.Namespace, step: TrainStep, batches: list[RawBatch]) 
     }
 
 
-def settings(args: argparse.Namespace, world: World) -> str:
+def settings(args: BenchConfig, world: World) -> str:
     """The first column of the table."""
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     kind = ("full, FSDP2" if world.size > 1 else "full") if args.full else f"LoRA r{args.lora_rank}"
@@ -183,8 +199,7 @@ def print_table(rows: list[dict[str, float | str]]) -> None:
         )
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(args: BenchConfig) -> None:
     world = start_world("cpu" if args.tiny else None)
     objective = build(args, world)
     precision = torch.float32 if args.tiny else torch.bfloat16
@@ -223,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CONFIG)

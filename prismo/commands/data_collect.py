@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.util.cli import BrokenOffError, run_command
-from prismo.util.flags import at_least
+from prismo.util.flags import at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def run(cfg: CollectConfig) -> None:
     from prismo.sim.collection import Collection, Finished
 
     at_least(cfg, num_demos_per_task=1, num_workers=1, noise=0, image_size=16, seed=0)
+    at_most(cfg, num_demos_per_task=10_000, num_workers=1024, image_size=4096, seed=2**31)
     items = expert_items(cfg.task_suite_name, cfg.task_ids, cfg.num_demos_per_task)
     assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
     settings = {"noise": cfg.noise, "seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.util.cli import run_command
+from prismo.util.flags import ends_in
 
 
 @dataclass
@@ -28,6 +29,7 @@ class FitConfig:
 
 
 def run(cfg: FitConfig) -> None:
+    ends_in(cfg, "output", ".json")
     from prismo.data.dataset import open_dataset
     from prismo.data.normalize import normalize
     from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, fit_gaussians, save_gaussians

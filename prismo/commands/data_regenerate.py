@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.util.cli import BrokenOffError, run_command
-from prismo.util.flags import at_least
+from prismo.util.flags import at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def run(cfg: RegenerateConfig) -> None:
     from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 
     at_least(cfg, num_workers=1, image_size=16, seed=0)
+    at_most(cfg, num_workers=1024, image_size=4096, seed=2**31)
     items = raw_items(cfg.libero_task_suite, cfg.libero_raw_data_dir, cfg.task_ids)
     assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
     settings = {"seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}

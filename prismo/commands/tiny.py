@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.util.cli import run_command
+from prismo.util.flags import at_least, at_most
 
 
 @dataclass
@@ -25,6 +26,8 @@ class TinyConfig:
 
 
 def run(cfg: TinyConfig) -> None:
+    at_least(cfg, seed=0)
+    at_most(cfg, seed=2**32 - 1)
     from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
 
     for path in (

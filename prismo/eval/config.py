@@ -81,10 +81,10 @@ class EvalConfig(PolicyFlags):
         at_least(self, env_img_res=16, max_errors=0, seed=0)
         if self.seed > _MAX_SEED:
             raise ValueError(f"--seed is {self.seed}; expected at most {_MAX_SEED}")
-        if self.run_id_note is not None and not re.fullmatch(r"[^/\x00-\x1f]{0,100}", self.run_id_note):
+        if self.run_id_note is not None and not re.fullmatch(r"(?!\.)[^/\x00-\x1f]{0,100}", self.run_id_note):
             raise ValueError(
                 f"--run_id_note is {self.run_id_note!r}; it becomes part of a folder's name: give at most 100 "
-                "characters without slashes and line breaks"
+                "characters without slashes and line breaks, not beginning with a dot"
             )
         if self.initial_states_path == DEFAULT_STATES and self.num_trials_per_task > BENCHMARK_STATES:
             raise ValueError(

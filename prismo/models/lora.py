@@ -92,7 +92,10 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.flo
         target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         init_lora_weights="gaussian",
     )
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:  # peft found nothing to adapt
+        raise ValueError(f"target_modules {spec.target_modules!r} of the adapter: {error}") from error
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(dtype)
     for parameter in saved_parameters(model, spec).values():

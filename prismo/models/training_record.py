@@ -15,7 +15,7 @@ from annotated_types import Ge
 from prismo.embodiment import Embodiment
 from prismo.models.component_files import TRAINING_CONFIG, Stem, has_component
 from prismo.models.openvla.configuration import AttentionKind
-from prismo.util.schema import read_json
+from prismo.util.schema import JsonObject, read_json
 
 Count = Annotated[int, Ge(1)]
 Camera = Literal["checkpoint", "libero"]
@@ -72,6 +72,8 @@ def read_training_record(folder: Path) -> TrainingRecord | None:
     if not path.is_file():
         return None
     record = read_json(path, TrainingRecord)
+    if not read_json(path, JsonObject):
+        raise ValueError(f"{path} is empty; restore it or fetch it again")
     robot = record.embodiment
     if robot is not None and not all(-robot.action_dim <= dim < robot.action_dim for dim in robot.gripper_dims):
         raise ValueError(

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from prismo.util.flags import at_least
+from prismo.util.flags import at_least, at_most
 from prismo.util.text import did_you_mean
 
 Intrinsics = Literal["checkpoint", "libero"]
@@ -69,6 +69,7 @@ class PolicyFlags:
             raise ValueError("--load_in_8bit True and --load_in_4bit True exclude each other")
         at_least(self, num_images_in_input=1, num_diffusion_steps_train=1, num_diffusion_steps_inference=1)
         at_least(self, lora_rank=1, ensemble_alpha=0)
+        at_most(self, num_images_in_input=16, num_diffusion_steps_train=10_000, lora_rank=4096)
         if self.intrinsics not in (None, *get_args(Intrinsics)):
             raise ValueError(did_you_mean("intrinsics", self.intrinsics, get_args(Intrinsics)))
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):

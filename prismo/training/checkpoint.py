@@ -170,6 +170,8 @@ def load_state(checkpoint: Path, step: TrainStep) -> None:
     weights, moments = _read(folder / _WEIGHTS), _read(folder / _OPTIMIZER)
     _check_tensors(weights, shapes)
     _check_tensors(moments, _moments(shapes))
+    for stored in (weights, moments):
+        _check_finite(stored)
     for name, parameter in parameters.items():
         local(parameter.detach()).copy_(scatter(weights[name], parameter))
     step.optimizer.load_state(moments)
@@ -285,6 +287,13 @@ def _check_tensors(stored: _Stored, expected: Mapping[str, tuple[int, ...]]) -> 
                 f"{stored.path} does not fit: {name} is {found[0]} {list(found[1])}, expected F32 {list(shape)}. "
                 f"Resume with the flags of the first start; else {_ADVICE}"
             )
+
+
+def _check_finite(stored: _Stored) -> None:
+    """The trainer never saves such numbers, and one of them in a moment stops its weight for good."""
+    for name, value in stored.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{stored.path}: {name} is not finite; {_ADVICE}")
 
 
 def _versions() -> dict[str, str | None]:

@@ -39,6 +39,16 @@ def run_command(run: Callable[[C], int | None], kind: type[C], arguments: Sequen
             return 1 if isinstance(error, BrokenOffError) else 2
 
 
+def parse_or_exit(kind: type[C], about: str | None) -> C:
+    """Flags of a script of one file, which parses them before its imports that take seconds."""
+    set_up_logging()
+    try:
+        return parse_flags(kind, None, about)
+    except ValueError as error:
+        log_error(error)
+        raise SystemExit(2) from None
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
     """Messages of a command on stderr, without a line for every request to the hub."""
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")

@@ -68,6 +68,18 @@ def at_least(flags: object, **lowest: float) -> None:
             raise ValueError(f"--{name} is {value}; expected at least {low}")
 
 
+def at_most(flags: object, **highest: float) -> None:
+    """Refuse the first of these flags that is above its bound. None passes: it was not given.
+
+    Raises:
+        ValueError: naming the flag, its value and the bound.
+    """
+    for name, high in highest.items():
+        value = getattr(flags, name)
+        if value is not None and value > high:
+            raise ValueError(f"--{name} is {value}; expected at most {high}")
+
+
 def ends_in(flags: object, name: str, *suffixes: str) -> None:
     """Refuse a file of the flag `name` whose name ends otherwise. None passes: it was not given.
 
@@ -76,7 +88,7 @@ def ends_in(flags: object, name: str, *suffixes: str) -> None:
     """
     path = getattr(flags, name)
     if path is not None and path.suffix not in suffixes:
-        expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+        expected = " or ".join(", ".join(suffixes).rsplit(", ", 1))
         raise ValueError(f"--{name} is {path}; expected a name that ends in {expected}")
 
 
