@@ -62,9 +62,8 @@ class Demo:
             )
         if done.returncode:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            raise BrokenOffError(
-                f"{tail}\n\nStage '{name}' failed with exit code {done.returncode}; the whole output is in {log}"
-            )
+            print(tail, file=sys.stderr)
+            raise BrokenOffError(f"stage '{name}' failed with exit code {done.returncode}; all it said is in {log}")
         self.stages.append(Stage(name, time.monotonic() - start, ""))
         print(f"    {self.stages[-1].seconds:.0f} s", flush=True)
 

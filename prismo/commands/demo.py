@@ -39,7 +39,11 @@ class DemoConfig:
 def run(cfg: DemoConfig) -> None:
     at_least(cfg, tasks=1, demos=1, train_steps=1, trials=1, max_steps=1)
     from prismo.demo import Demo, fresh_folder
+    from prismo.sim.suites import package_folder
+    from prismo.util.extras import need
 
+    need("matplotlib", "data")
+    package_folder()  # before minutes of work
     fresh_folder(cfg.output, overwrite=cfg.overwrite)
     Demo(cfg).run()
 

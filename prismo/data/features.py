@@ -83,7 +83,7 @@ def find_version_folder(path: Path) -> Path:
     if not versions:
         raise FileNotFoundError(
             f"{path} is no RLDS dataset: neither it nor a version folder in it (such as 1.0.0) holds "
-            "dataset_info.json. Finish the download, or build it with scripts/build_rlds_dataset.py"
+            "dataset_info.json. Finish the download, or build it with `prismo data build`"
         )
     return max(versions, key=lambda p: [int(part) if part.isdecimal() else -1 for part in p.name.split(".")])
 

@@ -1,6 +1,6 @@
-"""LIBERO demonstrations in HDF5 as RLDS episodes, for `scripts/build_rlds_dataset.py`.
+"""LIBERO demonstrations in HDF5 as RLDS episodes, for `prismo data build`.
 
-The files are those of `scripts/regenerate_libero_dataset.py` (or LIBERO's own at 256 pixels): one per task,
+The files are those of `prismo data regenerate` (or LIBERO's own at 256 pixels): one per task,
 `{task}_demo.hdf5`, with `data/demo_i/{actions, obs/{ee_states, gripper_states, joint_states, agentview_rgb,
 eye_in_hand_rgb}}` and pictures upside down as the simulator renders them.
 """
@@ -53,9 +53,7 @@ def find_demonstrations(folder: Path) -> list[Demonstration]:
     """
     files = sorted(folder.glob("*.hdf5"))
     if not files:
-        raise FileNotFoundError(
-            f"no *.hdf5 files in {folder}; expected the output of scripts/regenerate_libero_dataset.py"
-        )
+        raise FileNotFoundError(f"no *.hdf5 files in {folder}; expected the output of `prismo data regenerate`")
     found = []
     for path in files:
         with _opened(path) as file:
@@ -141,9 +139,7 @@ def _dataset(file: Any, demo: Demonstration, name: str, *shape: int | None) -> A
     path = f"{demo.group}/{name}"
     _refuse_links_elsewhere(file, path)
     if not _is_group(file.get(demo.group)) or path not in file:
-        raise _UnfitError(
-            f"{demo.file} has no {path}; run scripts/regenerate_libero_dataset.py on LIBERO's demonstrations first"
-        )
+        raise _UnfitError(f"{demo.file} has no {path}; run `prismo data regenerate` on LIBERO's demonstrations first")
     found = file[path]
     if _is_group(found):
         raise _UnfitError(f"{demo.file}: {path} is a group, expected a dataset")

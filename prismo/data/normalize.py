@@ -140,7 +140,7 @@ def load_statistics(path: str | Path) -> dict[str, DatasetStats]:
     if not path.is_file():
         raise FileNotFoundError(
             f"no statistics at {path}; expected a dataset_statistics.json (it lies in every checkpoint folder; "
-            "`python scripts/compute_norm_stats.py` makes one from a dataset)"
+            "`prismo data stats` makes one from a dataset)"
         )
     return parse_statistics(read_json(path, JsonObject), str(path))
 
@@ -278,7 +278,7 @@ def _find_key(stats: Mapping[str, DatasetStats], key: str | None) -> str:
 
 def _check_usable(where: str, stats: FieldStats, kind: Normalization, *, moves: bool) -> None:
     """Refuse numbers that are not finite where they scale something, and actions that are all scaled to one place."""
-    advice = "restore the file that came with the policy, or make one with scripts/compute_norm_stats.py"
+    advice = "restore the file that came with the policy, or make one with `prismo data stats`"
     used = np.ones(stats.dim, bool) if stats.mask is None else stats.mask
     for name in _scaled_by(kind):
         values = getattr(stats, name)

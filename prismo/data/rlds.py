@@ -1,7 +1,7 @@
 """Random access to the frames and episodes of an RLDS folder.
 
 `index.py` finds out where everything lies; `dataset.py` reads a few hundred bytes of index rows and the encoded images
-of one frame per sample; `scripts/show_dataset.py` reads whole episodes. Nothing grows with the dataset: rows and images
+of one frame per sample; `prismo data show` reads whole episodes. Nothing grows with the dataset: rows and images
 are read by position when they are needed (`os.pread`), so neither a shuffle buffer nor a memory map fills the host.
 """
 

@@ -1,6 +1,6 @@
 """Writes RLDS folders (TFRecord shards, `features.json`, `dataset_info.json`) that tensorflow-datasets can load.
 
-Called by `scripts/build_rlds_dataset.py` and by `synthetic.py`; needs no TensorFlow.
+Called by `prismo data build` and by `synthetic.py`; needs no TensorFlow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flags of `experiments/robot/libero/run_libero_eval.py`: the original's names and meanings, plus a few of our own."""
+"""Flags of `prismo eval`: the original's names and meanings, plus a few of our own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EvalConfig(PolicyFlags):
     num_steps_wait: int = 10
     # Policy steps before an episode counts as failed. Default: 220 / 280 / 300 / 520 / 400 by suite
     max_steps: int | None = None
-    # DEFAULT for LIBERO's initial states, or a JSON file written by scripts/regenerate_libero_dataset.py
+    # DEFAULT for LIBERO's initial states, or a JSON file written by `prismo data regenerate`
     initial_states_path: str = DEFAULT_STATES
     # Height and width of the camera images in pixels
     env_img_res: int = 256

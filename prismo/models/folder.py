@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WEIGHTS_AND_SETTINGS = ("*.json", "*.safetensors")  # what a model is read from, in a hub repository
 MERGING = ".merging"  # where a merge prepares its files, inside the folder in which they will appear
-UNFINISHED = "It holds an unfinished merge (or copy): run the merge again, vla-scripts/merge_lora_weights_and_save.py"
+UNFINISHED = "It holds an unfinished merge (or copy): run the merge again, `prismo merge`"
 _EXPECTED = "Expected a folder with config.json, model*.safetensors and preprocessor_config.json"
 
 # Files that a processor is read from, by the model type; of several one is enough.
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    adapter = " It holds a LoRA adapter: merge it first (vla-scripts/merge_lora_weights_and_save.py)."
+    adapter = " It holds a LoRA adapter: merge it first (`prismo merge`)."
     raise FileNotFoundError(
         f"{folder} has neither {INDEX} nor {SINGLE}.{adapter if (folder / 'lora_adapter').is_dir() else ''}"
     )

@@ -1,6 +1,6 @@
 """Fold a LoRA adapter into its base model, file to file, without ever holding a model in memory.
 
-`vla-scripts/merge_lora_weights_and_save.py` and the trainer call `merge`. The result has the layout of a published
+`prismo merge` and the trainer call `merge`. The result has the layout of a published
 fine-tuned checkpoint. Every weight is `W + scale * B @ A` on the CPU, rounded once to the base's dtype, so the bytes
 are the same on every machine (the original merges in bf16, and its results depend on the GPU).
 """

@@ -1,7 +1,7 @@
 """Tiny checkpoints in the official layouts: complete, random, a few MB, written in seconds without network.
 
 Tests, examples and dry runs use them in place of openvla-7b, of a fine-tuned policy and of VGGT-1B
-(`python scripts/make_tiny_checkpoint.py --output DIR`). Only sizes differ from the published files; names, layouts and
+(`prismo tiny --output DIR`). Only sizes differ from the published files; names, layouts and
 file formats are the same.
 """
 

@@ -173,7 +173,7 @@ def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]
         if given is not None and recorded is not None and given != recorded:
             problems.append(Problem(f"--{flag} {given}, but it was trained with {recorded}", flag == "lora_rank"))
     if checkpoint.adapter is not None and (flags.load_in_8bit or flags.load_in_4bit):
-        text = "quantised loading of an unmerged adapter; merge it first (vla-scripts/merge_lora_weights_and_save.py)"
+        text = "quantised loading of an unmerged adapter; merge it first (`prismo merge`)"
         problems.append(Problem(text, fatal=True))
     return problems
 

@@ -1,4 +1,4 @@
-"""Demonstrations of the scripted expert: the work behind `scripts/collect_scripted_demos.py`."""
+"""Demonstrations of the scripted expert: the work behind `prismo data collect`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prismo.sim.rates import Rate
 from prismo.sim.suites import check_task_ids, load_init_states, load_tasks
 from prismo.sim.worker import SimWorker
 
-# Tasks that the expert solves; measured with `scripts/collect_scripted_demos.py --dry_run true`.
+# Tasks that the expert solves; measured with `prismo data collect --dry_run true`.
 EXPERT_TASKS = {"libero_object": tuple(range(10)), "libero_spatial": (0, 1, 2, 3, 5, 8)}
 _EPISODE_TIMEOUT_S = 1200.0
 

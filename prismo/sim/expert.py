@@ -1,7 +1,7 @@
 """A scripted expert that picks and places with the simulator's own knowledge of poses.
 
 It makes demonstrations where none can be downloaded, and tells whether a simulator (assets, stand-ins, versions) lets
-a competent policy succeed. Used by `scripts/collect_scripted_demos.py` through the simulator process.
+a competent policy succeed. Used by `prismo data collect` through the simulator process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does this simulator behave as the one that the training data comes from? Two probes for `scripts/doctor.py`.
+"""Does this simulator behave as the one that the training data comes from? Two probes for `prismo doctor`.
 
 MuJoCo 3.3.3 draws LIBERO-Object's floor darker and 3.4.0 lets a bowl of LIBERO-Spatial slip; either costs 5 to 20
 points of success without an error. The probes look at the effect instead of trusting a version number.

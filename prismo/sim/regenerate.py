@@ -1,4 +1,4 @@
-"""LIBERO's human demonstrations without no-ops and failures: the work behind `scripts/regenerate_libero_dataset.py`.
+"""LIBERO's human demonstrations without no-ops and failures: the work behind `prismo data regenerate`.
 
 The procedure with which OpenVLA made its `libero_*_no_noops` data: replay each demonstration at 256 pixels, leaving out
 actions that do nothing, and keep it if the task succeeds.

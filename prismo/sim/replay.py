@@ -1,7 +1,7 @@
 """Replaying a demonstration's actions: proves that data and simulator belong together, and filters no-ops.
 
 The filter and the success test are those with which OpenVLA made its `libero_*_no_noops` data; used by
-`scripts/regenerate_libero_dataset.py` through the simulator process.
+`prismo data regenerate` through the simulator process.
 """
 
 from __future__ import annotations

@@ -198,13 +198,13 @@ def read_custom_init_states(path: str | Path, task: Task) -> dict[int, np.ndarra
     """Initial states of `task` from an `--initial_states_path` JSON file, by demonstration index.
 
     The file maps task (instruction with underscores) to `demo_<i>` to `{"success": bool, "initial_state": [...]}`, as
-    `scripts/regenerate_libero_dataset.py` writes it. Failed demonstrations are left out, as in the original protocol,
+    `prismo data regenerate` writes it. Failed demonstrations are left out, as in the original protocol,
     so indices may have gaps.
 
     Raises:
         ValueError: the file is damaged, the task is not in it, or none of its demonstrations succeeded.
     """
-    content = read_json(path, InitialStates, advice="write it again with scripts/regenerate_libero_dataset.py")
+    content = read_json(path, InitialStates, advice="write it again with `prismo data regenerate`")
     key = task.language.replace(" ", "_")
     if key not in content:
         raise ValueError(f"{path}: {did_you_mean('task', key, content)}")

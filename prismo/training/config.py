@@ -126,7 +126,7 @@ class FinetuneConfig:
     freeze_llm_embed: bool = True
     # SpatialVLA, full fine-tuning: keep SigLIP as it is
     freeze_vision_tower: bool = False
-    # SpatialVLA: cut the action bins from these Gaussians (scripts/fit_action_gaussians.py). Default: the checkpoint's
+    # SpatialVLA: cut the action bins from these Gaussians (`prismo data gaussians`). Default: the checkpoint's
     adapt_emb: Path | None = None
     # With adapt_emb: also move the action embeddings to the new bins and train them; else token k keeps its embedding
     adpt_feature: bool = False

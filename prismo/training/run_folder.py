@@ -311,7 +311,7 @@ def _state_is_gone(lacking: Path, present: Sequence[Checkpoint]) -> str:
     newest = f"Go on from {resumable[0]} by leaving --resume_step out, or merge" if resumable else "Merge"
     return (
         f"{lacking} has no {STATE_FOLDER}: only the newest checkpoints keep theirs (--keep_states). {newest} this one "
-        "(python vla-scripts/merge_lora_weights_and_save.py --base_checkpoint BASE_MODEL "
+        "(prismo merge --base_checkpoint BASE_MODEL "
         f"--lora_finetuned_checkpoint_dir {lacking}) and give it as --vla_path; weights and side modules are then "
         "restored, the optimizer is not"
     )

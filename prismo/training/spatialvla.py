@@ -77,7 +77,7 @@ def settle(config: FinetuneConfig, base: Path, processes: int) -> FinetuneConfig
     if config.intrinsics not in get_args(Intrinsics):
         raise ValueError(did_you_mean("value of --intrinsics", config.intrinsics, get_args(Intrinsics)))
     if config.adpt_feature and config.adapt_emb is None:
-        raise ValueError("--adpt_feature True needs --adapt_emb, a file of scripts/fit_action_gaussians.py")
+        raise ValueError("--adpt_feature True needs --adapt_emb, a file of `prismo data gaussians`")
     if not config.use_lora and processes > 1:
         check_torch()
     if not config.use_lora and processes > 1 and config.use_val_set:

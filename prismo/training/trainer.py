@@ -307,7 +307,7 @@ class Trainer:
         if self.task.merge is None:
             return
         later = (
-            f"merge it later: python vla-scripts/merge_lora_weights_and_save.py --base_checkpoint "
+            f"merge it later: prismo merge --base_checkpoint "
             f"{self.config.vla_path} --lora_finetuned_checkpoint_dir {folder}"
         )
         if not now:

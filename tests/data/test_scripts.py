@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from prismo.commands import data_build, data_show, data_stats
 from prismo.data.dataset import open_dataset
 from prismo.data.hdf5 import Demonstration
 from prismo.data.images import jpeg_round_trip
 from prismo.data.index import open_index
 from prismo.data.specs import resolve
-from tests.data.conftest import REPOSITORY, run_script
+from tests.data.conftest import run_script
 
 NAME = "libero_spatial_no_noops"
 
@@ -169,28 +168,21 @@ def test_contact_sheet_and_film(synthetic: Path, tmp_path: Path) -> None:
     assert "episode 6 asked for, the dataset has 6 (0 to 5)" in done.stderr
 
 
-def script(name: str) -> dict[str, Any]:
-    """What a script defines, in this process: a process of its own costs seconds for every wrong flag."""
-    return runpy.run_path(str(REPOSITORY / "scripts" / name))
-
-
 def test_flags_that_show_nothing(tmp_path: Path) -> None:
     """Before anything is opened or looked for."""
-    show = script("show_dataset.py")
     for flags, message in (
         ({"frames": 0}, "--frames is 0; expected at least 1"),
         ({"episode": -1}, "--episode is -1; expected at least 0"),
         ({"output": Path("x.txt")}, r"--output is x.txt; expected a name that ends in .png, .pdf, .svg or .mp4"),
     ):
         with pytest.raises(ValueError, match=message):
-            show["main"](show["ShowConfig"](NAME, tmp_path / "nowhere", **flags))
+            data_show.run(data_show.ShowConfig(NAME, tmp_path / "nowhere", **flags))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a-b", ""])
 def test_names_that_a_dataset_cannot_have(name: str, demonstrations: Path, tmp_path: Path) -> None:
-    build = script("build_rlds_dataset.py")
     with pytest.raises(ValueError, match=f"a dataset cannot be called {name!r}"):
-        build["main"](build["BuildConfig"](demonstrations, name, tmp_path / "root"))
+        data_build.run(data_build.BuildConfig(demonstrations, name, tmp_path / "root"))
     assert not list(tmp_path.iterdir())
 
 
@@ -202,14 +194,13 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "x_demo.hdf5").touch()
-    for name, kind, flags, package in (
-        ("show_dataset.py", "ShowConfig", {}, "matplotlib"),
-        ("compute_norm_stats.py", "StatsConfig", {}, "matplotlib"),
-        ("build_rlds_dataset.py", "BuildConfig", {"hdf5_dir": tmp_path}, "h5py"),
+    for command, kind, flags, package in (
+        (data_show, data_show.ShowConfig, {}, "matplotlib"),
+        (data_stats, data_stats.StatsConfig, {}, "matplotlib"),
+        (data_build, data_build.BuildConfig, {"hdf5_dir": tmp_path}, "h5py"),
     ):
-        loaded = script(name)
         with pytest.raises(ValueError, match=rf'package {package} is missing: type `pip install -e "\.\[data\]"`'):
-            loaded["main"](loaded[kind](dataset_name="x", **flags))
+            command.run(kind(dataset_name="x", **flags))
 
 
 @pytest.mark.slow

@@ -408,7 +408,7 @@ def test_adapter_folder_names_the_merge_script(broken: Path) -> None:
     for file in broken.glob("*.safetensors*"):
         file.unlink()
     (broken / "lora_adapter").mkdir()
-    with pytest.raises(FileNotFoundError, match="merge_lora_weights_and_save"):
+    with pytest.raises(FileNotFoundError, match="prismo merge"):
         load(broken)
 
 
