@@ -1,0 +1,297 @@
+"""What the checkpoints of both policy families have in common: files, tensors, adapters, statistics, prediction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import PreTrainedConfig
+
+from prismo.data.normalize import DatasetStats, load_statistics, resolve_unnorm_key
+from prismo.embodiment import Embodiment, embodiment_for
+from prismo.models.weight_files import INDEX, fingerprint, stored_tensors
+from prismo.policies.checkpoint import ADAPTER_FOLDER
+from prismo.policies.loading import PolicySpec, prepare_policy
+from prismo.policies.settings import PolicyFlags
+from prismo.util.hub import is_hub_id
+from prismo.util.schema import JsonObject, read_json
+from prismo.verify import tensors
+from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed
+from prismo.verify.facts import Architecture
+from prismo.verify.forward import Forward
+from prismo.verify.memory import in_bytes
+from prismo.verify.statistics import check_known, check_plausible
+from prismo.verify.subject import Subject
+
+CONFIG = "config.json"
+_TENSORS = ("weight files", "tensor names", "tensor shapes")
+# The datasets whose statistics a prediction uses, the first that there is; the sample observation is of the first.
+_PREFERRED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "bridge_orig", "droid")
+
+
+@dataclass(frozen=True)
+class _AdapterConfig:
+    base_model_name_or_path: str | None = None
+
+
+class PolicyFolder(ABC):
+    """The checks of one policy; a family fills in what is its own."""
+
+    needed_files: tuple[str, ...]  # in the folder, or in the base model's where there is only an adapter
+    shown_settings: tuple[str, ...]
+    loading: str  # name of the check that loads the policy
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.folder = subject, subject.path
+        self.known = subject.known
+        self.forward = Forward(lambda: self.spec, self._parameters, subject.options.forward, self.loading)
+
+    # ------------------------------------------------------------------ what a family says
+
+    @abstractmethod
+    def read_config(self) -> PreTrainedConfig:
+        """The configuration of the model."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network; called where modules take no memory."""
+
+    @abstractmethod
+    def own_checks(self) -> list[Check]:
+        """Tokenizer, images, modules beside the model."""
+
+    def stored_shapes(self, model: nn.Module) -> tensors.Shapes:
+        """Names and shapes that the files must have."""
+        return tensors.shapes_of(model)
+
+    @property
+    @abstractmethod
+    def statistics_file(self) -> Path:
+        """Where the statistics are."""
+
+    # ------------------------------------------------------------------ parts, read when somebody asks
+
+    @cached_property
+    def unmerged(self) -> bool:
+        """There is no model but an adapter for one."""
+        merged = any(self.folder.glob("model*.safetensors")) or (self.folder / INDEX).is_file()
+        return not merged and (self.folder / ADAPTER_FOLDER).is_dir()
+
+    @cached_property
+    def base(self) -> Path:
+        """The folder of the model's weights and configuration: the checkpoint's own, or its base model's."""
+        if not self.unmerged:
+            return self.folder
+        named = self.subject.options.base_checkpoint
+        if named is None:
+            path = self.folder / ADAPTER_FOLDER / "adapter_config.json"
+            named = read_json(path, _AdapterConfig).base_model_name_or_path or ""
+        if Path(named).is_dir():
+            return Path(named)
+        cached = try_to_load_from_cache(named, CONFIG) if is_hub_id(named) else None
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise SkippedError(f"the base model {named or '(not named)'} is not on this machine; give --base_checkpoint")
+
+    @property
+    def _has_base(self) -> bool:
+        try:
+            return self.base.is_dir()
+        except (SkippedError, ValueError, OSError):
+            return False
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        name = self.known.architecture if self.known else None
+        return None if name is None else self.subject.facts.architectures[name]
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return self.read_config()
+
+    @cached_property
+    def expected(self) -> tensors.Shapes:
+        needed(lambda: self.config, "configuration")
+        with tensors.on_meta():
+            return self.stored_shapes(self.build())
+
+    @cached_property
+    def stored(self) -> Mapping[str, tensors.Stored]:
+        return tensors.read_model(self.base)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, DatasetStats]:
+        if not self.statistics_file.is_file():
+            raise SkippedError("missing, see 'files'")
+        return load_statistics(self.statistics_file)
+
+    @cached_property
+    def unnorm_key(self) -> str:
+        """Whose statistics to predict with: the user's choice, the id's, LIBERO's, or the first."""
+        wanted = self.subject.options.unnorm_key
+        if wanted is None and self.known is not None and self.known.unnorm_key in self.statistics:
+            wanted = self.known.unnorm_key
+        if wanted is not None:
+            return resolve_unnorm_key(self.statistics, wanted)
+        for name in _PREFERRED:
+            for key in sorted(self.statistics):
+                if key.startswith(name):
+                    return key
+        return min(self.statistics)
+
+    @cached_property
+    def spec(self) -> PolicySpec:
+        base = str(self.base) if self.unmerged else None
+        key = self.unnorm_key
+        flags = self.flags(str(self.folder), base, key)
+        return prepare_policy(flags, self._robot(key), key)
+
+    def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
+        """How to run it."""
+        return PolicyFlags(
+            pretrained_checkpoint=folder,
+            base_checkpoint=base,
+            unnorm_key=key,
+            device=self.subject.options.device,
+        )
+
+    def _robot(self, key: str) -> Embodiment:
+        try:
+            return embodiment_for(key)
+        except ValueError:  # somebody's own
+            stats = self.statistics[key]
+            return Embodiment(key, stats.action.dim, stats.proprio.dim if stats.proprio else 0, 8, "bounds_q99", 10.0)
+
+    def _parameters(self) -> int:
+        return tensors.parameters(self.stored.values())
+
+    # ------------------------------------------------------------------ checks
+
+    def checks(self) -> list[Check]:
+        dtype = self.architecture.dtype if self.architecture else None
+        own = self.own_checks()
+        return [
+            Check("files", self._files),
+            Check("configuration", self._configuration),
+            Check("weight files", self._weight_files),
+            Check("tensor names", lambda: tensors.check_names(self.stored, self.expected), ("weight files",)),
+            Check("tensor shapes", lambda: tensors.check_shapes(self.stored, self.expected), ("weight files",)),
+            Check("tensor types", lambda: tensors.check_dtypes(self.stored, dtype), ("weight files",)),
+            Check("counts", lambda: tensors.check_counts(self.stored, self.architecture), _TENSORS),
+            *([Check("adapter", self._adapter, _TENSORS)] if self.unmerged else []),
+            *own,
+            Check("statistics", lambda: check_plausible(self.statistics)),
+            Check("statistics of this id", self._known_statistics, ("statistics",)),
+            Check("settings", self._settings, tuple(check.name for check in own)),
+            *self.forward.checks((*_TENSORS, *(check.name for check in own), "adapter")),
+        ]
+
+    def file(self, name: str) -> Path:
+        """A file that the check "files" demands.
+
+        Raises:
+            SkippedError: it is missing.
+        """
+        if (self.folder / name).is_file():
+            return self.folder / name
+        if (self.base / name).is_file():
+            return self.base / name
+        raise SkippedError(f"`{name}` is missing")
+
+    def _files(self) -> Finding:
+        wanted = [*self.needed_files, *(self.known.files if self.known else [])]
+        if self.unmerged:
+            wanted += [f"{ADAPTER_FOLDER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")]
+            wanted.remove(CONFIG)  # the base model's
+        folders = (self.folder, self.base) if self.unmerged and self._has_base else (self.folder,)
+        missing = [name for name in dict.fromkeys(wanted) if not any((folder / name).is_file() for folder in folders)]
+        lines = [difference(f"`{name}`", "a file", "none") for name in missing]
+        if not self.statistics_file.is_file() and self.statistics_file.name not in missing:
+            lines.append(difference("statistics", f"`{self.statistics_file.name}`", "none"))
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return judge(f"{len(files)} files, {in_bytes(sum(path.stat().st_size for path in files))}", lines)
+
+    def _configuration(self) -> Finding:
+        text = f"model_type {self.config.model_type}"
+        if self.architecture is None:
+            return Finding("not known", text)
+        lines = []
+        for name, expected in self.architecture.config.items():
+            found: object = self.config
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            if found != expected:
+                lines.append(difference(f"`{name}`", expected, found))
+        return judge(f"{text}, {len(self.architecture.config)} values as published", lines)
+
+    def _weight_files(self) -> Finding:
+        names = sorted({tensor.file for tensor in stored_tensors(self.base).values()})
+        size = in_bytes(sum(path.stat().st_size for path in names))
+        whose = f" of the base model {self.base}" if self.unmerged else ""
+        files = f"{len(names)} whole file{'s' * (len(names) > 1)}{whose}"
+        return Finding("ok", f"{files}, {size}, {len(self.stored):,} tensors")
+
+    def _adapter(self) -> Finding:
+        from prismo.models.lora import (  # noqa: PLC0415 (imports peft)
+            add_lora,
+            match_adapter,
+            open_adapter,
+            read_adapter_spec,
+        )
+
+        folder = self.folder / ADAPTER_FOLDER
+        spec = read_adapter_spec(folder)
+        with open_adapter(folder) as file:
+            with tensors.on_meta():
+                model = self.prepare_for_adapter(self.build())
+                add_lora(model, spec)
+            found = match_adapter(file, model, self.folder)
+            trained_on = (file.metadata() or {}).get("base_fingerprint")
+        text = f"{len(found)} tensors of rank {spec.rank} fit"
+        if trained_on is None:
+            return Finding("ok", f"{text}; nothing says which base they were trained on")
+        if trained_on != fingerprint(stored_tensors(self.base)):
+            return judge("", [difference("base model", "the one that it was trained on", f"another in {self.base}")])
+        return Finding("ok", f"{text}, trained on this base model")
+
+    def prepare_for_adapter(self, model: nn.Module) -> nn.Module:
+        """The model in the form whose names an adapter uses."""
+        return model
+
+    def _known_statistics(self) -> Finding:
+        return check_known(self.statistics, self.known.keys if self.known else None, self.subject.facts)
+
+    def _settings(self) -> Finding:
+        needed(lambda: self.statistics, "statistics")
+        settings = self.spec.settings
+        checkpoint = self.spec.checkpoint
+        text = self._shown_settings()
+        if self.known is None:
+            return Finding("ok", text)
+        lines = []
+        for what in ("head", "attention"):
+            expected, found = getattr(self.known, what), getattr(settings, what, None)
+            if expected is not None and found != expected:
+                lines.append(f"{difference(what, expected, found)} ({checkpoint.attention_evidence})")
+        return judge(text, lines)
+
+    def _shown_settings(self) -> str:
+        settings = self.spec.describe()
+        return ", ".join(f"{key} {settings[key]}" for key in self.shown_settings)
+
+
+def model_type(folder: Path) -> str | None:
+    """What config.json says, None without that file; for an adapter alone, what lies beside it."""
+    path = folder / CONFIG
+    if path.is_file():
+        return read_json(path, JsonObject).get("model_type")
+    if not (folder / ADAPTER_FOLDER).is_dir():
+        return None
+    processor = folder / "processor_config.json"
+    stored = read_json(processor, JsonObject) if processor.is_file() else {}
+    return "spatialvla" if "bin_policy" in stored else "openvla"
