@@ -109,6 +109,8 @@ class Forward:
         return judge(f"{len(actions)} action{'s' * (len(actions) > 1)}, the first {_shown(actions[0])}", lines)
 
     def _sees(self) -> Finding:
+        if not np.isfinite(self._real.actions).all():
+            raise SkippedError("see 'prediction'")
         black = self._predict(black=True).actions
         change = float(np.abs(black - self._real.actions).max())
         text = f"the largest change is {change:.3g}, the first action becomes {_shown(black[0])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -12,8 +13,8 @@ from prismo.verify.checks import Finding, difference, judge, some
 from prismo.verify.facts import DatasetFacts, Facts
 
 _LIMIT = 1e3  # metres, radians or millimetres: what an arm can do
-# LIBERO's controller takes -1..1. Its states are metres and an axis-angle vector, at most pi long but for rounding.
-_LIBERO = {"action": 1.0, "proprio": 3.5}
+# LIBERO's controller takes -1..1. Its states are metres and an axis-angle vector, 2 pi long at most.
+_LIBERO = {"action": 1.0, "proprio": 2 * math.pi}
 # Published with broken numbers (infinite deviations, one pose of 1e35 m); its quantiles are fine.
 _BROKEN = ("rh20t_rlds",)
 _TOLERANCE = 0.02  # of q99 - q01: more than another way to compute a quantile changes, less than another dataset
@@ -88,7 +89,7 @@ def _problems(key: str, name: str, field: FieldStats) -> Iterator[str]:
     limit = _LIBERO[name] if _robot(key) == "libero" else _LIMIT
     largest = np.nanmax(np.abs([field.q01, field.q99]))
     if largest > limit * (1 + _ROUNDING):
-        yield f"quantiles reach {largest:.4g}, plausible are {limit:g}"
+        yield f"quantiles reach {largest:.4g}, plausible are {limit:.4g}"
 
 
 def _robot(key: str) -> str:

@@ -101,11 +101,9 @@ def parameters(tensors: Iterable[Stored]) -> int:
 def check_names(found: Mapping[str, Stored], expected: Shapes) -> Finding:
     """Whether exactly the tensors of the architecture are there."""
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
-    lines = [f"missing: {some(missing)}"] if missing else []
-    lines += [f"unknown: {some(unknown)}"] if unknown else []
-    if lines:
-        lines.insert(0, difference("tensors", len(expected), f"{len(found)}, {len(missing)} of them missing"))
-    return judge(f"all {len(expected)} of the architecture", lines)
+    lines = [difference("missing", some(missing), "nothing")] if missing else []
+    lines += [difference("unknown", "nothing", some(unknown))] if unknown else []
+    return judge(f"all {len(expected):,} of the architecture", lines)
 
 
 def check_shapes(found: Mapping[str, Stored], expected: Shapes) -> Finding:

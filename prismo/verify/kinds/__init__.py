@@ -56,7 +56,8 @@ def find_kind(path: Path, claimed: str | None) -> str:
         found = [claimed]
     if not found and claimed is None:
         beside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "a file"
-        runs = sorted(folder.name for folder in path.resolve().parent.glob(f"{path.resolve().name}--*_chkpt"))
+        own = path.resolve()
+        runs = sorted(run.name for run in own.parent.glob("*_chkpt") if run.name.startswith(f"{own.name}--"))
         raise ValueError(
             f"{path} is nothing that can be verified: expected config.json of model_type openvla or spatialvla, "
             f"lora_adapter/, VGGT's model.pt, or dataset_info.json; found {beside or 'an empty folder'}"

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from prismo.data.normalize import DatasetStats, load_statistics, resolve_unnorm_key
 from prismo.embodiment import Embodiment, embodiment_for
+from prismo.models.openvla.loading import weight_files
 from prismo.models.weight_files import INDEX, fingerprint, stored_tensors
 from prismo.policies.checkpoint import ADAPTER_FOLDER
 from prismo.policies.loading import PolicySpec, prepare_policy
@@ -29,6 +30,7 @@ from prismo.verify.statistics import check_known, check_plausible
 from prismo.verify.subject import Subject
 
 CONFIG = "config.json"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TENSORS = ("weight files", "tensor names", "tensor shapes")
 # The datasets whose statistics a prediction uses, the first that there is; the sample observation is of the first.
 _PREFERRED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "bridge_orig", "droid")
@@ -69,6 +71,15 @@ class PolicyFolder(ABC):
         """Names and shapes that the files must have."""
         return tensors.shapes_of(model)
 
+    def prepare_for_adapter(self, model: nn.Module) -> nn.Module:
+        """The model in the form whose names an adapter uses."""
+        return model
+
+    def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
+        """How to run it."""
+        device = self.subject.options.device
+        return PolicyFlags(pretrained_checkpoint=folder, base_checkpoint=base, unnorm_key=key, device=device)
+
     @property
     @abstractmethod
     def statistics_file(self) -> Path:
@@ -89,8 +100,8 @@ class PolicyFolder(ABC):
             return self.folder
         named = self.subject.options.base_checkpoint
         if named is None:
-            path = self.folder / ADAPTER_FOLDER / "adapter_config.json"
-            named = read_json(path, _AdapterConfig).base_model_name_or_path or ""
+            path = self.folder / ADAPTER_FOLDER / _ADAPTER_FILES[0]
+            named = needed(lambda: read_json(path, _AdapterConfig), "adapter").base_model_name_or_path or ""
         if Path(named).is_dir():
             return Path(named)
         cached = try_to_load_from_cache(named, CONFIG) if is_hub_id(named) else None
@@ -146,19 +157,9 @@ class PolicyFolder(ABC):
 
     @cached_property
     def spec(self) -> PolicySpec:
-        base = str(self.base) if self.unmerged else None
         key = self.unnorm_key
-        flags = self.flags(str(self.folder), base, key)
+        flags = self.flags(str(self.folder), str(self.base) if self.unmerged else None, key)
         return prepare_policy(flags, self._robot(key), key)
-
-    def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
-        """How to run it."""
-        return PolicyFlags(
-            pretrained_checkpoint=folder,
-            base_checkpoint=base,
-            unnorm_key=key,
-            device=self.subject.options.device,
-        )
 
     def _robot(self, key: str) -> Embodiment:
         try:
@@ -183,7 +184,7 @@ class PolicyFolder(ABC):
             Check("tensor shapes", lambda: tensors.check_shapes(self.stored, self.expected), ("weight files",)),
             Check("tensor types", lambda: tensors.check_dtypes(self.stored, dtype), ("weight files",)),
             Check("counts", lambda: tensors.check_counts(self.stored, self.architecture), _TENSORS),
-            *([Check("adapter", self._adapter, _TENSORS)] if self.unmerged else []),
+            *([Check("adapter", self._adapter)] if self.unmerged else []),
             *own,
             Check("statistics", lambda: check_plausible(self.statistics)),
             Check("statistics of this id", self._known_statistics, ("statistics",)),
@@ -206,7 +207,7 @@ class PolicyFolder(ABC):
     def _files(self) -> Finding:
         wanted = [*self.needed_files, *(self.known.files if self.known else [])]
         if self.unmerged:
-            wanted += [f"{ADAPTER_FOLDER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")]
+            wanted += [f"{ADAPTER_FOLDER}/{name}" for name in _ADAPTER_FILES]
             wanted.remove(CONFIG)  # the base model's
         folders = (self.folder, self.base) if self.unmerged and self._has_base else (self.folder,)
         missing = [name for name in dict.fromkeys(wanted) if not any((folder / name).is_file() for folder in folders)]
@@ -230,11 +231,10 @@ class PolicyFolder(ABC):
         return judge(f"{text}, {len(self.architecture.config)} values as published", lines)
 
     def _weight_files(self) -> Finding:
-        names = sorted({tensor.file for tensor in stored_tensors(self.base).values()})
-        size = in_bytes(sum(path.stat().st_size for path in names))
+        count, files = len(self.stored), weight_files(self.base)
+        size = in_bytes(sum(path.stat().st_size for path in files))
         whose = f" of the base model {self.base}" if self.unmerged else ""
-        files = f"{len(names)} whole file{'s' * (len(names) > 1)}{whose}"
-        return Finding("ok", f"{files}, {size}, {len(self.stored):,} tensors")
+        return Finding("ok", f"{len(files)} whole file{'s' * (len(files) > 1)}{whose}, {size}, {count:,} tensors")
 
     def _adapter(self) -> Finding:
         from prismo.models.lora import (  # noqa: PLC0415 (imports peft)
@@ -245,8 +245,11 @@ class PolicyFolder(ABC):
         )
 
         folder = self.folder / ADAPTER_FOLDER
+        if not all((folder / name).is_file() for name in _ADAPTER_FILES):
+            raise SkippedError("missing, see 'files'")
         spec = read_adapter_spec(folder)
         with open_adapter(folder) as file:
+            needed(lambda: self.config, "configuration")
             with tensors.on_meta():
                 model = self.prepare_for_adapter(self.build())
                 add_lora(model, spec)
@@ -255,34 +258,22 @@ class PolicyFolder(ABC):
         text = f"{len(found)} tensors of rank {spec.rank} fit"
         if trained_on is None:
             return Finding("ok", f"{text}; nothing says which base they were trained on")
-        if trained_on != fingerprint(stored_tensors(self.base)):
+        if trained_on != needed(lambda: fingerprint(stored_tensors(self.base)), "weight files"):
             return judge("", [difference("base model", "the one that it was trained on", f"another in {self.base}")])
         return Finding("ok", f"{text}, trained on this base model")
-
-    def prepare_for_adapter(self, model: nn.Module) -> nn.Module:
-        """The model in the form whose names an adapter uses."""
-        return model
 
     def _known_statistics(self) -> Finding:
         return check_known(self.statistics, self.known.keys if self.known else None, self.subject.facts)
 
     def _settings(self) -> Finding:
         needed(lambda: self.statistics, "statistics")
-        settings = self.spec.settings
-        checkpoint = self.spec.checkpoint
-        text = self._shown_settings()
-        if self.known is None:
-            return Finding("ok", text)
+        settings, evidence = self.spec.describe(), self.spec.checkpoint.attention_evidence
         lines = []
         for what in ("head", "attention"):
-            expected, found = getattr(self.known, what), getattr(settings, what, None)
-            if expected is not None and found != expected:
-                lines.append(f"{difference(what, expected, found)} ({checkpoint.attention_evidence})")
-        return judge(text, lines)
-
-    def _shown_settings(self) -> str:
-        settings = self.spec.describe()
-        return ", ".join(f"{key} {settings[key]}" for key in self.shown_settings)
+            expected = getattr(self.known, what, None)
+            if expected is not None and settings.get(what) != expected:
+                lines.append(f"{difference(what, expected, settings.get(what))} ({evidence})")
+        return judge(", ".join(f"{name} {settings[name]}" for name in self.shown_settings), lines)
 
 
 def model_type(folder: Path) -> str | None:
