@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import torch
 
 from prismo.models.openvla import SelfTestError
+from prismo.util.text import first_line
 
 T = TypeVar("T")
 
@@ -112,14 +113,10 @@ def _run(check: Check) -> Finding:
     except SkippedError as error:
         return Finding("skipped", str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return Finding("skipped", f"the memory is too small ({_first_line(error)})")
+        return Finding("skipped", f"the memory is too small ({first_line(error)})")
     except (ValueError, OSError, SelfTestError) as error:  # what our readers say of broken files
-        return Finding("differs", _first_line(error), (" ".join(str(error).split()),))
+        return Finding("differs", first_line(error), (" ".join(str(error).split()),))
     except Exception as error:  # damaged files break other people's code anywhere, and the page must be written
         _LOG.warning("the check '%s' failed", check.name, exc_info=error)
-        text = f"could not be judged: {type(error).__name__}: {_first_line(error)}"
+        text = f"could not be judged: {type(error).__name__}: {first_line(error)}"
         return Finding("differs", text, (text,))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

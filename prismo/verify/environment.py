@@ -9,7 +9,8 @@ import platform
 import torch
 
 import prismo
-from prismo.eval.versions import git_commit, gpu_driver
+from prismo.eval.versions import gpu_driver
+from prismo.util.git import git_commit
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 

@@ -9,7 +9,8 @@ from prismo.verify.report import Report
 
 _LONGEST = 150  # characters of a table cell
 _LISTED = 6  # differences per check, where the page has room
-_LINES, _REST = 80, 8  # of the page, and below the differences
+_LINES, _REST = 80, 10  # of the page, and without the differences
+_ADVICE = "Fetch or copy what is damaged again. What still differs then is worth an issue: paste this page there."
 _WORDS: dict[Status, str] = {"ok": "ok", "differs": "**differs**", "not known": "not known", "skipped": "skipped"}
 
 
@@ -32,7 +33,7 @@ def page(report: Report, command: tuple[str, ...] = ()) -> str:
     wrong = [row for row in report.rows if row.finding.status == "differs"]
     if wrong:
         each = max(1, (_LINES - len(lines) - _REST) // len(wrong))
-        lines += ["### What differs", "", *(line for row in wrong for line in _differences(row, each)), ""]
+        lines += ["### What differs", "", *(line for row in wrong for line in _differences(row, each)), "", _ADVICE, ""]
     lines += ["### Machine", "", f"{', '.join(report.environment)}."]
     if command:
         lines += ["", f"`{shlex.join(command)}`"]

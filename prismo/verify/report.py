@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.policies.checkpoint import checkpoint_folder
+from prismo.policies.settings import PolicyFlags
 from prismo.util.hub import local_folder
 from prismo.verify.checks import Row, Status, run_checks
 from prismo.verify.environment import environment
@@ -60,6 +61,7 @@ def verify(source: str, options: Options, name: str | None = None, facts: Facts 
         FileNotFoundError, ValueError: nothing that could be verified.
     """
     start = time.perf_counter()
+    PolicyFlags(pretrained_checkpoint=source, device=options.device).validate()
     facts = facts or read_facts()
     if name is None:
         name = source if source in facts.published and not Path(source).exists() else None
@@ -92,4 +94,6 @@ def _locate(source: str, name: str | None, facts: Facts) -> Path:
             f"{repository} is a repository of datasets; type: hf download {repository} --repo-type dataset "
             f"--local-dir data/{repository.split('/')[1]}, and give that folder"
         )
-    return local_folder(source, ("model.pt",)) if kind == "vggt" else checkpoint_folder(source)
+    if kind == "vggt":
+        return local_folder(source, ("model.pt",), missing=lambda folder: f"{folder} has no model.pt")
+    return checkpoint_folder(source)

@@ -20,7 +20,8 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from prismo.models.component_files import plain_keys
-from prismo.models.weight_files import DTYPES, INDEX, stored_tensors
+from prismo.models.folder import INDEX
+from prismo.models.weight_files import DTYPES, stored_tensors
 from prismo.util.schema import read_json
 from prismo.verify.checks import Finding, difference, judge, some
 from prismo.verify.facts import Architecture, Part

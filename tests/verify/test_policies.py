@@ -204,7 +204,7 @@ WRONG = {
     "quantiles the wrong way round": (
         edit(STATISTICS, DATASET, "action", "q01", 1, value=0.95),
         "statistics",
-        "q01 > q99 in number 1 (0.95 > 0.9)",
+        "action: q01[1] is 0.95, above q99[1] 0.9",
     ),
     "a state of kilometres": (
         edit(STATISTICS, DATASET, "proprio", value={

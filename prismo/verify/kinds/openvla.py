@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from prismo.models.component_files import Stem, find_component
+from prismo.models.component_files import Stem, find_component, has_component
+from prismo.models.folder import CONFIG
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.openvla import (
     OpenVLAConfig,
@@ -16,12 +17,13 @@ from prismo.models.openvla import (
     PrismaticImageProcessor,
     PrismaticProcessor,
 )
+from prismo.models.openvla.loading import read_config
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.util.schema import JsonObject, read_json
 from prismo.verify import tensors
 from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed, some
-from prismo.verify.kinds.policy import CONFIG, PolicyFolder, model_type
+from prismo.verify.kinds.policy import PolicyFolder, model_type
 from prismo.verify.sample import instruction
 from prismo.verify.subject import Subject
 
@@ -31,6 +33,7 @@ _PROMPT = (
     *(1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 5839, 701, 278, 4628, 12580, 29880, 1546, 278, 15284),
     *(322, 278, 364, 420, 9089, 322, 2058, 372, 373, 278, 15284, 29973, 13, 3744, 29901, SPACE_ID),
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _PARTS: dict[Stem, str] = {
     "action_head": "action head",
     "proprio_projector": "proprio projector",
@@ -43,7 +46,7 @@ _PARTS: dict[Stem, str] = {
 class OpenVLAFolder(PolicyFolder):
     """The checks of one folder."""
 
-    needed_files = (CONFIG, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    needed_files = ((CONFIG,), ("preprocessor_config.json",), _TOKENIZERS, ("tokenizer_config.json",))
     shown_settings = ("head", "attention", "film", "num_images", "proprio", "center_crop", "chunk", "unnorm_key")
     loading = "self-test"
 
@@ -56,13 +59,13 @@ class OpenVLAFolder(PolicyFolder):
         return config if needed(lambda: read_json(config, JsonObject), "configuration").get("norm_stats") else path
 
     def read_config(self) -> OpenVLAConfig:
-        return OpenVLAConfig.from_dict(read_json(self.file(CONFIG), JsonObject))
+        return read_config(self.file(CONFIG).parent)
 
     def build(self) -> nn.Module:
         return OpenVLAForActionPrediction(self.config)
 
     def prepare_for_adapter(self, model: nn.Module) -> nn.Module:
-        if self._part_file("vision_backbone") is not None:
+        if has_component(self.folder, "vision_backbone"):
             from prismo.models.film import add_film  # noqa: PLC0415 (imports peft)
 
             add_film(model)  # the adapter's names contain the wrapper
@@ -79,17 +82,10 @@ class OpenVLAFolder(PolicyFolder):
 
     # ------------------------------------------------------------------ modules beside the model
 
-    def _part_file(self, stem: Stem) -> Path | None:
-        try:
-            return find_component(self.folder, stem)
-        except FileNotFoundError:
-            return None
-
     def _part(self, stem: Stem) -> Finding:
-        path = self._part_file(stem)
-        if path is None:
+        if not has_component(self.folder, stem):
             raise SkippedError("missing, see 'files'")
-        found = tensors.read_file(path)
+        found = tensors.read_file(find_component(self.folder, stem))
         if stem in ("align_projector", "vision_backbone"):  # the one serves training only, the other is loaded strictly
             return Finding("ok", f"{tensors.parameters(found.values()):,} parameters; not compared here")
         with tensors.on_meta():
@@ -98,7 +94,7 @@ class OpenVLAFolder(PolicyFolder):
         return tensors.check_part(found, tensors.shapes_of(module), known)
 
     def _build_part(self, stem: Stem, found: Mapping[str, tensors.Stored]) -> nn.Module:
-        robot = self._robot(needed(lambda: self.unnorm_key, "statistics"))
+        robot = self.robot(needed(lambda: self.unnorm_key, "statistics"))
         width = needed(lambda: self.config, "configuration").text_config.hidden_size
         if stem == "noisy_action_projector":
             return NoisyActionProjector(width)
@@ -132,7 +128,7 @@ class OpenVLAFolder(PolicyFolder):
 
     def _tokenizer(self) -> Finding:
         needed(lambda: self._image_processor, "images")
-        processor = PrismaticProcessor.from_pretrained(self.file("tokenizer.json").parent)
+        processor = PrismaticProcessor.from_pretrained(self.file(*_TOKENIZERS).parent)
         tokenizer = processor.tokenizer
         lines = [
             difference(what, expected, found)

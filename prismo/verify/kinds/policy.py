@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,9 +13,16 @@ from transformers import PreTrainedConfig
 
 from prismo.data.normalize import DatasetStats, load_statistics, resolve_unnorm_key
 from prismo.embodiment import Embodiment, embodiment_for
-from prismo.models.openvla.loading import weight_files
-from prismo.models.weight_files import INDEX, fingerprint, stored_tensors
-from prismo.policies.checkpoint import ADAPTER_FOLDER
+from prismo.models.adapter_file import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    open_adapter,
+    read_adapter_file,
+)
+from prismo.models.folder import CONFIG, is_model, weight_files
+from prismo.models.training_record import read_training_record
+from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.policies.loading import PolicySpec, prepare_policy
 from prismo.policies.settings import PolicyFlags
 from prismo.util.hub import is_hub_id
@@ -29,22 +35,17 @@ from prismo.verify.memory import in_bytes
 from prismo.verify.statistics import check_known, check_plausible
 from prismo.verify.subject import Subject
 
-CONFIG = "config.json"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = tuple(f"{ADAPTER_FOLDER}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 _TENSORS = ("weight files", "tensor names", "tensor shapes")
 # The datasets whose statistics a prediction uses, the first that there is; the sample observation is of the first.
 _PREFERRED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "bridge_orig", "droid")
 
 
-@dataclass(frozen=True)
-class _AdapterConfig:
-    base_model_name_or_path: str | None = None
-
-
 class PolicyFolder(ABC):
     """The checks of one policy; a family fills in what is its own."""
 
-    needed_files: tuple[str, ...]  # in the folder, or in the base model's where there is only an adapter
+    # In the folder, or in the base model's where there is only an adapter; of several names one is enough.
+    needed_files: tuple[tuple[str, ...], ...]
     shown_settings: tuple[str, ...]
     loading: str  # name of the check that loads the policy
 
@@ -90,8 +91,7 @@ class PolicyFolder(ABC):
     @cached_property
     def unmerged(self) -> bool:
         """There is no model but an adapter for one."""
-        merged = any(self.folder.glob("model*.safetensors")) or (self.folder / INDEX).is_file()
-        return not merged and (self.folder / ADAPTER_FOLDER).is_dir()
+        return not is_model(self.folder) and (self.folder / ADAPTER_FOLDER).is_dir()
 
     @cached_property
     def base(self) -> Path:
@@ -100,8 +100,8 @@ class PolicyFolder(ABC):
             return self.folder
         named = self.subject.options.base_checkpoint
         if named is None:
-            path = self.folder / ADAPTER_FOLDER / _ADAPTER_FILES[0]
-            named = needed(lambda: read_json(path, _AdapterConfig), "adapter").base_model_name_or_path or ""
+            adapter = self.folder / ADAPTER_FOLDER
+            named = needed(lambda: read_adapter_file(adapter), "adapter").base_model_name_or_path or ""
         if Path(named).is_dir():
             return Path(named)
         cached = try_to_load_from_cache(named, CONFIG) if is_hub_id(named) else None
@@ -159,14 +159,18 @@ class PolicyFolder(ABC):
     def spec(self) -> PolicySpec:
         key = self.unnorm_key
         flags = self.flags(str(self.folder), str(self.base) if self.unmerged else None, key)
-        return prepare_policy(flags, self._robot(key), key)
+        return prepare_policy(flags, self.robot(key), key)
 
-    def _robot(self, key: str) -> Embodiment:
+    def robot(self, key: str) -> Embodiment:
+        """Whose actions these are: as the training run says, by the dataset's name, or by the statistics alone."""
+        record = read_training_record(self.folder)
+        if record is not None and record.embodiment is not None:
+            return record.embodiment
         try:
             return embodiment_for(key)
         except ValueError:  # somebody's own
             stats = self.statistics[key]
-            return Embodiment(key, stats.action.dim, stats.proprio.dim if stats.proprio else 0, 8, "bounds_q99", 10.0)
+            return Embodiment(key, stats.action.dim, stats.proprio.dim if stats.proprio else 1, 8, "bounds_q99", 10.0)
 
     def _parameters(self) -> int:
         return tensors.parameters(self.stored.values())
@@ -188,29 +192,35 @@ class PolicyFolder(ABC):
             *own,
             Check("statistics", lambda: check_plausible(self.statistics)),
             Check("statistics of this id", self._known_statistics, ("statistics",)),
-            Check("settings", self._settings, tuple(check.name for check in own)),
+            Check("settings", self._settings, (*(check.name for check in own), "statistics")),
             *self.forward.checks((*_TENSORS, *(check.name for check in own), "adapter")),
         ]
 
-    def file(self, name: str) -> Path:
-        """A file that the check "files" demands.
+    def file(self, *names: str) -> Path:
+        """The first of these names that is there; the check "files" demands one.
 
         Raises:
-            SkippedError: it is missing.
+            SkippedError: none is.
         """
-        if (self.folder / name).is_file():
-            return self.folder / name
-        if (self.base / name).is_file():
-            return self.base / name
-        raise SkippedError(f"`{name}` is missing")
+        for name in names:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        for name in names:
+            if (self.base / name).is_file():
+                return self.base / name
+        raise SkippedError(f"`{names[0]}` is missing")
 
     def _files(self) -> Finding:
-        wanted = [*self.needed_files, *(self.known.files if self.known else [])]
+        wanted = [*self.needed_files, *((name,) for name in (self.known.files if self.known else ()))]
         if self.unmerged:
-            wanted += [f"{ADAPTER_FOLDER}/{name}" for name in _ADAPTER_FILES]
-            wanted.remove(CONFIG)  # the base model's
+            wanted = [names for names in wanted if names != (CONFIG,)]  # the base model's
+            wanted += [(name,) for name in _ADAPTER_FILES]
         folders = (self.folder, self.base) if self.unmerged and self._has_base else (self.folder,)
-        missing = [name for name in dict.fromkeys(wanted) if not any((folder / name).is_file() for folder in folders)]
+        missing = [
+            " or ".join(names)
+            for names in dict.fromkeys(wanted)
+            if not any((folder / name).is_file() for folder in folders for name in names)
+        ]
         lines = [difference(f"`{name}`", "a file", "none") for name in missing]
         if not self.statistics_file.is_file() and self.statistics_file.name not in missing:
             lines.append(difference("statistics", f"`{self.statistics_file.name}`", "none"))
@@ -237,15 +247,10 @@ class PolicyFolder(ABC):
         return Finding("ok", f"{len(files)} whole file{'s' * (len(files) > 1)}{whose}, {size}, {count:,} tensors")
 
     def _adapter(self) -> Finding:
-        from prismo.models.lora import (  # noqa: PLC0415 (imports peft)
-            add_lora,
-            match_adapter,
-            open_adapter,
-            read_adapter_spec,
-        )
+        from prismo.models.lora import add_lora, match_adapter, read_adapter_spec  # noqa: PLC0415 (imports peft)
 
         folder = self.folder / ADAPTER_FOLDER
-        if not all((folder / name).is_file() for name in _ADAPTER_FILES):
+        if not all((self.folder / name).is_file() for name in _ADAPTER_FILES):
             raise SkippedError("missing, see 'files'")
         spec = read_adapter_spec(folder)
         with open_adapter(folder) as file:
@@ -266,7 +271,6 @@ class PolicyFolder(ABC):
         return check_known(self.statistics, self.known.keys if self.known else None, self.subject.facts)
 
     def _settings(self) -> Finding:
-        needed(lambda: self.statistics, "statistics")
         settings, evidence = self.spec.describe(), self.spec.checkpoint.attention_evidence
         lines = []
         for what in ("head", "attention"):

@@ -13,7 +13,7 @@ from prismo.data.features import DatasetInfo, find_version_folder, read_dataset_
 from prismo.data.index import open_index
 from prismo.data.normalize import DatasetStats
 from prismo.data.rlds import EpisodeIndex
-from prismo.data.specs import SPECS, resolve
+from prismo.data.specs import SPECS, check_features, resolve
 from prismo.data.statistics import dataset_statistics
 from prismo.data.tfrecord import read_records
 from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed
@@ -61,6 +61,7 @@ class RLDSFolder:
         if self.name not in SPECS:
             raise SkippedError(f"no description of a dataset `{self.name}` here (data/README.md, 'Your own data')")
         (entry,) = resolve(self.version, self.name)
+        check_features(entry.spec, entry.info)
         return open_index(entry.info, entry.spec)
 
     @cached_property

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from prismo.models.folder import CONFIG
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
 from prismo.models.spatialvla.checkpoint import official_name
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
@@ -16,7 +17,7 @@ from prismo.models.spatialvla.modeling import read_config
 from prismo.policies.settings import PolicyFlags
 from prismo.verify import tensors
 from prismo.verify.checks import Check, Finding, difference, judge, needed
-from prismo.verify.kinds.policy import CONFIG, PolicyFolder, model_type
+from prismo.verify.kinds.policy import PolicyFolder, model_type
 from prismo.verify.sample import instruction
 from prismo.verify.subject import Subject
 
@@ -27,7 +28,7 @@ _ROUNDING = 2e-6  # the known actions have six digits
 class SpatialVLAFolder(PolicyFolder):
     """The checks of one folder."""
 
-    needed_files = (CONFIG, "processor_config.json", "tokenizer.json")
+    needed_files = ((CONFIG,), ("processor_config.json",), ("tokenizer.json",))
     loading = "loading"
     shown_settings = ("chunk", "center_crop", "intrinsics", "unnorm_key")
 
@@ -53,8 +54,9 @@ class SpatialVLAFolder(PolicyFolder):
 
     @cached_property
     def _processor(self) -> SpatialVLAProcessor:
-        for name in self.needed_files:
-            self.file(name)
+        for names in self.needed_files:
+            self.file(*names)
+        needed(lambda: self.statistics, "statistics")  # read with the rest
         config = needed(lambda: self.config, "configuration")
         return SpatialVLAProcessor.from_pretrained(self.folder, config)
 
