@@ -46,7 +46,7 @@ def test_the_page_of_a_checkpoint() -> None:
     assert counts.count("`") % 2 == 0
 
 
-@pytest.mark.parametrize("checks", [3, 35])
+@pytest.mark.parametrize("checks", [3, 25])
 def test_a_page_is_at_most_80_lines(checks: int) -> None:
     wrong = judge("", [f"number {i}: expected a, found b" for i in range(50)])
     text = page(report_of(*(Row(f"check {i}", wrong, 0.1) for i in range(checks))), ("command",))

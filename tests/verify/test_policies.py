@@ -149,6 +149,12 @@ def swap_words(folder: Path) -> None:
         ids["▁plate"], ids["▁bow"] = ids["▁bow"], ids["▁plate"]
 
 
+def pad_with_the_end(folder: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        with changed(folder / name) as content:
+            content["pad_token"] = "</s>"
+
+
 def edit_head(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
     def edit_it(folder: Path) -> None:
         with changed_state(folder / HEAD) as state:
@@ -172,7 +178,7 @@ def rename_dataset(folder: Path) -> None:
 NAN = float("nan")
 WRONG = {
     "a missing file": (remove("tokenizer_config.json"), "files", "`tokenizer_config.json`: expected a file"),
-    "no tokenizer": (remove("tokenizer.json"), "files", "`tokenizer.json`: expected a file"),
+    "no tokenizer": (remove("tokenizer.json"), "files", "`tokenizer.json or tokenizer.model`: expected a file"),
     "no statistics": (remove(STATISTICS), "files", f"`{STATISTICS}`: expected a file"),
     "no action head": (remove(HEAD), "files", HEAD),
     "a missing shard": (remove_shard, "weight files", "which is not there"),
@@ -226,11 +232,7 @@ WRONG = {
     ),
     "statistics of another dataset": (rename_dataset, "statistics of this id", f"expected `{DATASET}`"),
     "other token ids": (swap_words, "tokenizer", "prompt ids"),
-    "another padding token": (
-        edit("tokenizer_config.json", "pad_token", value="</s>"),
-        "tokenizer",
-        "id of PAD: expected 32000, found 2",
-    ),
+    "another padding token": (pad_with_the_end, "tokenizer", "id of PAD: expected 32000, found 2"),
     "ImageNet's unrounded numbers": (
         edit("preprocessor_config.json", "tvf_normalize_params", 0, "mean", value=[0.485, 0.456, 0.406]),
         "images",
@@ -302,7 +304,7 @@ def test_one_wrong_thing_that_only_a_prediction_shows(
 def other_grid(folder: Path) -> None:
     with changed(folder / "processor_config.json") as processor:
         bins = processor["bin_policy"]["rotation"]["yaw_bins"]
-        bins[7] = (bins[6] + bins[7]) / 2
+        bins[12] = (bins[11] + bins[12]) / 2
 
 
 def drop_spatial_table(folder: Path) -> None:
@@ -316,8 +318,9 @@ def drop_spatial_table(folder: Path) -> None:
         (remove("tokenizer.json"), "files", "`tokenizer.json`"),
         (drop_spatial_table, "tensor names", "missing: expected `spatial_embed_tokens.weight`"),
         (cut("model.safetensors"), "weight files", "truncated"),
+        (other_grid, "action grid", "bin edges of yaw"),
         (other_grid, "action grid", "action of [1443, 5772, 8193]"),
-        (edit("tokenizer.json", "added_tokens", 6, "content", value="<picture>"), "tokenizer", "id of '<image>'"),
+        (edit("config.json", "bos_token_id", value=5), "tokenizer", "id of '<bos>': expected 5, found 2"),
         (
             edit("processor_config.json", "statistics", "droid/1.0.0", "action", "q01", 0, value=NAN),
             "statistics",
@@ -366,7 +369,7 @@ def edit_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 @pytest.mark.parametrize(
     ("break_it", "check", "text"),
     [
-        (drop_factor, "adapter", "more tensors are missing"),
+        (drop_factor, "adapter", "is incomplete"),
         (reshape_factor, "adapter", "has shape [3, 3]"),
         (cut("lora_adapter/adapter_model.safetensors"), "adapter", "truncated"),
         (remove("lora_adapter/adapter_model.safetensors"), "files", "`lora_adapter/adapter_model.safetensors`"),

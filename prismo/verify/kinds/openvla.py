@@ -128,6 +128,7 @@ class OpenVLAFolder(PolicyFolder):
 
     def _tokenizer(self) -> Finding:
         needed(lambda: self._image_processor, "images")
+        self.file("tokenizer_config.json")
         processor = PrismaticProcessor.from_pretrained(self.file(*_TOKENIZERS).parent)
         tokenizer = processor.tokenizer
         lines = [

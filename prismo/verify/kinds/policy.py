@@ -192,7 +192,7 @@ class PolicyFolder(ABC):
             *own,
             Check("statistics", lambda: check_plausible(self.statistics)),
             Check("statistics of this id", self._known_statistics, ("statistics",)),
-            Check("settings", self._settings, (*(check.name for check in own), "statistics")),
+            Check("settings", self._settings, ("weight files", *(check.name for check in own), "statistics")),
             *self.forward.checks((*_TENSORS, *(check.name for check in own), "adapter")),
         ]
 
@@ -271,6 +271,7 @@ class PolicyFolder(ABC):
         return check_known(self.statistics, self.known.keys if self.known else None, self.subject.facts)
 
     def _settings(self) -> Finding:
+        needed(lambda: self.config, "configuration")
         settings, evidence = self.spec.describe(), self.spec.checkpoint.attention_evidence
         lines = []
         for what in ("head", "attention"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from prismo.models.folder import CONFIG
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
+from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, ActionTokenizer
 from prismo.models.spatialvla.checkpoint import official_name
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
 from prismo.models.spatialvla.modeling import read_config
@@ -21,6 +22,7 @@ from prismo.verify.kinds.policy import PolicyFolder, model_type
 from prismo.verify.sample import instruction
 from prismo.verify.subject import Subject
 
+_MIN_SIGMA = 0.5  # with which the published bins were made
 _NEWLINE_ID, _UNKNOWN_ID = 108, 3
 _ROUNDING = 2e-6  # the known actions have six digits
 
@@ -87,7 +89,11 @@ class SpatialVLAFolder(PolicyFolder):
         known = self.architecture.action_grid if self.architecture else None
         if known is None:
             return Finding("not known", f"{grid.size:,} tokens ({bins} and 2)")
-        lines = []
+        official, lines = ActionTokenizer.from_gaussians(OFFICIAL_GAUSSIANS, min_sigma=_MIN_SIGMA), []
+        for name, edges in official.edges.items():
+            found = grid.edges[name]
+            if found.shape != edges.shape or np.abs(found - edges).max() > _ROUNDING:
+                lines.append(difference(f"bin edges of {name}", edges.round(4).tolist(), found.round(4).tolist()))
         for offsets, expected in known:
             found = grid.decode(np.array(offsets, np.int64))
             if np.abs(found - expected).max() > _ROUNDING:
