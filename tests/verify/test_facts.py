@@ -169,19 +169,21 @@ def published_spatialvla() -> Path:
     return folder
 
 
-def test_the_facts_fit_spatialvla(published_spatialvla: Path, tmp_path: Path) -> None:
-    """The published small files; weights are holes, the tokenizer is not there."""
+def test_the_facts_fit_spatialvla(published_spatialvla: Path, tiny_spatialvla: Path, tmp_path: Path) -> None:
+    """The published small files; weights are holes, and the tokenizer is another one."""
     folder = tmp_path / "spatialvla-4b-mix-224-pt"
     folder.mkdir()
     for path in published_spatialvla.glob("*.json"):
         shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(tiny_spatialvla / "tokenizer.json", folder / "tokenizer.json")
     model = SpatialVLAForConditionalGeneration.empty(read_config(folder))
     shapes = {official_name(name): tuple(value.shape) for name, value in model.named_parameters()}
     listed = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(listed) == set(shapes)
     write_headers(folder, shapes, "BF16")
     report = verify(str(folder), NO_FORWARD)
-    assert differing(report) == {"files"}, page(report)
-    assert found(report, "files").startswith("`tokenizer.json`: expected a file")
+    assert differing(report) == {"tokenizer"}, page(report)
+    assert "id of '<image>': expected 257152, found 600" in found(report, "tokenizer")
+    assert "3 actions as published" in found(report, "action grid")
     assert "4,027,854,731 parameters in 1,382 tensors" in found(report, "counts")
     assert "counts of 28 datasets, quantiles of 3" in found(report, "statistics of this id")
