@@ -101,18 +101,14 @@ class Forward:
         if stats.mask is not None:
             low, high = (np.where(stats.mask, b, limit) for b, limit in zip((low, high), _UNSCALED, strict=True))
         lines = []
-        if not np.isfinite(actions).all():
-            lines.append(f"actions are not finite: {_shown(actions[0])}")
         for i in np.flatnonzero(((actions < low) | (actions > high)).any(axis=0)):
             found = f"{actions[:, i].min():.4g} to {actions[:, i].max():.4g}"
             lines.append(f"number {i} of the action: expected {low[i]:.4g} to {high[i]:.4g}, found {found}")
         return judge(f"{len(actions)} action{'s' * (len(actions) > 1)}, the first {_shown(actions[0])}", lines)
 
     def _sees(self) -> Finding:
-        if not np.isfinite(self._real.actions).all():
-            raise SkippedError("see 'prediction'")
-        black = self._predict(black=True).actions
-        change = float(np.abs(black - self._real.actions).max())
+        real, black = needed(lambda: self._real, "prediction").actions, self._predict(black=True).actions
+        change = float(np.abs(black - real).max())
         text = f"the largest change is {change:.3g}, the first action becomes {_shown(black[0])}"
         same = "black images give the same actions as real ones: expected others, found the same"
         if getattr(self._spec.settings, "head", None) == "discrete":
@@ -120,7 +116,7 @@ class Forward:
         return judge(text, [] if change > 0 else [same])
 
     def _cost(self) -> Finding:
-        first, seconds = self._real.seconds, list[float]()
+        first, seconds = needed(lambda: self._real, "prediction").seconds, list[float]()
         while not seconds or (len(seconds) < _REPEATS and sum(seconds) < _PATIENCE):
             seconds.append(self._predict().seconds)
         usual, memory = float(np.median(seconds)), peak_memory(self._spec.device)

@@ -17,7 +17,7 @@ _WORDS: dict[Status, str] = {"ok": "ok", "differs": "**differs**", "not known": 
 def page(report: Report, command: tuple[str, ...] = ()) -> str:
     """The page; `command` is what was typed, without the interpreter."""
     if report.compared_with is None:
-        compared = "No published id: compared with what its own files say."
+        compared = "No published id (`--id` names one): compared with what its own files say."
     else:
         compared = f"Compared with what is known of `{report.compared_with[0]}` (from: {report.compared_with[1]})."
     lines = [

@@ -14,13 +14,13 @@ import numpy as np
 
 from prismo.policies.base import PolicyInput
 
-_FILE = Path(__file__).with_name("sample_observation.npz")
+FILE = Path(__file__).with_name("sample_observation.npz")
 VIEWS = 2
 
 
 @cache
 def _arrays() -> dict[str, np.ndarray]:
-    with np.load(_FILE) as stored:
+    with np.load(FILE) as stored:
         return dict(stored)
 
 

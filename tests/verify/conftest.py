@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from prismo.data.normalize import load_statistics
 from prismo.data.synthetic import write_synthetic_libero
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 from prismo.models.tiny import make_tiny_openvla
 from prismo.verify import Options, Report, verify
 from prismo.verify.facts import Architecture, DatasetFacts, Facts, Part, Published, read_facts
@@ -34,11 +33,6 @@ def tiny_vanilla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with changed(folder / "config.json") as config:
         del config["attention"]
     return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_spatialvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_spatialvla(tmp_path_factory.mktemp("verify") / "spatialvla")
 
 
 @pytest.fixture(scope="session")

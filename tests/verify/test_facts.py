@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import prismo
 from prismo.align.vggt import VGGTAggregator
 from prismo.data.normalize import DatasetStats, FieldStats, dump_statistics
 from prismo.data.specs import SPECS
@@ -23,13 +24,21 @@ from prismo.models.spatialvla.checkpoint import official_name
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.weight_files import DTYPES
 from prismo.verify import Options, page, verify
-from prismo.verify.facts import read_facts
+from prismo.verify.facts import PUBLISHED, read_facts
 from prismo.verify.kinds import KINDS
+from prismo.verify.sample import FILE as SAMPLE
 from prismo.verify.tensors import Shapes, on_meta, shapes_of
 from tests.verify.conftest import NO_FORWARD, differing, found, statuses
 
 FACTS = read_facts()
-REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_what_is_not_python_is_packaged() -> None:
+    package = Path(prismo.__file__).parent
+    data = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {package.parent / name.replace(".", "/") / file for name, files in data.items() for file in files}
+    assert packaged >= {PUBLISHED, SAMPLE}
+    assert packaged == {path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc")}
 
 
 @pytest.mark.parametrize("name", FACTS.published)
@@ -158,15 +167,6 @@ def test_the_facts_fit_vggt(tmp_path: Path) -> None:
     report = verify(str(folder), NO_FORWARD)
     assert not report.differs, page(report)
     assert "1,256,537,516 parameters in 1,797 tensors" in found(report, "counts")
-
-
-@pytest.fixture
-def published_spatialvla() -> Path:
-    default = REPOSITORY.parent / "shared" / "spatialvla-4b-mix-224-pt"
-    folder = Path(os.environ.get("PRISMO_SPATIALVLA") or default)
-    if not (folder / "model.safetensors.index.json").is_file():
-        pytest.skip(f"no published SpatialVLA files at {folder} (set PRISMO_SPATIALVLA to their folder)")
-    return folder
 
 
 def test_the_facts_fit_spatialvla(published_spatialvla: Path, tiny_spatialvla: Path, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def blind_openvla(folder: Path) -> None:
     ("break_it", "check", "text"),
     [
         (blind_openvla, "self-test", "the image does not influence the output"),
-        (edit_head("fc2.bias", lambda bias: bias * NAN), "prediction", "actions are not finite"),
+        (edit_head("fc2.bias", lambda bias: bias * NAN), "prediction", "predicts actions that are not finite"),
         (edit_head("fc2.bias", lambda bias: bias + 40), "prediction", "number 0 of the action: expected -1.801"),
     ],
 )

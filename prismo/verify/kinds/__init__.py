@@ -63,7 +63,7 @@ def find_kind(path: Path, claimed: str | None) -> str:
             f"lora_adapter/, VGGT's model.pt, or dataset_info.json; found {beside or 'an empty folder'}"
             + (f". The checkpoints of this run lie beside it: {', '.join(runs)}" if runs else "")
         )
-    if found and claimed not in (None, *found):
+    if found and claimed is not None and claimed not in found:
         raise ValueError(
             f"{path} is of the kind {KINDS[found[0]].title!r}, the id that it is compared with of "
             f"{KINDS[claimed].title!r}; --id none compares it with no id"

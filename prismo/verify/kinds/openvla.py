@@ -43,7 +43,7 @@ _PARTS: dict[Stem, str] = {
 }
 
 
-class OpenVLAFolder(PolicyFolder):
+class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
     """The checks of one folder."""
 
     needed_files = ((CONFIG,), ("preprocessor_config.json",), _TOKENIZERS, ("tokenizer_config.json",))
@@ -61,10 +61,11 @@ class OpenVLAFolder(PolicyFolder):
     def read_config(self) -> OpenVLAConfig:
         return read_config(self.file(CONFIG).parent)
 
-    def build(self) -> nn.Module:
+    def build(self) -> OpenVLAForActionPrediction:
         return OpenVLAForActionPrediction(self.config)
 
-    def prepare_for_adapter(self, model: nn.Module) -> nn.Module:
+    def build_for_adapter(self) -> nn.Module:
+        model = self.build()
         if has_component(self.folder, "vision_backbone"):
             from prismo.models.film import add_film  # noqa: PLC0415 (imports peft)
 

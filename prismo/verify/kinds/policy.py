@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
@@ -40,8 +41,10 @@ _TENSORS = ("weight files", "tensor names", "tensor shapes")
 # The datasets whose statistics a prediction uses, the first that there is; the sample observation is of the first.
 _PREFERRED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "bridge_orig", "droid")
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
-class PolicyFolder(ABC):
+
+class PolicyFolder(ABC, Generic[Config]):
     """The checks of one policy; a family fills in what is its own."""
 
     # In the folder, or in the base model's where there is only an adapter; of several names one is enough.
@@ -57,7 +60,7 @@ class PolicyFolder(ABC):
     # ------------------------------------------------------------------ what a family says
 
     @abstractmethod
-    def read_config(self) -> PreTrainedConfig:
+    def read_config(self) -> Config:
         """The configuration of the model."""
 
     @abstractmethod
@@ -72,9 +75,9 @@ class PolicyFolder(ABC):
         """Names and shapes that the files must have."""
         return tensors.shapes_of(model)
 
-    def prepare_for_adapter(self, model: nn.Module) -> nn.Module:
-        """The model in the form whose names an adapter uses."""
-        return model
+    def build_for_adapter(self) -> nn.Module:
+        """The network in the form whose names an adapter uses."""
+        return self.build()
 
     def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
         """How to run it."""
@@ -122,7 +125,7 @@ class PolicyFolder(ABC):
         return None if name is None else self.subject.facts.architectures[name]
 
     @cached_property
-    def config(self) -> PreTrainedConfig:
+    def config(self) -> Config:
         return self.read_config()
 
     @cached_property
@@ -256,7 +259,7 @@ class PolicyFolder(ABC):
         with open_adapter(folder) as file:
             needed(lambda: self.config, "configuration")
             with tensors.on_meta():
-                model = self.prepare_for_adapter(self.build())
+                model = self.build_for_adapter()
                 add_lora(model, spec)
             found = match_adapter(file, model, self.folder)
             trained_on = (file.metadata() or {}).get("base_fingerprint")

@@ -27,7 +27,7 @@ _NEWLINE_ID, _UNKNOWN_ID = 108, 3
 _ROUNDING = 2e-6  # the known actions have six digits
 
 
-class SpatialVLAFolder(PolicyFolder):
+class SpatialVLAFolder(PolicyFolder[SpatialVLAConfig]):
     """The checks of one folder."""
 
     needed_files = ((CONFIG,), ("processor_config.json",), ("tokenizer.json",))
