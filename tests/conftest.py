@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
 from prismo.sim.gl import GLBackend, GLUnavailableError, choose_backend
 
@@ -37,22 +35,6 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_vggt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small VGGT `model.pt`."""
     return make_tiny_vggt(tmp_path_factory.mktemp("tiny") / "model.pt")
-
-
-@pytest.fixture(scope="session")
-def tiny_spatialvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder in the official layout (fp32)."""
-    return make_tiny_spatialvla(tmp_path_factory.mktemp("spatialvla") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def published_spatialvla() -> Path:
-    """The small files of the published spatialvla-4b-mix-224-pt; skips where they are absent."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "spatialvla-4b-mix-224-pt"
-    folder = Path(os.environ.get("PRISMO_SPATIALVLA") or default)
-    if not (folder / "model.safetensors.index.json").is_file():
-        pytest.skip(f"no published SpatialVLA files at {folder} (set PRISMO_SPATIALVLA to their folder)")
-    return folder
 
 
 @pytest.fixture(scope="session")

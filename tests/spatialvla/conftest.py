@@ -1,15 +1,24 @@
-"""Parts of the tiny SpatialVLA, made once per session."""
+"""A tiny SpatialVLA, made once per session, and the published files where they lie beside the repository."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
+from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 
 INSTRUCTIONS = ("Pick up the black bowl", "put it on the plate", "open the top drawer of the cabinet, please")
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_spatialvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder in the official layout (fp32)."""
+    return make_tiny_spatialvla(tmp_path_factory.mktemp("spatialvla") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +45,13 @@ def frames() -> list[np.ndarray]:
     ramp = np.linspace(0, 255, 256, dtype=np.uint8)
     gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(90)), axis=-1)
     return [rng.integers(0, 256, (256, 256, 3), dtype=np.uint8), gradient, np.zeros((224, 224, 3), np.uint8)]
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The small files of the published spatialvla-4b-mix-224-pt; skips where they are absent."""
+    default = _REPOSITORY.parent / "shared" / "spatialvla-4b-mix-224-pt"
+    folder = Path(os.environ.get("PRISMO_SPATIALVLA") or default)
+    if not (folder / "model.safetensors.index.json").is_file():
+        pytest.skip(f"no published SpatialVLA files at {folder} (set PRISMO_SPATIALVLA to their folder)")
+    return folder

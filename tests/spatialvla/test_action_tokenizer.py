@@ -74,10 +74,8 @@ def test_layout(tokens: ActionTokenizer) -> None:
     assert tokens.slots == (slice(0, 4096), slice(4096, 8192), slice(8192, 8194))
 
 
-def test_published_bins_come_from_the_gaussians(tokens: ActionTokenizer, published_spatialvla: Path) -> None:
-    stored = ActionTokenizer.from_bin_policy(
-        read_json(published_spatialvla / "processor_config.json", JsonObject)["bin_policy"]
-    )
+def test_published_bins_come_from_the_gaussians(tokens: ActionTokenizer, published: Path) -> None:
+    stored = ActionTokenizer.from_bin_policy(read_json(published / "processor_config.json", JsonObject)["bin_policy"])
     for name in VARIABLES:
         np.testing.assert_allclose(stored.edges[name], tokens.edges[name], atol=1e-7)
 
@@ -102,10 +100,8 @@ def test_encode(
         ("bridge_orig/1.0.0", (0.012303, 0.013589, 0.0077, -0.010684, -0.002471, 0.075, 1)),
     ],
 )
-def test_published_statistics(
-    tokens: ActionTokenizer, published_spatialvla: Path, key: str, physical: tuple[float, ...]
-) -> None:
-    statistics = parse_statistics(read_json(published_spatialvla / "processor_config.json", JsonObject))
+def test_published_statistics(tokens: ActionTokenizer, published: Path, key: str, physical: tuple[float, ...]) -> None:
+    statistics = parse_statistics(read_json(published / "processor_config.json", JsonObject))
     assert len(statistics) == 28
     action = unnormalize(tokens.decode(np.array([1443, 5772, 8193])), statistics[key].action, "bounds_q99")
     np.testing.assert_allclose(action, physical, atol=2e-6)

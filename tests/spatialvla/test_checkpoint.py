@@ -32,9 +32,9 @@ def official_shapes(model: SpatialVLAForConditionalGeneration) -> dict[str, list
     return {official_name(name): list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def test_published_index_matches_name_by_name(published_spatialvla: Path) -> None:
-    index = read_json(published_spatialvla / "model.safetensors.index.json", JsonObject)
-    model = SpatialVLAForConditionalGeneration.empty(read_config(published_spatialvla))
+def test_published_index_matches_name_by_name(published: Path) -> None:
+    index = read_json(published / "model.safetensors.index.json", JsonObject)
+    model = SpatialVLAForConditionalGeneration.empty(read_config(published))
     shapes = official_shapes(model)
     assert len(shapes) == 1382
     assert shapes.keys() == index["weight_map"].keys()
@@ -67,16 +67,13 @@ def test_published_shapes_known_from_the_paper_and_files() -> None:
     assert f"{layer}.attention.key.bias" not in shapes
 
 
-def test_published_config_round_trip(published_spatialvla: Path, tmp_path: Path) -> None:
-    config = read_config(published_spatialvla)
+def test_published_config_round_trip(published: Path, tmp_path: Path) -> None:
+    config = read_config(published)
     assert (config.geometry, config.prefix_mask) == ("parity", "bidirectional")
     (tmp_path / "config.json").write_text(json.dumps(config.to_diff_dict()))
     again = read_config(tmp_path)
     assert again.to_diff_dict() == config.to_diff_dict()
-    stored, original = (
-        read_json(tmp_path / "config.json", JsonObject),
-        read_json(published_spatialvla / "config.json", JsonObject),
-    )
+    stored, original = read_json(tmp_path / "config.json", JsonObject), read_json(published / "config.json", JsonObject)
     for key, value in original.items():
         if isinstance(value, dict) and key != "auto_map":
             for name, inner in value.items():

@@ -20,9 +20,11 @@ from prismo.verify import Options, Report, verify
 from prismo.verify.facts import Architecture, DatasetFacts, Facts, Part, Published, read_facts
 from prismo.verify.tensors import parameters, read_file, read_model
 from tests.policies.conftest import prefer_action_tokens
+from tests.spatialvla import conftest as spatialvla
 
 NO_FORWARD = Options(forward=False)
 DATASET = "libero_spatial_no_noops"
+tiny_spatialvla, published = spatialvla.tiny_spatialvla, spatialvla.published  # fixtures
 
 
 @pytest.fixture(scope="session")

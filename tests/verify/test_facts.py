@@ -169,11 +169,11 @@ def test_the_facts_fit_vggt(tmp_path: Path) -> None:
     assert "1,256,537,516 parameters in 1,797 tensors" in found(report, "counts")
 
 
-def test_the_facts_fit_spatialvla(published_spatialvla: Path, tiny_spatialvla: Path, tmp_path: Path) -> None:
+def test_the_facts_fit_spatialvla(published: Path, tiny_spatialvla: Path, tmp_path: Path) -> None:
     """The published small files; weights are holes, and the tokenizer is another one."""
     folder = tmp_path / "spatialvla-4b-mix-224-pt"
     folder.mkdir()
-    for path in published_spatialvla.glob("*.json"):
+    for path in published.glob("*.json"):
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(tiny_spatialvla / "tokenizer.json", folder / "tokenizer.json")
     model = SpatialVLAForConditionalGeneration.empty(read_config(folder))
