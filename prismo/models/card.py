@@ -208,7 +208,9 @@ def _use(where: str, statistics: Mapping[str, DatasetStats]) -> str:
     key = f', unnorm_key="{next(iter(statistics))}"' if len(statistics) > 1 else ""
     parts = [
         "```python\n"
-        "from prismo.policies import PolicyFlags, PolicyInput, prepare_policy\n\n"
+        "from prismo.policies.base import PolicyInput\n"
+        "from prismo.policies.flags import PolicyFlags\n"
+        "from prismo.policies.loading import prepare_policy\n\n"
         f"policy = prepare_policy(PolicyFlags(pretrained_checkpoint={json.dumps(where)}{key})).load()\n"
         "policy.start_episode(0, seed=0)\n"
         "# images: uint8 [H, W, 3], the outside camera first; state: as in the data; the answer: [chunk, action]\n"
@@ -217,8 +219,7 @@ def _use(where: str, statistics: Mapping[str, DatasetStats]) -> str:
     ]
     if suites:
         commands = "\n".join(
-            f"prismo eval --pretrained_checkpoint {shlex.quote(where)} --task_suite_name {suite}"
-            for suite in suites
+            f"prismo eval --pretrained_checkpoint {shlex.quote(where)} --task_suite_name {suite}" for suite in suites
         )
         parts.append(f"Success rates in LIBERO (500 episodes each):\n\n```bash\n{commands}\n```")
     return "\n\n".join(parts)

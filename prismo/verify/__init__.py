@@ -1,4 +1,4 @@
-"""Is a checkpoint or dataset what it should be? One page that says so, for `scripts/verify_checkpoint.py`."""
+"""Is a checkpoint or dataset what it should be? One page that says so, for `prismo verify`."""
 
 from prismo.verify.page import page
 from prismo.verify.report import Report, verify

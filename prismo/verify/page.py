@@ -15,7 +15,7 @@ _WORDS: dict[Status, str] = {"ok": "ok", "differs": "**differs**", "not known": 
 
 
 def page(report: Report, command: tuple[str, ...] = ()) -> str:
-    """The page; `command` is what was typed, without the interpreter."""
+    """The page; `command` is what was typed."""
     if report.compared_with is None:
         compared = "No published id (`--id` names one): compared with what its own files say."
     else:

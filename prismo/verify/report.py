@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.policies.checkpoint import checkpoint_folder
-from prismo.policies.settings import PolicyFlags
+from prismo.policies.flags import PolicyFlags
 from prismo.util.hub import local_folder
 from prismo.verify.checks import Row, Status, run_checks
 from prismo.verify.environment import environment

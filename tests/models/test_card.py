@@ -17,7 +17,7 @@ from prismo.eval.config import EvalConfig
 from prismo.models.card import CARD, model_card
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.merge import merge
-from prismo.policies import PolicyInput
+from prismo.policies.base import PolicyInput
 from prismo.util.files import write_json
 from prismo.util.flags import parse_flags
 from prismo.verify.facts import read_facts

@@ -10,9 +10,6 @@ import base64
 import hashlib
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +19,14 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
+from prismo.commands.merge import main
 from prismo.models.merge import merge
 from prismo.models.publish import merged_files
-from prismo.policies import checkpoint_hash, open_checkpoint
+from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
 from prismo.util.cli import BrokenOffError
 from prismo.util.upload import check_upload, upload
 
 NAME = "me/my-policy"
-SCRIPT = Path(__file__).resolve().parents[2] / "vla-scripts" / "merge_lora_weights_and_save.py"
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -193,21 +190,26 @@ def test_an_upload_that_breaks_off(hub: Hub, merged: Path) -> None:
     assert not hub.files
 
 
-def test_the_script_uploads_only_when_asked_and_allowed(hub: Hub, base: Path, checkpoint: Path, tmp_path: Path) -> None:
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["--base_checkpoint", base, "--lora_finetuned_checkpoint_dir", checkpoint]
-        output = ["--output", tmp_path / "merged"]
-        settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_ours", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, SCRIPT, *arguments, *output, *flags]
-        environment = os.environ | settings
-        return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
-
-    refused = run("--push_to_hub", "you/my-policy")
-    assert refused.returncode == 2
-    assert "this token belongs to me" in refused.stderr
-    assert not (tmp_path / "merged").exists()
-    done = run("--push_to_hub", NAME)
-    assert done.returncode == 0, done.stderr
-    assert f"uploaded to {hub.address}/{NAME}" in done.stdout
+def test_merging_uploads_only_when_asked_and_allowed(
+    hub: Hub, base: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = tmp_path / "merged"
+    flags = [
+        "--base_checkpoint",
+        str(base),
+        "--lora_finetuned_checkpoint_dir",
+        str(checkpoint),
+        "--output",
+        str(merged),
+    ]
+    assert main([*flags, "--push_to_hub", "you/my-policy"]) == 2
+    assert "this token belongs to me" in caplog.text
+    assert not merged.exists()
+    assert main(flags) == 0
+    assert hub.visibility is None
+    assert main([*flags, "--overwrite", "--push_to_hub", NAME]) == 0
     assert hub.visibility == "private"
     assert f'pretrained_checkpoint="{NAME}"' in hub.files["README.md"].decode()
+    hub.full, hub.files, hub.blobs = True, {}, {}
+    assert main([*flags, "--overwrite", "--push_to_hub", NAME]) == 1
+    assert "is complete, but its upload" in caplog.text

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from prismo.commands.verify import main
 from prismo.verify import Options, Report, page, verify
 from prismo.verify.checks import Check, Finding, Row, SkippedError, judge, run_checks
-from tests.data.conftest import quiet_environment
 from tests.verify.conftest import DATASET, NO_FORWARD, Copy
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "verify_checkpoint.py"
 
 
 def report_of(*rows: Row) -> Report:
@@ -29,7 +25,7 @@ def test_the_page_of_a_checkpoint() -> None:
             Row("tensor names", judge("", ["missing: expected `a`, found nothing", "unknown: more"]), 0.1),
             Row("prediction", Finding("skipped", "--no_forward"), 0.1),
         ),
-        ("scripts/verify_checkpoint.py", "ckpts/a b"),
+        ("prismo", "verify", "ckpts/a b"),
     )
     lines = text.splitlines()
     assert lines[0] == "## OpenVLA policy `ckpts/a|b`: 1 ok, 1 differs, 1 not known, 1 skipped"
@@ -40,7 +36,7 @@ def test_the_page_of_a_checkpoint() -> None:
         "- **tensor names**: missing: expected `a`, found nothing",
         "- **tensor names**: unknown: more",
     ]
-    assert lines[-1] == "`scripts/verify_checkpoint.py 'ckpts/a b'`"
+    assert lines[-1] == "`prismo verify 'ckpts/a b'`"
     (counts,) = (line for line in lines if line.startswith("| counts"))
     assert len(counts) < 180
     assert counts.count("`") % 2 == 0
@@ -84,26 +80,25 @@ def test_a_check_that_fails_stops_no_other() -> None:
     ]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = quiet_environment() | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-
-
-def test_the_command(tiny_policy: Path, tmp_path: Path, copy: Copy) -> None:
+def test_the_command(tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "page.md"
-    done = run(tiny_policy, "--output", output)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == output.read_text()
-    assert f"`scripts/verify_checkpoint.py {tiny_policy} --output {output}`" in done.stdout
-    assert "| black image | ok |" in done.stdout
-    assert "INFO ok         tensor names: all 148 of the architecture" in done.stderr
+    assert main([str(tiny_policy), "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert shown == output.read_text()
+    assert f"`prismo verify {tiny_policy} --output {output}`" in shown
+    assert "| black image | ok |" in shown
 
+
+def test_the_exit_code(tiny_policy: Path, copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy(tiny_policy)
+    assert main([str(folder), "--no_forward"]) == 0
+    capsys.readouterr()
     (folder / "tokenizer_config.json").unlink()
-    done = run("--source", folder, "--no_forward")
-    assert done.returncode == 1, done.stderr
-    assert "| files | **differs** | `tokenizer_config.json`: expected a file, found none |" in done.stdout
+    assert main(["--source", str(folder), "--no_forward"]) == 1
+    shown = capsys.readouterr().out
+    assert "| files | **differs** | `tokenizer_config.json`: expected a file, found none |" in shown
+    assert f"`prismo verify {folder} --no_forward True`" in shown
+    assert main(["nowhere/at/all"]) == 2
 
 
 @pytest.mark.parametrize(

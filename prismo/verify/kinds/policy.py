@@ -24,8 +24,8 @@ from prismo.models.adapter_file import (
 from prismo.models.folder import CONFIG, is_model, weight_files
 from prismo.models.training_record import read_training_record
 from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import PolicySpec, prepare_policy
-from prismo.policies.settings import PolicyFlags
 from prismo.util.hub import is_hub_id
 from prismo.util.schema import JsonObject, read_json
 from prismo.verify import tensors

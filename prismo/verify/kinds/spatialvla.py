@@ -15,7 +15,7 @@ from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, Action
 from prismo.models.spatialvla.checkpoint import official_name
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
 from prismo.models.spatialvla.modeling import read_config
-from prismo.policies.settings import PolicyFlags
+from prismo.policies.flags import PolicyFlags
 from prismo.verify import tensors
 from prismo.verify.checks import Check, Finding, difference, judge, needed
 from prismo.verify.kinds.policy import PolicyFolder, model_type
