@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": ("finetune", "fine-tune a policy without a teacher (vla-scripts/finetune.py)"),
     "merge": ("merge", "merge a run's LoRA adapter into its base (vla-scripts/merge_lora_weights_and_save.py)"),
     "eval": ("eval", "roll a policy out in LIBERO (experiments/robot/libero/run_libero_eval.py)"),
+    "verify": ("verify", "is a checkpoint or dataset what it should be: one page (scripts/verify_checkpoint.py)"),
     "doctor": ("doctor", "check this machine before a long run"),
     "demo": ("demo", "the whole chain at a small size, without GPU and downloads"),
     "tiny": ("tiny", "write tiny random checkpoints in the published layouts"),

@@ -5,7 +5,8 @@
         --lora_finetuned_checkpoint_dir runs/...--10000_chkpt
 
 The merged weights are written beside `lora_adapter/`, or to `--output`. No GPU is needed, memory stays small, and the
-result is compared with base + adapter before it appears. Ends with 2 if something was wrong.
+result is compared with base + adapter before it appears, with a model card (README.md) unless you have written one.
+`--push_to_hub ORG/NAME` then uploads it, as a private repository. Ends with 2 if something was wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.util.cli import run_command
+from prismo.util.upload import check_upload, upload
 
 
 @dataclass
@@ -29,17 +31,28 @@ class MergeConfig:
     output: Path | None = None
     # Replace merged weights that are already there
     overwrite: bool = False
+    # Upload the merged checkpoint to this repository of the Hugging Face hub (ORG/NAME; `hf auth login` first)
+    push_to_hub: str | None = None
+    # Create that repository as a private one (one that is there stays what it is)
+    hub_private: bool = True
 
 
 def run(cfg: MergeConfig) -> None:
     from prismo.models.merge import merge
+    from prismo.models.publish import merged_files
 
-    report = merge(cfg.base_checkpoint, cfg.lora_finetuned_checkpoint_dir, cfg.output, overwrite=cfg.overwrite)
+    if cfg.push_to_hub is not None:
+        check_upload(cfg.push_to_hub, private=cfg.hub_private)
+    checkpoint = cfg.lora_finetuned_checkpoint_dir
+    report = merge(cfg.base_checkpoint, checkpoint, cfg.output, overwrite=cfg.overwrite, hub_id=cfg.push_to_hub)
     size = f"{report.bytes / 1e9:.1f} GB" if report.bytes >= 1e8 else f"{report.bytes / 1e6:.1f} MB"
     print(
         f"{report.folder} is complete: {report.adapted_tensors} weights merged, {report.copied_tensors} copied "
         f"({size}, {report.seconds:.0f} s). Read back and compared: every weight is base + adapter, rounded once."
     )
+    if cfg.push_to_hub is not None:
+        address = upload(cfg.push_to_hub, report.folder, merged_files(report.folder), private=cfg.hub_private)
+        print(f"uploaded to {address}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

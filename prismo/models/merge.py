@@ -26,6 +26,7 @@ from tqdm import tqdm
 from prismo import __version__
 from prismo.data.normalize import load_statistics, statistics_to_json
 from prismo.models.adapter_file import ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
+from prismo.models.card import CARD, may_be_written, model_card
 from prismo.models.component_files import find_component
 from prismo.models.film import add_film
 from prismo.models.folder import CONFIG, INDEX, WEIGHTS_AND_SETTINGS, check_folder, missing_of_model
@@ -196,6 +197,7 @@ def merge(
     verify: bool = True,
     progress: bool = True,
     shard_bytes: int = 5_000_000_000,
+    hub_id: str | None = None,
 ) -> MergeReport:
     """Write base + adapter as a complete checkpoint.
 
@@ -209,6 +211,7 @@ def merge(
             (`verify_merge`), before the result appears.
         progress: show progress bars.
         shard_bytes: upper limit of a weight file.
+        hub_id: repository that the checkpoint is meant for; its model card then names that instead of the folder.
 
     Raises:
         FileNotFoundError, ValueError: something is missing, does not fit, or would merge an adapter twice. Nothing has
@@ -223,6 +226,8 @@ def merge(
     with _opened(base_folder, checkpoint_dir) as (tensors, adapter):
         marker = _marker(base, base_folder, tensors, checkpoint_dir, adapter)
         config = family.config(base_folder, checkpoint_dir)
+        where = hub_id or output.as_posix()
+        card = model_card(str(base), config["model_type"], checkpoint_dir, adapter.spec.rank, where)
         beside = side_files(base_folder, checkpoint_dir, output, base_code=family.base_code(checkpoint_dir))
         refuse_overwriting(base_folder, checkpoint_dir, output, beside, overwrite)
         size = total_bytes(tensors.values())
@@ -234,6 +239,8 @@ def merge(
             checks = _verify(tensors, adapter, temporary, progress) if verify else None
             write_json(temporary / CONFIG, config)
             write_json(temporary / MARKER, marker | {"checks": asdict(checks) if checks else None})
+            if may_be_written(output / CARD):
+                (temporary / CARD).write_text(card, encoding="utf-8")
     adapted = len(adapter.keys) + len(adapter.saved)
     return MergeReport(output, adapted, len(tensors) - adapted, size, time.monotonic() - began, checks)
 

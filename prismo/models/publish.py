@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import FiniteFloat
 
 from prismo.models.adapter_file import ADAPTER_FOLDER
+from prismo.models.card import CARD
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.folder import CONFIG, INDEX, MERGING, is_model
 from prismo.util.files import flush_folder
@@ -81,6 +82,12 @@ def side_files(base_folder: Path, checkpoint_dir: Path, output: Path, *, base_co
             read_json(path, JsonObject)
     in_place = output.resolve() == checkpoint_dir.resolve()
     return {name: path for name, path in found.items() if not (in_place and path.parent == checkpoint_dir)}
+
+
+def merged_files(folder: Path) -> list[Path]:
+    """What belongs to the checkpoint in `folder`, among logs and the state of the trainer that may lie there, too."""
+    patterns = (CARD, CONFIG, INDEX, MARKER, _WEIGHTS, *_PROCESSOR, _CODE, *_OF_RUN, f"{ADAPTER_FOLDER}/*")
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def refuse_overwriting(

@@ -52,7 +52,8 @@ def parse_or_exit(kind: type[C], about: str | None) -> C:
 def set_up_logging(level: int = logging.INFO) -> None:
     """Messages of a command on stderr, without a line for every request to the hub."""
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # of older and newer hub clients
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def log_error(error: Exception) -> None:

@@ -1,0 +1,162 @@
+"""OpenVLA, OpenVLA-OFT and Spatial-Forcing: merged models, full fine-tunes, and adapters alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from prismo.models.component_files import Stem, find_component, has_component
+from prismo.models.folder import CONFIG
+from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.openvla import (
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    PrismaticImageProcessor,
+    PrismaticProcessor,
+)
+from prismo.models.openvla.loading import read_config
+from prismo.models.openvla.processing import SPACE_ID, STOP_ID
+from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.util.schema import JsonObject, read_json
+from prismo.verify import tensors
+from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed, some
+from prismo.verify.kinds.policy import PolicyFolder, model_type
+from prismo.verify.sample import instruction
+from prismo.verify.subject import Subject
+
+_BOS_ID, _PAD_ID, _TOKENS = 1, 32000, 32001
+# Llama-2's ids of the prompt with the sample observation's instruction.
+_PROMPT = (
+    *(1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 5839, 701, 278, 4628, 12580, 29880, 1546, 278, 15284),
+    *(322, 278, 364, 420, 9089, 322, 2058, 372, 373, 278, 15284, 29973, 13, 3744, 29901, SPACE_ID),
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_PARTS: dict[Stem, str] = {
+    "action_head": "action head",
+    "proprio_projector": "proprio projector",
+    "noisy_action_projector": "noisy action projector",
+    "align_projector": "align projector",
+    "vision_backbone": "FiLM backbone",
+}
+
+
+class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
+    """The checks of one folder."""
+
+    needed_files = ((CONFIG,), ("preprocessor_config.json",), _TOKENIZERS, ("tokenizer_config.json",))
+    shown_settings = ("head", "attention", "film", "num_images", "proprio", "center_crop", "chunk", "unnorm_key")
+    loading = "self-test"
+
+    @property
+    def statistics_file(self) -> Path:
+        path, config = self.folder / "dataset_statistics.json", self.folder / CONFIG
+        # A merged model's config.json may still hold those of its base, so the other file comes first.
+        if path.is_file() or not config.is_file():
+            return path
+        return config if needed(lambda: read_json(config, JsonObject), "configuration").get("norm_stats") else path
+
+    def read_config(self) -> OpenVLAConfig:
+        return read_config(self.file(CONFIG).parent)
+
+    def build(self) -> OpenVLAForActionPrediction:
+        return OpenVLAForActionPrediction(self.config)
+
+    def build_for_adapter(self) -> nn.Module:
+        model = self.build()
+        if has_component(self.folder, "vision_backbone"):
+            from prismo.models.film import add_film  # noqa: PLC0415 (imports peft)
+
+            add_film(model)  # the adapter's names contain the wrapper
+        return model
+
+    def own_checks(self) -> list[Check]:
+        expected = self.known.parts if self.known else {}
+        stems = [stem for stem in _PARTS if stem in expected or any(self.folder.glob(f"*{stem}*checkpoint*.pt"))]
+        return [
+            *(Check(_PARTS[stem], lambda stem=stem: self._part(stem)) for stem in stems),
+            Check("images", self._images),
+            Check("tokenizer", self._tokenizer),
+        ]
+
+    # ------------------------------------------------------------------ modules beside the model
+
+    def _part(self, stem: Stem) -> Finding:
+        if not has_component(self.folder, stem):
+            raise SkippedError("missing, see 'files'")
+        found = tensors.read_file(find_component(self.folder, stem))
+        if stem in ("align_projector", "vision_backbone"):  # the one serves training only, the other is loaded strictly
+            return Finding("ok", f"{tensors.parameters(found.values()):,} parameters; not compared here")
+        with tensors.on_meta():
+            module = self._build_part(stem, found)
+        known = self.known.parts.get(stem) if self.known else None
+        return tensors.check_part(found, tensors.shapes_of(module), known)
+
+    def _build_part(self, stem: Stem, found: Mapping[str, tensors.Stored]) -> nn.Module:
+        robot = self.robot(needed(lambda: self.unnorm_key, "statistics"))
+        width = needed(lambda: self.config, "configuration").text_config.hidden_size
+        if stem == "noisy_action_projector":
+            return NoisyActionProjector(width)
+        if stem == "proprio_projector":
+            return ProprioProjector(width, robot.proprio_dim)
+        hidden = next((tensor.shape[0] for name, tensor in found.items() if name.endswith("fc1.weight")), width)
+        diffusion = any(name.startswith("noise_predictor.") for name in found)
+        head = DiffusionActionHead if diffusion else L1RegressionActionHead
+        return head(width, hidden, robot.action_dim, robot.chunk)
+
+    # ------------------------------------------------------------------ processor
+
+    @cached_property
+    def _image_processor(self) -> PrismaticImageProcessor:
+        return PrismaticImageProcessor.from_pretrained(self.file("preprocessor_config.json").parent)
+
+    def _images(self) -> Finding:
+        processor = self._image_processor
+        size = needed(lambda: self.config, "configuration").towers[0].image_size
+        sizes = {tuple(entry[-2:]) for entry in processor.input_sizes}
+        found = [[mean, std] for mean, std in processor.statistics]
+        numbers = "; ".join(" ".join(f"{v:.4g}" for v in (*mean, *std)) for mean, std in found)
+        text = f"{size} pixels, mean and std {numbers}"
+        lines = [] if sizes == {(size, size)} else [difference("image sizes", f"{size} x {size}", sizes)]
+        known = self.architecture.normalization if self.architecture else None
+        if known is None:
+            return judge(text, lines) if lines else Finding("not known", text)
+        if found != known:
+            lines.append(difference("mean and std (tvf_normalize_params)", known, found))
+        return judge(f"{size} pixels, mean and std as published", lines)
+
+    def _tokenizer(self) -> Finding:
+        needed(lambda: self._image_processor, "images")
+        self.file("tokenizer_config.json")
+        processor = PrismaticProcessor.from_pretrained(self.file(*_TOKENIZERS).parent)
+        tokenizer = processor.tokenizer
+        lines = [
+            difference(what, expected, found)
+            for what, expected, found in (
+                ("tokens", _TOKENS, len(tokenizer)),
+                ("id of BOS", _BOS_ID, tokenizer.bos_token_id),
+                ("id of EOS", STOP_ID, tokenizer.eos_token_id),
+                ("id of PAD", _PAD_ID, tokenizer.pad_token_id),
+                ("prompt ids", list(_PROMPT), processor.prompt_ids(instruction())),
+            )
+            if expected != found
+        ]
+        action_ids = list(range(_PAD_ID - 256, _PAD_ID))
+        longer = [token for token in tokenizer.convert_ids_to_tokens(action_ids) if token is None or len(token) != 1]
+        if longer:
+            lines.append(difference("the 256 action tokens", "single characters", some(set(map(str, longer)))))
+        return judge(f"{len(tokenizer):,} tokens, special ids, {len(_PROMPT)} prompt ids and 256 action tokens", lines)
+
+
+class OpenVLA:
+    """The kind."""
+
+    title = "OpenVLA policy"
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_dir() and model_type(path) == "openvla"
+
+    def checks(self, subject: Subject) -> list[Check]:
+        return OpenVLAFolder(subject).checks()
