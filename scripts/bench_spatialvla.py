@@ -134,7 +134,7 @@ def inputs(
     types = torch.zeros_like(ids)
     types[:, image.shape[1] + PROMPT_TOKENS :] = 1
     text = SpatialVLATextBatch(ids, torch.ones_like(ids), types, ids.masked_fill(types == 0, -100))
-    size = config.vision_config.image_size
+    size = config.image_pixels
     pixels = torch.rand(batch, 3, size, size, generator=generator)
     return text.to(model.device), pixels.to(model.device), WIDOWX.matrix(size).expand(batch, 3, 3).to(model.device)
 

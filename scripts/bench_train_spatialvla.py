@@ -139,7 +139,7 @@ def draw_batch(args: BenchConfig, objective: SpatialVLAObjective, number: int, p
 
 def prepare(batch: RawBatch, step: TrainStep) -> SpatialVLAInputs:
     """What the trainer does with a batch in front of the objective: copy, resize, augment."""
-    size = step.objective.vla.config.vision_config.image_size
+    size = step.objective.vla.config.image_pixels
     device = step.world.device
     return policy_inputs(
         batch.images,

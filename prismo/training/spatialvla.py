@@ -169,7 +169,7 @@ class SpatialVLATask:
             _text(batch),
             batch.actions,
             cameras=[self.cameras[name] for name in batch.dataset_names],
-            size=self.processor.config.vision_config.image_size,
+            size=self.processor.config.image_pixels,
             device=self.device,
             seeds=batch.seeds if augmented else None,
             crop=self.config.image_aug and not train,
@@ -327,7 +327,7 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
         _text(batch),
         batch.actions,
         cameras=[processor.camera()] * len(batch),
-        size=processor.config.vision_config.image_size,
+        size=processor.config.image_pixels,
         device=torch.device("cpu"),
         seeds=batch.seeds if config.image_aug else None,
     )
@@ -337,7 +337,7 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
 SPATIALVLA = ModelFamily(
     settle=settle,
     chunk=lambda base: SpatialVLAProcessor.from_pretrained(base).chunk,
-    image_size=lambda base: read_config(base).vision_config.image_size,
+    image_size=lambda base: read_config(base).image_pixels,
     hidden_states=lambda base: read_config(base).text_config.num_hidden_layers + 1,
     load_collate=lambda config, base: CollateText(_processor(config, base)),
     build_task=build_task,
