@@ -38,7 +38,7 @@ if __name__ == "__main__":
     CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -89,7 +89,7 @@ def predict(bench: Bench, model: SpatialVLAForConditionalGeneration, batch: int)
 
 
 @contextmanager
-def recomputed_position_bias() -> Iterator[None]:
+def recomputed_position_bias() -> Generator[None]:
     """ZoeDepth's backbone computes its position biases at every forward, as in transformers."""
     ours = ConstantPositionBias.forward
     ConstantPositionBias.forward = BeitRelativePositionBias.forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, get_args
 
+import torch
 from transformers import Gemma2Config, PreTrainedConfig, SiglipVisionConfig, ZoeDepthConfig
 
 from prismo.util.text import did_you_mean
@@ -103,6 +104,11 @@ class SpatialVLAConfig(PreTrainedConfig):
     def patch_pixels(self) -> int:
         """Pixels per side of a patch (14)."""
         return _square(self.vision_config.patch_size)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the weights in the files, bf16 where config.json does not say."""
+        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.bfloat16
 
     @property
     def num_image_tokens(self) -> int:

@@ -97,6 +97,20 @@ class SpatialVLAOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     image_hidden_states: dict[int, Tensor] | None = None
 
+    def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, logits, targets).
+
+        Raises:
+            ValueError: the pass had no labels.
+        """
+        if self.loss is None or self.logits is None or self.targets is None:
+            raise ValueError("a pass without labels has no loss")
+        return self.loss, self.logits, self.targets
+
+    def image_states(self, layer: int) -> Tensor:
+        """Image tokens [B, I, D] of a hidden layer that was asked for; else a KeyError."""
+        return (self.image_hidden_states or {})[layer]
+
 
 class KeyValueCache(Protocol):
     """What Gemma2's attention asks of a cache."""
@@ -182,8 +196,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         folder = checkpoint_folder(pretrained_model_name_or_path)
         config = read_config(folder, geometry=geometry, prefix_mask=prefix_mask)
         model = cls.empty(config)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-        load_weights(model, folder, torch.device(device), dtype or stored)
+        load_weights(model, folder, torch.device(device), dtype or config.stored_dtype)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         return model.to(device)
 
