@@ -41,15 +41,16 @@ if __name__ == "__main__":
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prismo.align import SpatialForcing, VGGTAggregator, load_teacher
-from prismo.align.vggt import resize
+from prismo.align import SpatialForcing, VGGTAggregator
+from prismo.align.random_teacher import random_vggt
+from prismo.align.vggt import load_vggt, resize
 
 
 def main(args: BenchConfig) -> None:
@@ -86,8 +87,8 @@ def main(args: BenchConfig) -> None:
 
 
 def load(args: BenchConfig, dtype: torch.dtype, *, compile: bool = False) -> VGGTAggregator:
-    name = "vggt" if args.vggt_path else "random"
-    return load_teacher(name, args.vggt_path, dtype=dtype, device=args.device, compile=compile)
+    build = load_vggt if args.vggt_path else random_vggt
+    return build(args.vggt_path, dtype=dtype, device=args.device, compile=compile)
 
 
 @torch.no_grad()
@@ -105,13 +106,13 @@ def original_way(model: VGGTAggregator, images: Tensor, layer: int, device: torc
 
 
 @contextmanager
-def listening(model: VGGTAggregator, keep: Callable[[Tensor], None], sync: Callable[[], object]) -> Iterator[None]:
+def listening(model: VGGTAggregator, keep: Callable[[Tensor], None], sync: Callable[[], object]) -> Generator[None]:
     """Keep every block's output, and let the host wait twice before each block."""
     hooks = []
     for block in (*model.frame_blocks, *model.global_blocks):
         hooks.append(block.register_forward_hook(lambda module, inputs, output: keep(output)))
-        hooks.append(block.attn.q_norm.register_forward_hook(lambda *_: sync() and None))
-        hooks.append(block.attn.k_norm.register_forward_hook(lambda *_: sync() and None))
+        hooks.append(block.get_submodule("attn.q_norm").register_forward_hook(lambda *_: sync() and None))
+        hooks.append(block.get_submodule("attn.k_norm").register_forward_hook(lambda *_: sync() and None))
     try:
         yield
     finally:

@@ -51,13 +51,12 @@ def build(tiny: bool) -> tuple[OpenVLAForActionPrediction, ActionModules]:
     device, dtype = ("cpu", torch.float32) if tiny else ("cuda", torch.bfloat16)
     with torch.device(device):
         vla = OpenVLAForActionPrediction._from_config(tiny_openvla_config() if tiny else OpenVLAConfig(), dtype=dtype)
-        modules = ActionModules(
-            L1RegressionActionHead(vla.llm_dim).to(dtype), ProprioProjector(vla.llm_dim, LIBERO.proprio_dim).to(dtype)
-        )
-    for module in (vla, modules.head, modules.proprio_projector):
+        head = L1RegressionActionHead(vla.llm_dim).to(dtype)
+        projector = ProprioProjector(vla.llm_dim, LIBERO.proprio_dim).to(dtype)
+    for module in (vla, head, projector):
         fill_random(module, 0)
         module.eval()
-    return vla, modules
+    return vla, ActionModules(head, projector)
 
 
 def latencies(vla: OpenVLAForActionPrediction, modules: ActionModules, args: BenchConfig, batch: int) -> list[float]:

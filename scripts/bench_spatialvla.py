@@ -38,7 +38,7 @@ if __name__ == "__main__":
     CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -89,7 +89,7 @@ def predict(bench: Bench, model: SpatialVLAForConditionalGeneration, batch: int)
 
 
 @contextmanager
-def recomputed_position_bias() -> Iterator[None]:
+def recomputed_position_bias() -> Generator[None]:
     """ZoeDepth's backbone computes its position biases at every forward, as in transformers."""
     ours = ConstantPositionBias.forward
     ConstantPositionBias.forward = BeitRelativePositionBias.forward
@@ -134,7 +134,7 @@ def inputs(
     types = torch.zeros_like(ids)
     types[:, image.shape[1] + PROMPT_TOKENS :] = 1
     text = SpatialVLATextBatch(ids, torch.ones_like(ids), types, ids.masked_fill(types == 0, -100))
-    size = config.vision_config.image_size
+    size = config.image_pixels
     pixels = torch.rand(batch, 3, size, size, generator=generator)
     return text.to(model.device), pixels.to(model.device), WIDOWX.matrix(size).expand(batch, 3, 3).to(model.device)
 

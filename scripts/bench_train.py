@@ -57,6 +57,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ def draw_batch(args: BenchConfig, objective: OpenVLAObjective, number: int, pinn
     )
 
 
-def prepare(batch: RawBatch, step: TrainStep) -> TrainingInputs:
+def prepare(batch: RawBatch, step: TrainStep[OpenVLAObjective]) -> TrainingInputs:
     """What the trainer does with a batch in front of the objective: copy, resize, augment, normalise."""
     return policy_inputs(
         batch.images,
@@ -165,7 +166,7 @@ def synchronize(world: World) -> None:
         torch.cuda.synchronize()
 
 
-def measure(args: BenchConfig, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
+def measure(args: BenchConfig, step: TrainStep[OpenVLAObjective], batches: list[RawBatch]) -> dict[str, Any]:
     """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
     world, cuda = step.world, step.world.device.type == "cuda"
     losses = []
@@ -202,7 +203,7 @@ def seconds_of(world: World, run: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def parts(args: BenchConfig, step: TrainStep, batch: RawBatch) -> dict[str, float]:
+def parts(args: BenchConfig, step: TrainStep[OpenVLAObjective], batch: RawBatch) -> dict[str, float]:
     """Seconds per update of preparing the inputs and of the teacher, each measured by itself."""
     repeats, alignment = (2 if args.tiny else 5), step.objective.alignment
     result = {"inputs_s": seconds_of(step.world, lambda: prepare(batch, step), repeats), "vggt_s": 0.0}
@@ -218,7 +219,7 @@ def parts(args: BenchConfig, step: TrainStep, batch: RawBatch) -> dict[str, floa
     return {name: seconds * args.grad_accumulation_steps for name, seconds in result.items()}
 
 
-def profile(path: Path, step: TrainStep, batch: RawBatch) -> None:
+def profile(path: Path, step: TrainStep[OpenVLAObjective], batch: RawBatch) -> None:
     """Write a Chrome trace of one update and print its most expensive kernels."""
     with torch.profiler.profile() as trace:
         step([prepare(batch, step)] * step.accumulation, 0, LEARNING_RATE)
@@ -229,7 +230,7 @@ def profile(path: Path, step: TrainStep, batch: RawBatch) -> None:
     print(trace.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70))
 
 
-def print_table(rows: list[dict[str, float | str]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     """Markdown; efficiency = samples/s per GPU over that of the one-GPU row with the same settings."""
     alone = {row["settings"]: row["samples_per_s"] for row in rows if row["gpus"] == 1}
     print(

@@ -47,6 +47,7 @@ if __name__ == "__main__":
 import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,9 +138,9 @@ def draw_batch(args: BenchConfig, objective: SpatialVLAObjective, number: int, p
     )
 
 
-def prepare(batch: RawBatch, step: TrainStep) -> SpatialVLAInputs:
+def prepare(batch: RawBatch, step: TrainStep[SpatialVLAObjective]) -> SpatialVLAInputs:
     """What the trainer does with a batch in front of the objective: copy, resize, augment."""
-    size = step.objective.vla.config.vision_config.image_size
+    size = step.objective.vla.config.image_pixels
     device = step.world.device
     return policy_inputs(
         batch.images,
@@ -152,7 +153,7 @@ def prepare(batch: RawBatch, step: TrainStep) -> SpatialVLAInputs:
     )
 
 
-def measure(args: BenchConfig, step: TrainStep, batches: list[RawBatch]) -> dict[str, float]:
+def measure(args: BenchConfig, step: TrainStep[SpatialVLAObjective], batches: list[RawBatch]) -> dict[str, Any]:
     """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
     world, cuda = step.world, step.world.device.type == "cuda"
     losses = []
@@ -190,7 +191,7 @@ def settings(args: BenchConfig, world: World) -> str:
     return ", ".join([*words, *(flag.replace("_", " ") for flag in flags if getattr(args, flag))])
 
 
-def print_table(rows: list[dict[str, float | str]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     print("| settings | GPUs | step s | samples/s | peak GiB | weights equal |\n|---|---|---|---|---|---|")
     for row in rows:
         print(

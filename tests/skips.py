@@ -18,8 +18,6 @@ EXPECTED = {
     "there is a GPU": "the opposite: what is said where there is none",
     "needs LIBERO's assets|no LIBERO assets": "2 GB that are not ours to ship; stand-ins take their place",
     "needs the sample observation": "of OpenVLA-OFT, not ours to ship",
-    "no golden figures|has no .*npz": "figures of the original implementations lie beside the repository",
-    "no published SpatialVLA files": "tokenizer and configuration of the published model, not ours to ship",
     "needs OSMesa": "Mesa 25.1 dropped it; EGL draws",
     "compares the two software renderers": "where a GPU draws",
     "cannot mount a tmpfs|no mount command": "root in a container may not mount; a disk that is full needs one",

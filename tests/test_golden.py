@@ -1,4 +1,4 @@
-"""Whole-model equality with the original implementations (fp32, real-size towers), see tests/golden.py.
+"""Whole-model equality with the original implementations (fp32, real-size towers), see tests/golden/.
 
 The model is built once per session. Single parts have their own golden tests beside their unit tests.
 """

@@ -148,9 +148,10 @@ class SpatialForcing(nn.Module):
                 are not checked for range, which would stop the GPU in every step.)
         """
         grid = self._check_shapes(images, vision_hidden, mask, view_mask, pixel_mask)
-        images, mask, view_mask, pixel_mask = (
+        images = images.to(vision_hidden.device, non_blocking=True)
+        mask, view_mask, pixel_mask = (
             value if value is None else value.to(vision_hidden.device, non_blocking=True)
-            for value in (images, mask, view_mask, pixel_mask)
+            for value in (mask, view_mask, pixel_mask)
         )
         if pixel_mask is not None:
             exists = pixel_mask.any(dim=(-2, -1))
@@ -175,18 +176,16 @@ class SpatialForcing(nn.Module):
     def _tokens_that_count(
         self, mask: Tensor | None, view_mask: Tensor | None, pixel_mask: Tensor | None, grid: tuple[int, int]
     ) -> Tensor | None:
-        """All masks as one over tokens, [B, T]; None = all count."""
-        patches = None
-        if view_mask is not None:
-            patches = view_mask.repeat_interleave(grid[0] * grid[1], dim=1)
+        """All masks as one over tokens, [B, T]; None = all count. With a pixel mask there is a view mask, too."""
+        if view_mask is None:
+            return mask
+        patches = view_mask.repeat_interleave(grid[0] * grid[1], dim=1)
         if pixel_mask is not None:
             patches = patches & F.interpolate(pixel_mask.float(), size=grid, mode="nearest").bool().flatten(1)
-        if patches is not None and self.recipe.gain_feat_1move:
+        if self.recipe.gain_feat_1move:
             # Token j holds the hidden state of patch j + 1, which must be real as well.
             patches = patches & F.pad(patches[:, 1:], (0, 1), value=True)
-        if mask is None or patches is None:
-            return mask if patches is None else patches
-        return mask & patches
+        return patches if mask is None else mask & patches
 
     def _reduce(
         self, cosine: Tensor, counts: Tensor | None, views: int, map_grid: tuple[int, int] | None

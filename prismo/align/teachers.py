@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismo.align.random_teacher import random_vggt
 from prismo.align.vggt import load_vggt
@@ -16,7 +17,7 @@ from prismo.util.text import did_you_mean
 
 @runtime_checkable
 class Teacher(Protocol):
-    """What `SpatialForcing` needs of a teacher, which is also an `nn.Module`.
+    """What `SpatialForcing` needs of a teacher: an `nn.Module` (here the part of it that is used) with these.
 
     Attributes:
         width: channels D of a feature.
@@ -25,6 +26,15 @@ class Teacher(Protocol):
 
     width: int
     layers: int
+    training: bool
+
+    def eval(self) -> Self: ...
+
+    def to(self, *, device: torch.device) -> Self: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def features(self, images: Tensor, layer: int, view_mask: Tensor | None = None) -> Tensor:
         """Patch features of one layer.

@@ -175,7 +175,8 @@ def resize(images: Tensor, size: int, patch_size: int) -> Tensor:
 @lru_cache(maxsize=8)
 def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """ImageNet mean and standard deviation, cached so that no step copies from the host."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (_MEAN, _STD))
+    return mean, std
 
 
 @lru_cache(maxsize=32)

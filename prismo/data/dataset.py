@@ -135,7 +135,7 @@ class WindowDataset(Dataset[Sample]):
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),
             actions=torch.from_numpy(normalize(actions, statistics.action, robot.normalization)),
             action_mask=torch.from_numpy(present),
-            proprio=torch.from_numpy(normalize(rows["proprio"][0], statistics.proprio, robot.normalization)),
+            proprio=torch.from_numpy(normalize(rows["proprio"][0], statistics.of_proprio(), robot.normalization)),
             instruction=source.index.instructions[rows["instruction"][0]],
             dataset_name=source.name,
             index=index,

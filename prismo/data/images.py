@@ -255,7 +255,8 @@ def _crop_window(top: np.ndarray, left: np.ndarray, side: np.float32, size: tupl
     columns, column_weights = _neighbours(left, side, size[1])
     rows, row_weights = (np.repeat(x[:, None], 3, axis=1) for x in _neighbours(top, side, size[0]))
     rows += size[0] * np.arange(3)[:, None, None]
-    return tuple(map(torch.from_numpy, (columns, column_weights, rows, row_weights)))
+    columns, column_weights, rows, row_weights = map(torch.from_numpy, (columns, column_weights, rows, row_weights))
+    return columns, column_weights, rows, row_weights
 
 
 def _neighbours(offset: np.ndarray, side: np.float32, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,22 +8,24 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.multiprocessing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prismo.data.dataset import Sample, WindowDataset
 from prismo.data.images import sample_seeds
 from prismo.data.order import EpochOrder, Position, RankSampler
 from prismo.util.processes import end_with
 
+T = TypeVar("T")
 _PREFETCH = 2  # batches that a worker is ahead
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CollateText = Callable[[Sequence[Sample]], dict[str, Tensor]]
@@ -160,7 +162,7 @@ def _channels_first(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 1, 4, 2, 3)
 
 
-def _as_fetched(fetched: tuple[int, Batch]) -> tuple[int, Batch]:
+def _as_fetched(fetched: T) -> T:
     return fetched
 
 
@@ -233,7 +235,7 @@ class Loader:
 
 
 @contextmanager
-def _started(loader: DataLoader[tuple[int, Batch]]) -> Iterator[Iterator[tuple[int, Batch]]]:
+def _started(loader: DataLoader[tuple[int, Batch]]) -> Generator[Iterator[tuple[int, Batch]]]:
     """The loader's batches; its workers are gone when the block ends, however it ends."""
     others = set(multiprocessing.active_children())
     # A signal in the instant before a worker ignores it would kill it, perhaps with a lock that the others wait for.
@@ -246,7 +248,7 @@ def _started(loader: DataLoader[tuple[int, Batch]]) -> Iterator[Iterator[tuple[i
     try:
         yield batches
     finally:
-        if workers:
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
             batches._shutdown_workers()  # as its __del__ does, which an exception's traceback would put off
         for worker in workers:  # the interpreter would wait at its exit for one that hangs
             worker.kill()

@@ -67,6 +67,16 @@ class DatasetStats:
     num_transitions: int
     num_trajectories: int
 
+    def of_proprio(self) -> FieldStats:
+        """`proprio`, where it is needed.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.proprio is None:
+            raise ValueError("these statistics have none of the proprioceptive state")
+        return self.proprio
+
 
 def normalize(x: np.ndarray, stats: FieldStats, kind: Normalization, rule: Rule = "training") -> np.ndarray:
     """Scale `x` [..., D] from physical units to the range that policies see.

@@ -25,7 +25,7 @@ from prismo.data.tfrecord import crc32c, parse_example
 
 _MAX_OPEN_FILES = 64
 
-EPISODE = np.dtype(
+EPISODE: np.dtype = np.dtype(
     [
         ("split", "u1"),
         ("shard", "u4"),  # within the split

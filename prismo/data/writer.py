@@ -140,8 +140,8 @@ def _check_episode(features: Mapping[str, Feature], episode: Episode) -> None:
     if len(steps) != 1:
         raise ValueError(f"the episode's entries have different numbers of steps: {sorted(steps)}")
     for name, value in episode.items():
-        if features[name].kind == "tensor" and value.shape[1:] != features[name].shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}, expected [T, {list(features[name].shape)}]")
+        if features[name].kind == "tensor" and (shape := np.shape(value))[1:] != features[name].shape:
+            raise ValueError(f"{name} has shape {list(shape)}, expected [T, {list(features[name].shape)}]")
 
 
 def _dataset_info(name: str, version: str, lengths: list[int], total: int, description: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +49,7 @@ def plan_episodes(cfg: EvalConfig) -> tuple[Episode, ...]:
     return tuple(episodes)
 
 
-def _initial_states(cfg: EvalConfig, task: Task) -> dict[int, np.ndarray | None]:
+def _initial_states(cfg: EvalConfig, task: Task) -> Mapping[int, np.ndarray | None]:
     """By trial; None = LIBERO's own. A file's failed demonstrations are gaps, as in the original protocol."""
     if cfg.initial_states_path == DEFAULT_STATES:
         available = len(load_init_states(task.suite, task.index))

@@ -194,7 +194,7 @@ def format_table(summary: Summary) -> str:
 
 
 def _columns(counts: Tally) -> tuple[str, str, str, str]:
-    if counts.success_rate is None:
+    if counts.success_rate is None or counts.interval is None:
         return str(counts.episodes), "-", "-", str(counts.errors)
     low, high = counts.interval
     rate = f"{100 * counts.success_rate:.1f} %"

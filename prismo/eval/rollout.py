@@ -22,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 Outcome = Literal["success", "failure", "error"]
 
+_CAMERAS = 2  # third person and wrist
 _ATTEMPTS = 3  # of an episode whose simulator died or hung
 
 
@@ -129,7 +130,7 @@ class _Run:
         )
         self._policy.start_episode(self._slot, episode.policy_seed)
         if settings.record:
-            self.frames.append(observation.full_image)
+            self.frames.extend(observation.pictures())
         while not self.success and self.steps < settings.max_steps:
             actions = self._next_actions(observation)[: settings.max_steps - self.steps]
             last = self.steps + len(actions) == settings.max_steps
@@ -158,7 +159,6 @@ def policy_input(observation: Observation, num_images: int) -> PolicyInput:
     Raises:
         ValueError: the policy wants more views than LIBERO has.
     """
-    images = (observation.full_image, observation.wrist_image)
-    if not 1 <= num_images <= len(images):
-        raise ValueError(f"the policy takes {num_images} camera images; LIBERO has {len(images)}")
-    return PolicyInput(images[:num_images], observation.state, observation.instruction)
+    if not 1 <= num_images <= _CAMERAS:
+        raise ValueError(f"the policy takes {num_images} camera images; LIBERO has {_CAMERAS}")
+    return PolicyInput(observation.pictures(num_images), observation.state, observation.instruction)

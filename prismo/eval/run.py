@@ -173,6 +173,8 @@ class Evaluation:
         return summary
 
     def _play(self, text: TextLog) -> None:
+        if self.policy is None:
+            return
         log = self.run_folder.log
         causes: list[str | None] = []
         with tqdm(total=len(self.episodes), initial=len(self.episodes) - len(self.todo), unit="episode") as bar:

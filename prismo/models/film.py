@@ -17,7 +17,7 @@ from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import Step, find_component, load_state, read_component
 from prismo.models.lora import LoraSpec, merged_weight, read_adapter_spec
 from prismo.models.publish import read_marker
-from prismo.models.vit import Block, VisionTransformer
+from prismo.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from prismo.models.openvla import OpenVLAForActionPrediction
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class FiLMBlock(nn.Module):
     """A transformer block whose residual stream is scaled and shifted by the language between its two branches."""
 
-    def __init__(self, block: Block, condition_width: int, identity_init: bool) -> None:
+    def __init__(self, block: nn.Module, condition_width: int, identity_init: bool) -> None:
         super().__init__()
-        weight = block.norm1.weight
+        weight = block.get_parameter("norm1.weight")
         self.block = block
         # fp32 as in the published files; a policy casts the whole backbone afterwards.
         self.scale = nn.Linear(condition_width, len(weight), device=weight.device, dtype=torch.float32)
@@ -112,12 +112,12 @@ def add_film(
     model: OpenVLAForActionPrediction, *, identity_init: bool = False, exclude_padding: bool = False
 ) -> FiLMVisionBackbone:
     """Wrap the vision backbone of `model` in place; its LoRA layers, if any, stay where they are."""
-    if model.vision_backbone.film:
+    backbone = model.vision_backbone
+    if isinstance(backbone, FiLMVisionBackbone):
         raise ValueError("the vision backbone already has FiLM; wrapping it twice would rename its weights")
-    model.vision_backbone = FiLMVisionBackbone(
-        model.vision_backbone, model.llm_dim, identity_init=identity_init, exclude_padding=exclude_padding
-    )
-    return model.vision_backbone
+    wrapped = FiLMVisionBackbone(backbone, model.llm_dim, identity_init=identity_init, exclude_padding=exclude_padding)
+    model.vision_backbone = wrapped
+    return wrapped
 
 
 def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path, step: Step | None = None) -> Path:

@@ -5,7 +5,7 @@ Nothing is read from or written to disk, and no default initialisation runs: 7.5
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -48,7 +48,7 @@ def _build(make: Callable[[], M], device: torch.device | str, dtype: torch.dtype
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

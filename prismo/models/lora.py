@@ -25,6 +25,7 @@ from prismo.models.adapter_file import (
     open_adapter,
     read_adapter_file,
 )
+from prismo.models.vit import VisionTransformer
 from prismo.util.files import atomic_folder, write_json
 
 _LOG = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.flo
         raise ValueError("the model already has LoRA layers; merge them first or load a fresh base")
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.resolved_alpha,
+        lora_alpha=spec.resolved_alpha,  # ty: ignore[invalid-argument-type] (peft says int; it only divides by r)
         lora_dropout=spec.dropout,
         target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         init_lora_weights="gaussian",
@@ -101,10 +102,10 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.flo
     for parameter in saved_parameters(model, spec).values():
         parameter.requires_grad_(True).data = parameter.data.to(dtype)
     if _has_film(model):  # injecting froze it with everything else
-        for tower in model.vision_backbone.towers:
+        for tower in _towers(model):
             for block in tower.blocks:
-                block.scale.requires_grad_(True)
-                block.shift.requires_grad_(True)
+                block.get_submodule("scale").requires_grad_(True)
+                block.get_submodule("shift").requires_grad_(True)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -129,6 +130,11 @@ def _has_film(model: nn.Module) -> bool:
     return backbone is not None and backbone.film
 
 
+def _towers(model: nn.Module) -> list[VisionTransformer]:
+    """OpenVLA's vision towers; SpatialVLA's are of another kind."""
+    return [module for module in model.modules() if isinstance(module, VisionTransformer)]
+
+
 def never_used_modules(model: nn.Module, *, lm_head_used: bool) -> list[str]:
     """Names of modules whose output never reaches a loss, so that their weights get no gradient.
 
@@ -136,10 +142,11 @@ def never_used_modules(model: nn.Module, *, lm_head_used: bool) -> list[str]:
     pool are dead weights. So is `lm_head`, unless actions are predicted as tokens (`lm_head_used`). That is OpenVLA;
     SpatialVLA uses every layer.
     """
-    if not hasattr(model, "vision_backbone"):
+    towers = _towers(model)
+    if not towers:
         return []
-    unused = set() if lm_head_used else {model.language_model.lm_head}
-    for tower in model.vision_backbone.towers:
+    unused: set[nn.Module] = set() if lm_head_used else {model.get_submodule("language_model.lm_head")}
+    for tower in towers:
         unused |= {tower.blocks[-1], tower.norm, getattr(tower, "attn_pool", tower.norm)}
     return [name for name, module in model.named_modules() if module in unused]
 

@@ -300,7 +300,7 @@ def _match(
             if shape != tuple(parameter.shape):
                 raise ValueError(f"{base_folder}: {stored} has shape {shape}, its config.json means {parameter.shape}")
         film = any(key.startswith(f"base_model.model.{_FILM}") for key in file.keys())  # noqa: SIM118 (not a dict)
-        if film:
+        if film and isinstance(model, OpenVLAForActionPrediction):
             find_component(checkpoint_dir, "vision_backbone")  # it holds the towers with their LoRA
             _LOG.info("FiLM run: the vision LoRA stays in the vision_backbone file")
             add_film(model)

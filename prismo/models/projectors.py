@@ -22,7 +22,7 @@ class _TwoLayerProjector(nn.Module):
         self.fc1 = nn.Linear(input_dim, llm_dim)
         self.fc2 = nn.Linear(llm_dim, llm_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype))))
 
 
@@ -38,7 +38,7 @@ class ProprioProjector(_TwoLayerProjector):
                 f"the proprio projector expects [batch, {self.fc1.in_features}], got {list(proprio.shape)}; "
                 "checkpoint and robot must agree on the proprioceptive state"
             )
-        return super().forward(proprio).unsqueeze(1)
+        return self._project(proprio).unsqueeze(1)
 
 
 class NoisyActionProjector(_TwoLayerProjector):
@@ -48,7 +48,7 @@ class NoisyActionProjector(_TwoLayerProjector):
         super().__init__(1, llm_dim)
 
     def forward(self, actions: Tensor) -> Tensor:
-        return super().forward(actions.flatten(1).unsqueeze(-1))
+        return self._project(actions.flatten(1).unsqueeze(-1))
 
 
 class TimeEmbedding(nn.Module):

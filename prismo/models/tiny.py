@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prismo.align.vggt import VGGTAggregator, VGGTConfig
 from prismo.data.normalize import DatasetStats, FieldStats, dump_statistics, statistics_to_json
 from prismo.embodiment import Embodiment, embodiment_for
-from prismo.models.component_files import save_component
+from prismo.models.component_files import Stem, save_component
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
@@ -120,7 +120,7 @@ def make_tiny_policy(
     folder = make_tiny_openvla(folder, seed, dataset=dataset, dtype=dtype, hidden_size=hidden_size, layers=layers)
     robot = embodiment_for(dataset)
     dump_statistics({dataset: tiny_statistics(robot)}, folder / "dataset_statistics.json")
-    components: dict[str, nn.Module] = {}
+    components: dict[Stem, nn.Module] = {}
     if head == "l1":
         components["action_head"] = L1RegressionActionHead(hidden_size, None, robot.action_dim, robot.chunk)
     elif head == "diffusion":

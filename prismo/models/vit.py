@@ -194,6 +194,8 @@ class VisionTransformer(nn.Module):
     final norm and the attention pool exist only as weights.
     """
 
+    register_tokens: nn.Parameter  # with registers, in the layout "dinov2"
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -231,10 +233,12 @@ class VisionTransformer(nn.Module):
             x = x + self.pos_embed
             prefix = [t for t in (self.cls_token, getattr(self, "reg_token", None)) if t is not None]
             return torch.cat([*(t.expand(batch, -1, -1) for t in prefix), x], dim=1)
+        # DINOv2 gives a position to CLS, and none to registers.
         positions = self._positions(rows, columns)
-        cls = (self.cls_token + positions[:, :1]).expand(batch, -1, -1)
-        registers = self.register_tokens.expand(batch, -1, -1)  # DINOv2 gives registers no position
-        return torch.cat([cls, registers, x + positions[:, 1:]], dim=1)
+        prefix = [] if self.cls_token is None else [self.cls_token + positions[:, :1]]
+        if self.config.registers:
+            prefix.append(self.register_tokens)
+        return torch.cat([*(t.expand(batch, -1, -1) for t in prefix), x + positions[:, -x.shape[1] :]], dim=1)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """DINOv2 positions [1, 1 + rows*columns, C], bicubically resampled when the grid is not the stored one."""

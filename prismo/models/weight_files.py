@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def combine_checksums(checksums: Mapping[str, int]) -> str:
     return hashlib.sha256("".join(f"{name} {checksums[name]}\n" for name in sorted(checksums)).encode()).hexdigest()
 
 
-def in_parallel(names: Iterable[str], work: Callable[[str], T], workers: int = 4) -> Iterator[tuple[str, T]]:
+def in_parallel(names: Iterable[str], work: Callable[[str], T], workers: int = 4) -> Generator[tuple[str, T]]:
     """`work(name)` for every name, in order, computed by threads that run at most `workers` names ahead.
 
     Each thread computes on one processor: tensor by tensor that is faster than splitting every small operation over

@@ -40,8 +40,10 @@ class PolicySpec:
 
     def load(self) -> Policy:
         """Read the weights (minutes for a 7B model on a slow disk)."""
-        load = load_spatialvla_policy if self.checkpoint.family == "svla" else load_openvla_policy
-        return load(self.checkpoint, self.settings, self.robot, device=self.device, dtype=self.dtype)
+        checkpoint, settings, robot = self.checkpoint, self.settings, self.robot
+        if isinstance(settings, SpatialVLASettings):
+            return load_spatialvla_policy(checkpoint, settings, robot, device=self.device, dtype=self.dtype)
+        return load_openvla_policy(checkpoint, settings, robot, device=self.device, dtype=self.dtype)
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -128,10 +128,10 @@ class OpenVLAPolicy:
     def _proprio(self, inputs: Sequence[PolicyInput]) -> Tensor | None:
         if not self._settings.proprio:
             return None
-        if any(item.state is None for item in inputs):
+        states = [item.state for item in inputs if item.state is not None]
+        if len(states) < len(inputs):
             raise ValueError("this policy takes the proprioceptive state; an observation has none")
-        states = np.stack([item.state for item in inputs])
-        scaled = normalize(states, self._stats.proprio, self._robot.normalization, rule="evaluation")
+        scaled = normalize(np.stack(states), self._stats.of_proprio(), self._robot.normalization, rule="evaluation")
         return torch.from_numpy(scaled).to(self._vla.device, self._vla.dtype)
 
     def _start_noise(self, slots: Sequence[int]) -> Tensor | None:
@@ -213,7 +213,7 @@ def merge_adapter(vla: nn.Module, checkpoint: Checkpoint) -> None:
     from prismo.models.lora import load_adapter, merged_weight  # noqa: PLC0415
 
     _check_base(checkpoint)
-    if checkpoint.film:
+    if checkpoint.film and isinstance(vla, OpenVLAForActionPrediction):
         add_film(vla, exclude_padding=True)  # the adapter's names contain the wrapper
     spec = load_adapter(vla, checkpoint.folder)
     for name, layer in list(vla.named_modules()):
@@ -263,7 +263,7 @@ def _load_modules(checkpoint: Checkpoint, settings: PolicySettings, width: int, 
             load_component(noisy, checkpoint.folder, "noisy_action_projector")
         load_state(head, state, path)
     if settings.proprio:
-        proprio = ProprioProjector(width, checkpoint.proprio_dim)
+        proprio = ProprioProjector(width, robot.proprio_dim)
         load_component(proprio, checkpoint.folder, "proprio_projector")
     return ActionModules(head, proprio, noisy)
 

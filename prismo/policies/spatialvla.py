@@ -115,7 +115,7 @@ class SpatialVLAPolicy:
         Raises:
             ValueError: an observation has not exactly one image.
         """
-        size = self._processor.config.vision_config.image_size
+        size = self._processor.config.image_pixels
         for item in inputs:
             if len(item.images) != 1:
                 raise ValueError(f"this policy takes 1 camera image, found {len(item.images)}")
@@ -142,9 +142,10 @@ def resolve_spatialvla_settings(
         ValueError: an unknown unnorm_key, flags of another model family, or flags that contradict the checkpoint.
     """
     _refuse_foreign(flags)
-    intrinsics = flags.intrinsics or "checkpoint"
-    if intrinsics not in get_args(Camera):
-        raise ValueError(did_you_mean("intrinsics", intrinsics, get_args(Camera)))
+    asked = flags.intrinsics or "checkpoint"
+    camera: Camera | None = next((known for known in get_args(Camera) if known == asked), None)
+    if camera is None:
+        raise ValueError(did_you_mean("intrinsics", asked, get_args(Camera)))
     key = _unnorm_key(flags, checkpoint, default_key)
     refuse(_contradictions(flags, checkpoint), flags, checkpoint)
     ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
@@ -155,7 +156,7 @@ def resolve_spatialvla_settings(
         center_crop=True if crop is None else crop,
         adaptive_ensemble=ensemble,
         ensemble_alpha=flags.ensemble_alpha,
-        intrinsics=intrinsics,
+        intrinsics=camera,
     )
 
 

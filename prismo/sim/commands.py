@@ -43,20 +43,19 @@ class Commands:
 
     def step_chunk(self, actions: np.ndarray, render: Render) -> StepResult:
         env = self._running()
-        frames: list[np.ndarray | None] = []
+        frames: list[np.ndarray] = []
         success, steps = False, 0
         for steps, action in enumerate(actions, start=1):
             observed = steps == len(actions) and render != "none"
             draw = CAMERAS if observed else (AGENT_CAMERA,) if render == "all" else ()
             success = env.step(action, draw=draw)
-            if render == "all":
-                frames.append(env.image(AGENT_CAMERA))
+            if render == "all" and (frame := env.image(AGENT_CAMERA)) is not None:
+                frames.append(frame)
             if success:
                 break
         if success and render != "none" and steps < len(actions):
             env.draw_now()  # nobody could know that this step would be the last
-        filmed = render == "all" and self._backend is not None
-        return StepResult(env.observe(), success, steps, np.stack(frames) if filmed else None)
+        return StepResult(env.observe(), success, steps, np.stack(frames) if frames else None)
 
     def object_poses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return self._running().object_poses()
@@ -112,7 +111,7 @@ class Commands:
 
     @staticmethod
     def _init_state(suite: str, task_id: int, init_state: int | np.ndarray) -> np.ndarray:
-        if np.ndim(init_state):
+        if isinstance(init_state, np.ndarray):
             return init_state
         states = load_init_states(suite, task_id)
         if not 0 <= init_state < len(states):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,13 +91,13 @@ class Recorder:
         self._env = env
         self._init_state = init_state
         self._seed = seed
-        self._rows: list[dict[str, np.ndarray | None]] = []
+        self._rows: list[dict[str, Any]] = []  # by array name; None for a picture that was not drawn
 
     def add(self, action: np.ndarray) -> None:
         """Note the action about to be executed and what is there before it."""
         env = self._env
         axis_angle = quat_to_axis_angle(env.eef_quat)
-        row = {
+        row: dict[str, Any] = {
             "actions": np.array(action, dtype=np.float64),
             "states": env.sim_state() if self._rows else np.array(self._init_state),
             "robot_states": np.concatenate([env.gripper_qpos, env.eef_pos, env.eef_quat]),
@@ -119,7 +119,7 @@ class Recorder:
         if not self._rows:
             raise SimulatorError("an episode without actions is no demonstration")
         columns = {name: [row[name] for row in self._rows] for name in _ARRAYS}
-        arrays = {name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()}
+        arrays: dict[str, Any] = {name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()}
         return Demo(**arrays, seed=self._seed)
 
 
@@ -227,7 +227,7 @@ def read_demo(path: Path, index: int, *, images: bool = True) -> Demo:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path) -> Generator[h5py.File]:
     """A file for reading; what h5py throws at damaged ones (of any kind) becomes a DemoError."""
     try:
         with need("h5py", "data").File(path, "r") as file:

@@ -182,7 +182,7 @@ class Expert:
         return np.append(self._previous, phase.gripper)
 
     def _finished(self, phase: Phase) -> bool:
-        reached = np.linalg.norm(phase.target - self._env.eef_pos) < phase.tolerance
+        reached = float(np.linalg.norm(phase.target - self._env.eef_pos)) < phase.tolerance
         return self._phase_steps >= phase.steps and (reached or self._phase_steps >= _PHASE_LIMIT)
 
     def _plan(self) -> Iterator[Phase]:

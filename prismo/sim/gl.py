@@ -190,12 +190,12 @@ def _draw() -> str:
     import mujoco  # noqa: PLC0415 (in the probe's process only)
     import numpy as np  # noqa: PLC0415
 
-    model = mujoco.MjModel.from_xml_string(
+    model = mujoco.MjModel.from_xml_string(  # ty: ignore[missing-attribute] (compiled)
         '<mujoco><worldbody><light pos="0 0 3"/><camera name="c" pos="0 0 2"/>'
         '<geom type="box" size=".5 .5 .1"/></worldbody></mujoco>'
     )
-    data = mujoco.MjData(model)
-    mujoco.mj_forward(model, data)
+    data = mujoco.MjData(model)  # ty: ignore[missing-attribute] (compiled)
+    mujoco.mj_forward(model, data)  # ty: ignore[missing-attribute] (compiled)
     with mujoco.Renderer(model, 64, 64) as renderer:
         from OpenGL import GL  # noqa: PLC0415 (the platform is fixed by now)
 

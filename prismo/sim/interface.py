@@ -54,6 +54,17 @@ class Observation:
     state: np.ndarray
     instruction: str
 
+    def pictures(self, count: int = 1) -> tuple[np.ndarray, ...]:
+        """The first `count` of (agentview, wrist).
+
+        Raises:
+            ValueError: there are fewer, or one of them was not drawn.
+        """
+        drawn = tuple(picture for picture in (self.full_image, self.wrist_image)[:count] if picture is not None)
+        if len(drawn) < count:
+            raise ValueError(f"expected {count} camera images, found {len(drawn)} that the simulator has drawn")
+        return drawn
+
 
 @dataclass(frozen=True)
 class StepResult:

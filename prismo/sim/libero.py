@@ -58,7 +58,7 @@ class LiberoEnv:
         # LIBERO ignores the assets folder of its own configuration; it would download to the home folder instead.
         libero.libero._assets_path_cache = str(assets.folder)
         try:
-            self.raw = self._build(image_size)
+            self.raw: Any = self._build(image_size)
         except SimulatorError:
             raise
         except Exception as error:
@@ -105,7 +105,7 @@ class LiberoEnv:
                 continue
         raise SimulatorError(f"no free place for the objects of {self.task.name} in {_RESET_ATTEMPTS} attempts")
 
-    def _with_gated_cameras(self, problem: type, image_size: int) -> type:
+    def _with_gated_cameras(self, problem: Any, image_size: int) -> type:
         """`problem` with cameras that draw only when `self._wanted` names them.
 
         robosuite samples observations inside a control step, a little before its end. Gating the sensor, rather than

@@ -64,4 +64,4 @@ def probe_settling(worker: SimWorker, init_states: tuple[int, ...] = (0, 24, 49)
 def probe_floor(worker: SimWorker) -> FloorProbe:
     """Draw LIBERO-Object task 0. Comparable only with LIBERO's own assets."""
     observation = worker.reset("libero_object", 0, 0)
-    return FloorProbe(float(observation.full_image.mean()), observation)
+    return FloorProbe(float(observation.pictures()[0].mean()), observation)

@@ -22,7 +22,7 @@ from prismo.sim.assets import Assets, cache_folder
 from prismo.sim.commands import Commands
 from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimulatorError
-from prismo.sim.suites import package_folder
+from prismo.sim.suites import module_of_file, package_folder
 from prismo.util.files import atomic_write
 from prismo.util.processes import end_with
 
@@ -59,13 +59,15 @@ def prepare_process(assets: Assets, backend: GLBackend | None) -> None:
 
 def _set_robosuite_macros() -> None:
     """robosuite's settings are module constants that its import already uses, so they are loaded and set beforehand."""
-    folder = Path(importlib.util.find_spec("robosuite").origin).parent
-    spec = importlib.util.spec_from_file_location("robosuite.macros", folder / "macros.py")
-    macros = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(macros)
-    macros.FILE_LOGGING_LEVEL = None  # /tmp/robosuite.log, which the first user of a machine owns
-    macros.CONSOLE_LOGGING_LEVEL = "ERROR"
-    macros.MUJOCO_GPU_RENDERING = False  # would replace the backend that was chosen by EGL
+    found = importlib.util.find_spec("robosuite")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("robosuite is not installed: `make setup` installs it")
+    macros = module_of_file("robosuite.macros", Path(found.origin).parent / "macros.py")
+    vars(macros).update(
+        FILE_LOGGING_LEVEL=None,  # /tmp/robosuite.log, which the first user of a machine owns
+        CONSOLE_LOGGING_LEVEL="ERROR",
+        MUJOCO_GPU_RENDERING=False,  # would replace the backend that was chosen by EGL
+    )
     sys.modules["robosuite.macros"] = macros
     sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")  # it warns without one
 

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -86,6 +87,16 @@ def package_folder() -> Path:
     )
 
 
+def module_of_file(name: str, path: Path) -> ModuleType:
+    """A module from its file, without importing the package that it lies in."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @functools.cache
 def load_tasks(suite: str) -> tuple[Task, ...]:
     """The tasks of a suite in benchmark order.
@@ -96,9 +107,8 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
     if suite not in SUITES:
         raise ValueError(did_you_mean("task_suite_name (LIBERO suite)", suite, SUITES))
     root = package_folder()
-    spec = importlib.util.spec_from_file_location("_libero_tasks", root / "benchmark" / "libero_suite_task_map.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # a bare table; its package's __init__, which asks questions, is not run
+    # A bare table; its package's __init__, which asks questions, is not run.
+    module = module_of_file("_libero_tasks", root / "benchmark" / "libero_suite_task_map.py")
     return tuple(
         Task(
             suite=suite,

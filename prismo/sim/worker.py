@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +40,24 @@ log = logging.getLogger(__name__)
 PACKAGES = ("mujoco", "robosuite", "bddl", "hf-libero")
 _LOG_TAIL_LINES = 15
 _GRACE_S = 3.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The process while it lives, our end of its pipe, and what it has printed."""
+
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+    output: IO[bytes]
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    """How a process that no longer answers has ended."""
+    try:
+        code = process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        return "it closed its pipe"
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 class SimWorker:
@@ -65,16 +85,12 @@ class SimWorker:
         reset_timeout: float = 300.0,
         step_timeout: float = 60.0,
     ) -> None:
-        self._arguments = {
-            "assets": assets or resolve_assets(),
-            "backend": choose_backend(cuda_device) if cameras else None,
-            "image_size": image_size,
-        }
+        self._assets = assets or resolve_assets()
+        self._backend = choose_backend(cuda_device) if cameras else None
+        self._image_size = image_size
         self._reset_timeout = reset_timeout
         self._step_timeout = step_timeout
-        self._process: subprocess.Popen | None = None
-        self._pipe: multiprocessing.connection.Connection | None = None
-        self._log: IO[bytes] | None = None
+        self._running: _Running | None = None
 
     def __enter__(self) -> SimWorker:
         return self
@@ -84,12 +100,12 @@ class SimWorker:
 
     @property
     def assets(self) -> Assets:
-        return self._arguments["assets"]
+        return self._assets
 
     @property
     def backend(self) -> GLBackend | None:
         """How pictures are drawn; None without cameras."""
-        return self._arguments["backend"]
+        return self._backend
 
     @property
     def info(self) -> SimInfo:
@@ -104,7 +120,7 @@ class SimWorker:
     @property
     def pid(self) -> int | None:
         """Process id, None while none runs."""
-        return self._process.pid if self._process else None
+        return self._running.process.pid if self._running else None
 
     def reset(
         self,
@@ -170,38 +186,41 @@ class SimWorker:
 
     def start(self) -> None:
         """Start the process unless it runs."""
-        if self._process is not None:
+        if self._running is not None:
             return
-        self._pipe, child = multiprocessing.Pipe()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        pipe, child = multiprocessing.Pipe()
+        output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         # Not multiprocessing's spawn: that would run the caller's main script (torch, perhaps TensorFlow) in the child.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([_import_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONSAFEPATH": "1",  # a folder called `libero` where the user stands must not hide the package
         }
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "prismo.sim.server", str(child.fileno()), str(os.getpid()), _starter()],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
+            stdout=output,
+            stderr=output,
             pass_fds=[child.fileno()],
             start_new_session=True,  # Ctrl-C is for the parent, which then closes the worker
         )
         child.close()
-        self._call("start", self._reset_timeout, **self._arguments)
+        self._running = _Running(process, pipe, output)
+        arguments = {"assets": self._assets, "backend": self._backend, "image_size": self._image_size}
+        self._call("start", self._reset_timeout, **arguments)
 
     def _call(self, command: str, timeout: float, **arguments: Any) -> Any:
-        if self._process is None:
+        running = self._running
+        if running is None:
             raise SimulatorError("no episode is running: call reset first")
         try:
-            self._pipe.send((command, arguments))
-            if not self._pipe.poll(timeout):
+            running.pipe.send((command, arguments))
+            if not running.pipe.poll(timeout):
                 tail = self._kill()
                 raise SimulatorTimeout(f"the simulator did not answer {command!r} within {timeout:.0f} s{tail}")
-            status, result = self._pipe.recv()
+            status, result = running.pipe.recv()
         except (EOFError, OSError) as error:
-            code = self._wait()
+            code = _end_of(running.process)
             raise SimulatorCrashed(f"the simulator died during {command!r} ({code}){self._kill()}") from error
         except KeyboardInterrupt:
             self._kill()  # its answer would be taken for that of the next call
@@ -210,41 +229,35 @@ class SimWorker:
             raise SimulatorError(result)
         return result
 
-    def _wait(self) -> str:
-        try:
-            code = self._process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            return "it closed its pipe"
-        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-
     def _kill(self) -> str:
         """Make sure that the process is gone; return the end of its output for an error message."""
-        process, self._process = self._process, None
-        if process is None:
+        running, self._running = self._running, None
+        if running is None:
             return ""
-        process.kill()
-        process.wait()
-        self._pipe.close()
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_TAIL_LINES:]
-        self._log.close()
+        running.process.kill()
+        running.process.wait()
+        running.pipe.close()
+        running.output.seek(0)
+        lines = running.output.read().decode(errors="replace").strip().splitlines()[-_LOG_TAIL_LINES:]
+        running.output.close()
         return "; its last output:\n" + "\n".join(lines) if lines else ""
 
     def interrupt(self) -> None:
         """From another thread: kill the process; the call that waits for it raises SimulatorCrashed."""
-        process = self._process
-        if process is not None:
-            process.kill()
+        running = self._running
+        if running is not None:
+            running.process.kill()
 
     def close(self) -> None:
         """End the process; a later `reset` starts a new one."""
-        if self._process is None:
+        running = self._running
+        if running is None:
             return
-        self._pipe.close()  # the child leaves at the end of its input
+        running.pipe.close()  # the child leaves at the end of its input
         try:
-            self._process.wait(_GRACE_S)
+            running.process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
-            log.debug("simulator %d did not leave by itself", self._process.pid)
+            log.debug("simulator %d did not leave by itself", running.process.pid)
         self._kill()
 
 

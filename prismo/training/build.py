@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prismo.align import SpatialForcing
 from prismo.data.images import center_crop, prepare_images
@@ -95,21 +96,21 @@ def policy_inputs(
     def move(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(device, non_blocking=True)
 
-    pictures = prepare_images(move(images), size, seeds)
+    pictures = prepare_images(images.to(device, non_blocking=True), size, seeds)
     if crop:
         pictures = center_crop(pictures)
     return TrainingInputs(
         images=pictures.float() / 255,
         pixel_values=processor.normalize(pictures, dtype),
         text=text.to(device),
-        actions=move(actions),
+        actions=actions.to(device, non_blocking=True),
         action_mask=move(action_mask),
         proprio=move(proprio),
         view_mask=move(view_mask),
     )
 
 
-def recompute_activations(vla: OpenVLAForActionPrediction) -> None:
+def recompute_activations(vla: PreTrainedModel) -> None:
     """Keep only the inputs of each block for the backward pass and compute the rest again."""
     # transformers renamed the method; non-reentrant, because the re-entrant kind detaches the hidden states to align.
     enable = getattr(vla, "activation_checkpointing_enable", None) or vla.gradient_checkpointing_enable

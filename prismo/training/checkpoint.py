@@ -229,7 +229,8 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
 def _other_alignment(before: Mapping[str, Any] | None, now: AlignRecipe | None) -> list[str]:
     """Flags of the alignment that differ; none at all is coefficient 0."""
     if before is None or now is None:
-        old, new = (recipe.get("align_loss_coeff") if recipe else 0 for recipe in (before, now and vars(now)))
+        old = before.get("align_loss_coeff") if before else 0
+        new = now.align_loss_coeff if now else 0
         return [] if old == new else [f"--align_loss_coeff {old} -> {new}"]
     return [f"--{name} {before.get(name)} -> {new}" for name, new in vars(now).items() if before.get(name) != new]
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prismo.align import SpatialForcing, vision_tokens
-from prismo.models.heads import DiffusionActionHead
 from prismo.models.openvla import IGNORE_INDEX, ActionTokenizer, OpenVLAForActionPrediction, OpenVLAOutput, TextBatch
 from prismo.models.openvla.prediction import ActionModules, join_tokens, proprio_token
 
@@ -87,17 +86,20 @@ class OpenVLAObjective(nn.Module):
     def forward(self, batch: TrainingInputs, *, with_map: bool = False) -> Losses:
         """Loss of a micro-batch; see `Losses`. `with_map` adds the alignment's cosine map."""
         mask = self.vla.action_tokenizer.mask(batch.text.labels)
-        proprio = proprio_token(self.modules_of_policy, batch.proprio)
-        noisy = None
-        if isinstance(self.action_head, DiffusionActionHead):
-            noisy = self.action_head.noisy_actions(batch.actions)
+        modules = self.modules_of_policy
+        proprio = proprio_token(modules, batch.proprio)
+        noisy = slots = None
+        if modules.diffusion is not None:
+            head, noisy_action_projector = modules.diffusion
+            noisy = head.noisy_actions(batch.actions)
+            slots = noisy_action_projector(noisy.actions)
         layers = () if self.alignment is None else (self.alignment.recipe.vla_layers_align,)
         out = self.vla(
             batch.text.input_ids,
             batch.text.attention_mask,
             batch.pixel_values,
             action_mask=mask,
-            action_embeddings=None if noisy is None else self.noisy_action_projector(noisy.actions),
+            action_embeddings=slots,
             extra_tokens=join_tokens(
                 proprio, None if noisy is None else noisy.time_embedding, dtype=batch.pixel_values.dtype
             ),
@@ -115,24 +117,18 @@ class OpenVLAObjective(nn.Module):
         metrics["loss"] = action.detach()
         total, align_map = action, None
         if self.alignment is not None:
-            align, align_metrics = self._align(out, batch, with_map)
+            align, align_metrics = _align(self.alignment, out, batch, with_map)
             align_map = align_metrics.pop("align_cosine_map", None)
             total = action + align  # already times align_loss_coeff
             metrics |= align_metrics
         return Losses(total, metrics, actions, align_map)
-
-    def _align(self, out: OpenVLAOutput, batch: TrainingInputs, with_map: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        recipe = self.alignment.recipe
-        hidden = out.hidden_states[recipe.vla_layers_align]
-        tokens = vision_tokens(hidden, count=out.vision_tokens, shift=recipe.gain_feat_1move)
-        return self.alignment(batch.images, tokens, view_mask=batch.view_mask, return_map=with_map)
 
     def _token_loss(self, out: OpenVLAOutput, batch: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy over action tokens and stop token; the LM head sees these positions only."""
         targets = batch.text.labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         if batch.action_mask is not None:
-            supervised = supervised & self._real_tokens(targets, batch)
+            supervised = supervised & self._real_tokens(targets, batch.action_mask, batch.actions.shape[-1])
         logits = self.vla.logits(out.last_hidden_state[:, out.inserted_tokens : -1][supervised])
         wanted = targets[supervised]
         loss = F.cross_entropy(logits, wanted)
@@ -149,11 +145,20 @@ class OpenVLAObjective(nn.Module):
             metrics[f"{name}_l1_loss"] = _mean_where(error, where).detach()
         return loss, metrics
 
-    def _real_tokens(self, targets: Tensor, batch: TrainingInputs) -> Tensor:
+    def _real_tokens(self, targets: Tensor, action_mask: Tensor, action_dim: int) -> Tensor:
         """False at tokens of padded actions [B, L-1]; the stop token stays."""
         real = torch.ones_like(targets, dtype=torch.bool)
-        per_token = batch.action_mask.repeat_interleave(batch.actions.shape[-1], dim=1)
+        per_token = action_mask.repeat_interleave(action_dim, dim=1)
         return real.masked_scatter(self.vla.action_tokenizer.mask(targets), per_token)
+
+
+def _align(
+    alignment: SpatialForcing, out: OpenVLAOutput, batch: TrainingInputs, with_map: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    recipe = alignment.recipe
+    hidden = out.hidden_states[recipe.vla_layers_align]
+    tokens = vision_tokens(hidden, count=out.vision_tokens, shift=recipe.gain_feat_1move)
+    return alignment(batch.images, tokens, view_mask=batch.view_mask, return_map=with_map)
 
 
 def _center(centers: Tensor, ids: Tensor, tokenizer: ActionTokenizer) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.distributed import World
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
 from prismo.training.preview import trained_parameters
-from prismo.training.task import ModelFamily, Outline, TrainingTask
+from prismo.training.task import C, ModelFamily, Outline, TrainingTask
 
 _TEXT_TOKENS = 95  # prompt, actions and stop token of a LIBERO sample
 _PROCESSOR_FILES = (
@@ -74,7 +75,7 @@ def _has_content(view: Tensor) -> bool:
     return bool(view[:, ::16, ::16].any()) or bool(view.any())  # almost always the first, which is quick
 
 
-def settle(config: FinetuneConfig, base: Path, processes: int) -> FinetuneConfig:
+def settle(config: C, base: Path, processes: int) -> C:
     """Refuse SpatialVLA's flags.
 
     Raises:
@@ -99,7 +100,7 @@ def load_collate(config: FinetuneConfig, base: Path) -> CollateText:
 
 def load_base(base: Path, world: World, precision: torch.dtype) -> OpenVLAForActionPrediction:
     """The frozen model on this process's device, straight from the files."""
-    placement = {} if world.device.type == "cpu" else {"device_map": {"": world.device}}
+    placement: dict[str, Any] = {} if world.device.type == "cpu" else {"device_map": {"": world.device}}
     return OpenVLAForActionPrediction.from_pretrained(base, dtype=precision, attention="bidirectional", **placement)
 
 

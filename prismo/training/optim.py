@@ -83,7 +83,7 @@ class GuardedAdamW:
         self.adamw = torch.optim.AdamW(self._parts, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
         self.stopped = torch.zeros((), device=self._parts[0].device)
         # The fused kernels skip an update where this is 1 (it is how gradient scalers call them).
-        self.adamw.found_inf = self.stopped
+        self.adamw.found_inf = self.stopped  # ty: ignore[missing-attribute] (read by its step, not in its stubs)
 
     def step(self, rate: float) -> Tensor:
         """Clip, update and clear the gradients; returns their norm before clipping, a scalar on the device."""

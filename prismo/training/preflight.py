@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 from prismo.align import outline_teacher
 from prismo.align.recipe import layer_index
@@ -22,12 +22,11 @@ from prismo.training.checkpoint import base_of, check_same_run, check_state, rea
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.families import family_of, settings_folder
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
+from prismo.training.task import C
 from prismo.util.extras import install_hint
 from prismo.util.hub import is_hub_id
 
 _LOG = logging.getLogger(__name__)
-
-C = TypeVar("C", bound=FinetuneConfig)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from prismo.training.spatialvla_objective import (
     policy_inputs,
     shard_objective,
 )
-from prismo.training.task import ModelFamily, Outline, TrainingTask
+from prismo.training.task import C, ModelFamily, Outline, TrainingTask
 from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ _PROMPT_TOKENS = 20  # of a LIBERO instruction
 _USUAL_FULL_RATE = 2e-5
 
 
-def settle(config: FinetuneConfig, base: Path, processes: int) -> FinetuneConfig:
+def settle(config: C, base: Path, processes: int) -> C:
     """The flags as SpatialVLA means them: action tokens, alpha = rank, no shift of the image tokens.
 
     Raises:
@@ -92,7 +92,7 @@ def settle(config: FinetuneConfig, base: Path, processes: int) -> FinetuneConfig
             _USUAL_FULL_RATE,
         )
     _processor(config, base)  # every file that it needs is there and whole
-    changes: dict[str, object] = {"use_l1_regression": False}
+    changes: dict[str, Any] = {"use_l1_regression": False}
     if config.use_lora and config.lora_alpha is None:
         changes["lora_alpha"] = config.lora_rank
     if isinstance(config, FinetuneAlignConfig):
@@ -157,7 +157,7 @@ class SpatialVLATask:
         self.objective, self.config, self.processor, self.statistics = objective, config, processor, statistics
         self.base, self.device = base, world.device
         self.cameras = {name: processor.camera(unnorm_key(name)) for name in statistics}
-        self.stored_dtype = read_config(base).dtype or torch.bfloat16
+        self.stored_dtype = read_config(base).stored_dtype
         tensors = stored_tensors(base)
         self.base_fingerprint = fingerprint(tensors)
         self.base_full_fingerprint = full_fingerprint(tensors) if world.is_main else None  # that process writes it
@@ -169,7 +169,7 @@ class SpatialVLATask:
             _text(batch),
             batch.actions,
             cameras=[self.cameras[name] for name in batch.dataset_names],
-            size=self.processor.config.vision_config.image_size,
+            size=self.processor.config.image_pixels,
             device=self.device,
             seeds=batch.seeds if augmented else None,
             crop=self.config.image_aug and not train,
@@ -327,7 +327,7 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
         _text(batch),
         batch.actions,
         cameras=[processor.camera()] * len(batch),
-        size=processor.config.vision_config.image_size,
+        size=processor.config.image_pixels,
         device=torch.device("cpu"),
         seeds=batch.seeds if config.image_aug else None,
     )
@@ -337,7 +337,7 @@ def pictures(config: FinetuneConfig, base: Path, batch: Batch) -> Tensor:
 SPATIALVLA = ModelFamily(
     settle=settle,
     chunk=lambda base: SpatialVLAProcessor.from_pretrained(base).chunk,
-    image_size=lambda base: read_config(base).vision_config.image_size,
+    image_size=lambda base: read_config(base).image_pixels,
     hidden_states=lambda base: read_config(base).text_config.num_hidden_layers + 1,
     load_collate=lambda config, base: CollateText(_processor(config, base)),
     build_task=build_task,

@@ -22,7 +22,6 @@ from prismo.models.spatialvla import (
     ActionTokenizer,
     CameraIntrinsics,
     SpatialVLAForConditionalGeneration,
-    SpatialVLAOutput,
     SpatialVLATextBatch,
 )
 from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION
@@ -61,6 +60,8 @@ class SpatialVLAObjective(nn.Module):
         alignment: None trains without a teacher.
     """
 
+    _table: Tensor
+
     def __init__(
         self,
         vla: SpatialVLAForConditionalGeneration,
@@ -85,26 +86,27 @@ class SpatialVLAObjective(nn.Module):
             batch.text.labels,
             hidden_layers=layers,
         )
-        metrics = {"loss": out.loss.detach()}
+        loss, logits, targets = out.supervised()
+        metrics = {"loss": loss.detach()}
         actions = None
         if self.training:  # in validation the actions come from real decoding, not from the tokens before
-            actions, accuracy = self._chosen(out, batch)
+            actions, accuracy = self._chosen(logits, targets, batch)
             metrics |= accuracy
-        total, align_map = out.loss, None
+        total, align_map = loss, None
         if self.alignment is not None:
             # Image tokens come first here, without a token in front: none of the original's shift by one.
-            hidden = out.image_hidden_states[self.alignment.recipe.vla_layers_align]
+            hidden = out.image_states(self.alignment.recipe.vla_layers_align)
             align, align_metrics = self.alignment(batch.images, hidden, view_mask=batch.view_mask, return_map=with_map)
             align_map = align_metrics.pop("align_cosine_map", None)
-            total = out.loss + align  # already times align_loss_coeff
+            total = loss + align  # already times align_loss_coeff
             metrics |= align_metrics
         return Losses(total, metrics, actions, align_map)
 
     @torch.no_grad()
-    def _chosen(self, out: SpatialVLAOutput, batch: SpatialVLAInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def _chosen(self, logits: Tensor, targets: Tensor, batch: SpatialVLAInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Teacher-forced actions [B, K, 7], the target's where there is no loss, and how many tokens are right."""
         first = self.vla.config.action_token_begin_idx
-        logits, targets = out.logits, out.targets - first
+        targets = targets - first
         offsets, metrics = targets, {}
         for name, slot in zip(_SLOTS, self._grid.slots, strict=True):
             here = (targets >= slot.start) & (targets < slot.stop)
@@ -171,7 +173,8 @@ def build_objective(
 def shard_objective(objective: SpatialVLAObjective, world: World, precision: torch.dtype) -> None:
     """Spread a fully trained objective over all processes (FSDP2), block by block."""
     vla = objective.vla
-    blocks = [*vla.language_model.model.layers, *vla.vision_tower["vision_model"].encoder.layers]
+    siglip = vla.vision_tower["vision_model"].get_submodule("encoder.layers")
+    blocks = [*vla.language_model.model.layers, *siglip.children()]
     shard(objective, [*blocks, vla.language_model.lm_head], world, precision)
 
 
@@ -197,17 +200,13 @@ def policy_inputs(
         seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
         crop: center crop, as at evaluation.
     """
-
-    def move(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(device, non_blocking=True)
-
-    pictures = prepare_images(move(images), size, seeds)
+    pictures = prepare_images(images.to(device, non_blocking=True), size, seeds)
     if crop:
         pictures = center_crop(pictures)
     return SpatialVLAInputs(
         images=pictures.float() / 255,
-        intrinsics=move(torch.stack([camera.matrix(size) for camera in cameras])),
+        intrinsics=torch.stack([camera.matrix(size) for camera in cameras]).to(device, non_blocking=True),
         text=text.to(device),
-        actions=move(actions),
-        view_mask=move(view_mask),
+        actions=actions.to(device, non_blocking=True),
+        view_mask=None if view_mask is None else view_mask.to(device, non_blocking=True),
     )

@@ -10,16 +10,19 @@ import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from prismo.training.distributed import World, wrap
 from prismo.training.objective import Losses
 from prismo.training.optim import GuardedAdamW
 from prismo.training.sharding import is_sharded
+
+Objective = TypeVar("Objective", bound=nn.Module)
 
 
 class AsyncFlag:
@@ -60,7 +63,7 @@ class StepResult:
     refused: AsyncFlag
 
 
-class TrainStep:
+class TrainStep(Generic[Objective]):
     """Objective, optimizer and data parallelism as one callable.
 
     Args:
@@ -75,7 +78,7 @@ class TrainStep:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         world: World,
         *,
         precision: torch.dtype = torch.float32,
@@ -130,7 +133,7 @@ class TrainStep:
 
     def _reduce_gradients(self, now: bool) -> AbstractContextManager[Any]:
         """Reduce in the last micro-batch only. The context has to span forward and backward (DDP arms in forward)."""
-        if self.sharded:
+        if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(now)
             return nullcontext()
         if now or not isinstance(self.module, DistributedDataParallel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from prismo.embodiment import Embodiment
 from prismo.models.component_files import Step
 from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World
+
+C = TypeVar("C", bound=FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Outline:
     tokens: int
 
 
+class Settle(Protocol):
+    """Flags in, flags of the same kind out."""
+
+    def __call__(self, config: C, base: Path, processes: int, /) -> C: ...
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """What the trainer must know of a family before a model is loaded.
@@ -87,7 +95,7 @@ class ModelFamily:
         usual_batch: samples per update of the published runs.
     """
 
-    settle: Callable[[FinetuneConfig, Path, int], FinetuneConfig]
+    settle: Settle
     chunk: Callable[[Path], int | None]
     image_size: Callable[[Path], int]
     hidden_states: Callable[[Path], int]

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _OLD = ".old."
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
 
     On an exception the temporary file is removed and `path` keeps its former content.
@@ -41,7 +41,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, keep_existing: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, keep_existing: bool = False) -> Generator[Path]:
     """Yield a temporary folder beside `path`; on success flush it and put it in the place of `path`.
 
     An old folder is exchanged with the new one in one step and then deleted. File systems that cannot do this (NFS)

@@ -252,7 +252,7 @@ def help_text(kind: Any, about: str | None = None) -> str:
 
 
 def _default(field: Field[Any]) -> Any:
-    return field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _shown(hint: Any) -> str:

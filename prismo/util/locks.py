@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -41,7 +41,7 @@ def take_lock(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Generator[None]:
     """Hold a lock on the file `path`, waiting for it. Where the file system has no locks, go on: writing is atomic."""
     with path.open("w") as file:
         try:

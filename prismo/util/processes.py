@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Generator[None]:
     """Context of a command in which SIGTERM is SystemExit(143): children are ended, temporary folders removed.
 
     By default the process would be gone at once and leave these. A second SIGTERM means nothing: launchers pass on one

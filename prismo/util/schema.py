@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from pydantic_core import ErrorDetails
 
 from prismo.util.text import did_you_mean
@@ -31,8 +31,7 @@ _SHOWN = 60  # characters of a wrong value in an error
 
 def own_keys(kind: type[T]) -> type[T]:
     """Class decorator: a file of this kind with a key that is no field is refused, with the nearest one."""
-    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-    return kind
+    return with_config(ConfigDict(extra="forbid"))(kind)
 
 
 def read_json(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> T:

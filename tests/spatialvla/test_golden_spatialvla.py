@@ -1,4 +1,4 @@
-"""Equality with the original implementation (fp32) on weights drawn from names, see tests/golden.py."""
+"""Equality with the original implementation (fp32) on weights drawn from names, see tests/golden/."""
 
 from __future__ import annotations
 

@@ -105,8 +105,9 @@ class OpenVLAConfig(PreTrainedConfig):
         self.use_fused_vision_backbone = use_fused_vision_backbone
         self.image_resize_strategy = image_resize_strategy
         if not isinstance(text_config, LlamaConfig):
-            stored = {k: v for k, v in (text_config or {}).items() if k != "model_type"}
-            text_config = LlamaConfig(**{"vocab_size": 32064, "pad_token_id": pad_token_id} | stored)
+            settings: dict[str, Any] = {"vocab_size": 32064, "pad_token_id": pad_token_id}
+            settings |= {k: v for k, v in (text_config or {}).items() if k != "model_type"}
+            text_config = LlamaConfig(**settings)
         self.text_config = text_config
         self.llm_max_length = llm_max_length
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -121,7 +122,8 @@ class OpenVLAConfig(PreTrainedConfig):
         self.hf_llm_id = LLM_BACKBONES[llm_backbone_id]
         for derived in ("timm_model_ids", "timm_override_act_layers", "image_sizes", "hf_llm_id"):
             kwargs.pop(derived, None)  # stored by the original, but only ever a function of the ids
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        kwargs["pad_token_id"] = pad_token_id
+        super().__init__(**kwargs)
         self.pad_token_id = pad_token_id
 
     @property

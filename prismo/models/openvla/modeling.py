@@ -14,20 +14,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from prismo.models.folder import check_folder
 from prismo.models.openvla.action_tokenizer import ActionTokenizer
 from prismo.models.openvla.attention import attention_mask_for
-from prismo.models.openvla.configuration import OpenVLAConfig
+from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.openvla.loading import check_loaded, read_config
 from prismo.models.openvla.self_test import run_self_test
 from prismo.models.vit import VisionTransformer, ViTConfig
+
+if TYPE_CHECKING:
+    from prismo.models.film import FiLMVisionBackbone
 
 
 class PrismaticVisionBackbone(nn.Module):
@@ -52,6 +56,10 @@ class PrismaticVisionBackbone(nn.Module):
     def towers(self) -> list[VisionTransformer]:
         """The towers in the order of their channels."""
         return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
+
+    def language_mean(self, embeddings: Tensor, action_mask: Tensor | None, real: Tensor | None) -> Tensor | None:
+        """The condition of FiLM's blocks: these are none."""
+        return None
 
     def forward(self, pixel_values: Tensor, condition: Tensor | None = None) -> Tensor:
         """Features of the second-to-last block, without final norm and prefix tokens.
@@ -148,7 +156,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
         towers = config.towers
-        self.vision_backbone = PrismaticVisionBackbone(towers)
+        self.vision_backbone: PrismaticVisionBackbone | FiLMVisionBackbone = PrismaticVisionBackbone(towers)
         self.projector = PrismaticProjector(
             self.vision_backbone.width, config.text_config.hidden_size, fused=len(towers) == 2
         )
@@ -179,7 +187,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             read_config(Path(pretrained_model_name_or_path))
         kwargs.pop("trust_remote_code", None)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else a bare RuntimeError
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, report = loaded  # what it returns depends on output_loading_info
         check_loaded(pretrained_model_name_or_path, report)
         if self_test and all(p.device.type != "meta" for p in model.parameters()):
             run_self_test(model)
@@ -189,7 +198,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return self.language_model.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.model.embed_tokens = value
+        self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
@@ -207,11 +216,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """Decoder layers of the language model (32)."""
         return len(self.language_model.model.layers)
 
-    def set_attention(self, kind: str) -> None:
+    def set_attention(self, kind: AttentionKind) -> None:
         """Choose "bidirectional" or "causal" attention for every decoder layer."""
         self.config.attention = kind
-        for layer in self.language_model.model.layers:
-            layer.self_attn.is_causal = kind == "causal"  # what sdpa and flash read when they get no mask
+        for module in self.language_model.modules():
+            if isinstance(module, LlamaAttention):
+                module.is_causal = kind == "causal"  # what sdpa and flash read when they get no mask
 
     def layer_index(self, layer: int) -> int:
         """Non-negative index of a state: 0 = input embeddings, i = output of decoder layer i-1, last = after the norm.
@@ -247,7 +257,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             input_ids: right-padded text [B, L], BOS first.
             attention_mask: True at real tokens [B, L]; None says that there is no padding (and allows the kernels
                 that take no mask).
-            pixel_values: [B, V * 6, H, W]; may be left out when `vision_tokens` is given.
+            pixel_values: [B, V * 6, H, W]; may (only) be left out when `vision_tokens` is given.
             action_mask: True at the action tokens [B, L]; their embeddings become zeros (OFT) or `action_embeddings`.
                 None leaves them as they are (vanilla OpenVLA).
             action_embeddings: projected noisy actions [B, T, D] (diffusion).
@@ -258,6 +268,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if vision_tokens is None:
+            if pixel_values is None:
+                raise ValueError("expected pixel_values or vision_tokens, found neither")
             condition = self.language_condition(embeddings, action_mask, attention_mask)
             vision_tokens = self.project_vision(pixel_values, condition)
         if action_mask is not None:
@@ -331,8 +343,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self, embeddings: Tensor, action_mask: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor | None:
         """FiLM's condition [B, D] from text embeddings [B, L, D]; None for a model without FiLM."""
-        backbone = self.vision_backbone
-        return backbone.language_mean(embeddings, action_mask, attention_mask) if backbone.film else None
+        return self.vision_backbone.language_mean(embeddings, action_mask, attention_mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on hidden states [..., D] -> float32 [..., vocabulary]. Ask only for the positions you need."""

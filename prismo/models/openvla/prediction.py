@@ -37,6 +37,13 @@ class ActionModules:
         if isinstance(self.head, DiffusionActionHead) != (self.noisy_action_projector is not None):
             raise ValueError("a diffusion head and a noisy-action projector belong together; one of them is missing")
 
+    @property
+    def diffusion(self) -> tuple[DiffusionActionHead, NoisyActionProjector] | None:
+        """The two parts of a diffusion policy; None for others."""
+        if isinstance(self.head, DiffusionActionHead) and self.noisy_action_projector is not None:
+            return self.head, self.noisy_action_projector
+        return None
+
 
 @torch.no_grad()
 def predict_actions(
@@ -72,18 +79,19 @@ def predict_actions(
     extra = proprio_token(modules, proprio)
     mask = vla.action_tokenizer.mask(text.labels)
     shape = (embodiment.chunk, embodiment.action_dim)
-    if not isinstance(modules.head, DiffusionActionHead):
+    if modules.diffusion is None:
         out = vla(text.input_ids, text.attention_mask, pixel_values, action_mask=mask, extra_tokens=extra)
         states = out.action_states(mask)
-        if modules.head is not None:
+        if isinstance(modules.head, L1RegressionActionHead):
             return modules.head.predict(states).float()
         return _decode(vla, vla.logits(states).argmax(dim=-1)).unflatten(1, shape)
 
+    head, noisy_action_projector = modules.diffusion
     condition = vla.language_condition(vla.get_input_embeddings()(text.input_ids), mask, text.attention_mask)
     vision = vla.project_vision(pixel_values, condition)  # the same at every denoising step
 
     def action_hidden(noisy: Tensor, time_token: Tensor) -> Tensor:
-        slots = modules.noisy_action_projector(noisy)
+        slots = noisy_action_projector(noisy)
         tokens = join_tokens(extra, time_token, dtype=vision.dtype)
         out = vla(
             text.input_ids,
@@ -97,7 +105,7 @@ def predict_actions(
 
     if start is None:
         start = torch.randn(len(mask), *shape, device=vision.device)
-    return modules.head.sample(action_hidden, start, diffusion_steps).float()
+    return head.sample(action_hidden, start, diffusion_steps).float()
 
 
 def proprio_token(modules: ActionModules, proprio: Tensor | None) -> Tensor | None:
@@ -106,10 +114,13 @@ def proprio_token(modules: ActionModules, proprio: Tensor | None) -> Tensor | No
     Raises:
         ValueError: the state is missing although the checkpoint was trained with it, or the other way round.
     """
-    if (modules.proprio_projector is None) != (proprio is None):
-        has, given = ("takes no", "given") if modules.proprio_projector is None else ("needs a", "missing")
-        raise ValueError(f"this checkpoint {has} proprio state, but one is {given}; set --use_proprio accordingly")
-    return None if proprio is None else modules.proprio_projector(proprio)
+    projector = modules.proprio_projector
+    if projector is not None and proprio is not None:
+        return projector(proprio)
+    if projector is None and proprio is None:
+        return None
+    has, given = ("takes no", "given") if projector is None else ("needs a", "missing")
+    raise ValueError(f"this checkpoint {has} proprio state, but one is {given}; set --use_proprio accordingly")
 
 
 def join_tokens(*tokens: Tensor | None, dtype: torch.dtype) -> Tensor | None:

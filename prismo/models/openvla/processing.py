@@ -73,7 +73,7 @@ class PrismaticImageProcessor(ImageProcessingMixin):
             {"antialias": True, "interpolation": _BICUBIC, "max_size": None, "size": s} for s in sizes
         ]
         self.tvf_crop_params = [{"output_size": size} for size in sizes]
-        self.tvf_normalize_params = [
+        self.tvf_normalize_params: list[dict[str, Any]] = [
             {"inplace": False, "mean": m, "std": s} for m, s in zip(self.means, self.stds, strict=True)
         ]
         self.tvf_do_letterbox = image_resize_strategy == "letterbox"
@@ -125,10 +125,10 @@ class PrismaticImageProcessor(ImageProcessingMixin):
 
     def _to_array(self, image: Image.Image | np.ndarray) -> np.ndarray:
         picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
-        if self.tvf_do_letterbox:
+        if self.tvf_letterbox_fill is not None:
             side = max(picture.size)
             square = Image.new("RGB", (side, side), tuple(self.tvf_letterbox_fill))
-            square.paste(picture, tuple((side - v) // 2 for v in picture.size))
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = square
         height, width = self.input_sizes[0][-2:]
         return np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
@@ -196,7 +196,9 @@ class PrismaticProcessor(ProcessorMixin):
         self.chat_template = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PrismaticProcessor:
+    def from_pretrained(  # ty: ignore[incompatible-method-override] (only by name: they go to two classes)
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> PrismaticProcessor:
         """Read `preprocessor_config.json` and the tokenizer files of a folder or hub id; no remote code is run.
 
         Raises:
@@ -208,7 +210,7 @@ class PrismaticProcessor(ProcessorMixin):
             _check_files(Path(path))
         # With a config at hand transformers does not read config.json, whose `openvla` it would warn about.
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, config=LlamaConfig(), padding_side="right", **kwargs)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, config=LlamaConfig(), padding_side="right", **kwargs)
             images = PrismaticImageProcessor.from_pretrained(path, **kwargs)
         except Exception as error:  # the libraries raise whatever they stumble over, down to bare Exception
             raise ValueError(
@@ -216,7 +218,7 @@ class PrismaticProcessor(ProcessorMixin):
             ) from error
         return cls(images, tokenizer)
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
         """Write the files that the original project reads (`preprocessor_config.json`, tokenizer files)."""
         self.image_processor.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)

@@ -10,7 +10,6 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from prismo.models.openvla.modeling import OpenVLAForActionPrediction
@@ -61,7 +60,7 @@ def run_self_test(model: OpenVLAForActionPrediction) -> None:
 def _influences(model: OpenVLAForActionPrediction) -> tuple[float, float, float]:
     """Largest change of (earlier states by a later token, later states by it, states by the image)."""
     embedding = model.get_input_embeddings()
-    table: Tensor = embedding.weight
+    table = embedding.get_parameter("weight")
     size = model.config.towers[0].image_size
     channels = 3 * len(model.config.towers)
     # Of the model, not of some weight: quantised ones are integers.

@@ -126,11 +126,13 @@ class ActionTokenizer:
 
     @property
     def translation_shape(self) -> tuple[int, int, int]:
-        return tuple(self.bins[name] for name in _GROUPS["translation"])
+        theta, phi, r = (self.bins[name] for name in _GROUPS["translation"])
+        return theta, phi, r
 
     @property
     def rotation_shape(self) -> tuple[int, int, int]:
-        return tuple(self.bins[name] for name in _GROUPS["rotation"])
+        roll, pitch, yaw = (self.bins[name] for name in _GROUPS["rotation"])
+        return roll, pitch, yaw
 
     @property
     def slots(self) -> tuple[slice, slice, slice]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+import torch
 from transformers import Gemma2Config, PreTrainedConfig, SiglipVisionConfig, ZoeDepthConfig
 
 from prismo.util.text import did_you_mean
 
 Geometry = Literal["parity", "exact"]
 PrefixMask = Literal["bidirectional", "causal"]
+C = TypeVar("C", bound=PreTrainedConfig)
 
 
 class SpatialVLAConfig(PreTrainedConfig):
@@ -71,7 +73,8 @@ class SpatialVLAConfig(PreTrainedConfig):
         self._check()
         kwargs.pop("_vocab_size", None)  # repeats the text vocabulary
         special = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-        super().__init__(**{**special, **kwargs, "tie_word_embeddings": False})
+        settings: dict[str, Any] = {**special, **kwargs, "tie_word_embeddings": False}
+        super().__init__(**settings)
 
     def _check(self) -> None:
         for name, value, options in (
@@ -86,16 +89,31 @@ class SpatialVLAConfig(PreTrainedConfig):
                 f"the action tokens {self.action_token_begin_idx} + {self.spatial_token_num} must end the vocabulary, "
                 f"which has {vocabulary} tokens"
             )
-        if self.vision_config.patch_size % self.ego3d_patch_reso:
+        if self.patch_pixels % self.ego3d_patch_reso:
             raise ValueError(
-                f"ego3d_patch_reso {self.ego3d_patch_reso} does not divide the patch size "
-                f"{self.vision_config.patch_size}; the published checkpoints use 2"
+                f"ego3d_patch_reso {self.ego3d_patch_reso} does not divide the patch size {self.patch_pixels}; "
+                "the published checkpoints use 2"
             )
+
+    @property
+    def image_pixels(self) -> int:
+        """Pixels per side of SigLIP's images (224)."""
+        return _square(self.vision_config.image_size)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels per side of a patch (14)."""
+        return _square(self.vision_config.patch_size)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the weights in the files, bf16 where config.json does not say."""
+        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.bfloat16
 
     @property
     def num_image_tokens(self) -> int:
         """Tokens of one image (256 for 224 pixels and patches of 14)."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return (self.image_pixels // self.patch_pixels) ** 2
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What goes into config.json: the published schema, sub-configurations in full, readable by transformers 4."""
@@ -148,12 +166,18 @@ def zoedepth_sizes(hidden: int = 1024, layers: int = 24, heads: int = 16, fusion
     }
 
 
-def _sub_config(kind: type[PreTrainedConfig], value: Any, sizes_4b: dict[str, Any]) -> PreTrainedConfig:
+def _sub_config(kind: type[C], value: Any, sizes_4b: dict[str, Any]) -> C:
     if not isinstance(value, kind):
         value = kind(**{**sizes_4b, **(value or {})})
     if kind is Gemma2Config:
         value.tie_word_embeddings = False  # the checkpoints hold an lm_head of their own
     return value
+
+
+def _square(pixels: int | list[int] | tuple[int, int]) -> int:
+    if not isinstance(pixels, int):
+        raise ValueError(f"vision_config: expected square images and patches, one number each, found {pixels}")
+    return pixels
 
 
 def _as_transformers_4(values: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def predict_depth(zoe: ZoeDepthForDepthEstimation, pixel_values: Tensor) -> Tens
     on its batch mates. Here every image gets the head of its own vote: images that were outvoted are run again
     among their kind (robot data is all indoor, so there is rarely a second pass).
     """
-    images = _zoe_input(pixel_values.to(next(zoe.parameters()).dtype), zoe.config.backbone_config.image_size)
+    images = _zoe_input(pixel_values.to(next(zoe.parameters()).dtype), zoe.backbone.config.image_size)
     output = zoe(images)
     depth, logits = output.predicted_depth, output.domain_logits
     if len(images) == 1 or logits is None:

@@ -143,5 +143,5 @@ class Ego3DPositionEmbedding(nn.Module):
         # What the layers compute in: training may keep fp32 weights under bf16 autocast, and must see the same points.
         device = depth.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.position_embedding_head[0].weight.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast else next(self.position_embedding_head.parameters()).dtype
         return self.position_embedding_head(self.encode(depth, intrinsics, geometry, dtype))

@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens, I image tokens (256), D language width, V vocab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,20 @@ class SpatialVLAOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     image_hidden_states: dict[int, Tensor] | None = None
 
+    def supervised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, logits, targets).
+
+        Raises:
+            ValueError: the pass had no labels.
+        """
+        if self.loss is None or self.logits is None or self.targets is None:
+            raise ValueError("a pass without labels has no loss")
+        return self.loss, self.logits, self.targets
+
+    def image_states(self, layer: int) -> Tensor:
+        """Image tokens [B, I, D] of a hidden layer that was asked for; else a KeyError."""
+        return (self.image_hidden_states or {})[layer]
+
 
 class KeyValueCache(Protocol):
     """What Gemma2's attention asks of a cache."""
@@ -143,7 +158,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
             self.vision_zoe_model = ZoeDepthForDepthEstimation(config.vision_zoe_config)
             freeze_zoe(self.vision_zoe_model)
             self.position_embedding_3d = Ego3DPositionEmbedding(
-                vision.hidden_size, vision.image_size, vision.patch_size, config.ego3d_patch_reso, config.n_freqs
+                vision.hidden_size, config.image_pixels, config.patch_pixels, config.ego3d_patch_reso, config.n_freqs
             )
         self.post_init()
 
@@ -181,7 +196,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         folder = checkpoint_folder(pretrained_model_name_or_path)
         config = read_config(folder, geometry=geometry, prefix_mask=prefix_mask)
         model = cls.empty(config)
-        load_weights(model, folder, torch.device(device), dtype or config.dtype or torch.bfloat16)
+        load_weights(model, folder, torch.device(device), dtype or config.stored_dtype)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         return model.to(device)
 
@@ -202,7 +217,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         fill_random(model, seed)
         return model.to(device)
 
-    def save_pretrained(
+    def save_pretrained(  # ty: ignore[incompatible-method-override] (what is not here was never supported)
         self,
         save_directory: str | Path,
         *,
@@ -227,7 +242,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         return self.language_model.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.model.embed_tokens = value
+        self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
@@ -259,7 +274,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         rotary = self.language_model.model.rotary_emb
         if rotary.inv_freq.dtype != torch.float32:
             frequencies, _ = rotary.compute_default_rope_parameters(rotary.config)
-            rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
+            rotary.register_buffer("inv_freq", frequencies.to(rotary.inv_freq.device), persistent=False)
         return self
 
     def freeze(self, llm_embed: bool = True, vision_tower: bool = False) -> None:
@@ -288,7 +303,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         if self.config.use_vision_zoe:
             if depth is None:
                 depth = predict_depth(self.vision_zoe_model, pixels)
-                depth = depth_at_image(depth if parity else depth.float(), self.config.vision_config.image_size)
+                depth = depth_at_image(depth if parity else depth.float(), self.config.image_pixels)
             elif parity:
                 depth = depth.to(self.dtype)
             features = features + self.position_embedding_3d(depth, intrinsics, self.config.geometry)
@@ -311,10 +326,8 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         if image_features is None:
             return vectors
         image = input_ids == self.config.image_token_index
-        if image.sum() != image_features.shape[:2].numel():
-            raise ValueError(
-                f"input_ids hold {int(image.sum())} image tokens for {image_features.shape[:2].numel()} image features"
-            )
+        if image.sum() != (features := math.prod(image_features.shape[:2])):
+            raise ValueError(f"input_ids hold {int(image.sum())} image tokens for {features} image features")
         return vectors.masked_scatter(image[..., None], image_features.to(vectors.dtype))
 
     def _embed_scale(self, dtype: torch.dtype) -> Tensor:
@@ -378,7 +391,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
             logits = F.linear(hidden, head.weight[rows])
         else:  # with an adapter on the head there is no plain matrix to cut
             logits = head(hidden)[..., rows or slice(None)]
-        return (torch.tanh(logits / cap) * cap).float()
+        return (logits if cap is None else torch.tanh(logits / cap) * cap).float()
 
     def forward(
         self,

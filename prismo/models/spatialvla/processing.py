@@ -214,7 +214,7 @@ class SpatialVLAProcessor:
 
     def pixel_values(self, images: Sequence[Image.Image | np.ndarray]) -> Tensor:
         """RGB images (PIL or uint8 [H, W, 3], any size) -> float32 [B, 3, 224, 224] in 0..1."""
-        size = self.config.vision_config.image_size
+        size = self.config.image_pixels
         arrays = [_resized(image, size) for image in images]
         return self.scale(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
@@ -229,7 +229,7 @@ class SpatialVLAProcessor:
 
     def intrinsics(self, camera: CameraIntrinsics, batch: int) -> Tensor:
         """Matrices float32 [B, 3, 3] of a camera in pixels of the model's images."""
-        return camera.matrix(self.config.vision_config.image_size).expand(batch, 3, 3)
+        return camera.matrix(self.config.image_pixels).expand(batch, 3, 3)
 
     # ------------------------------------------------------------------ text
 

@@ -116,7 +116,7 @@ def write_tiny_processor(folder: Path, seed: int = 0) -> None:
 def _tiny_statistics(seed: int) -> dict[str, Any]:
     """Made-up delta actions of a few centimetres under each of the published keys."""
     generator = np.random.default_rng(seed)
-    statistics = {}
+    statistics: dict[str, Any] = {}
     for key in DATASET_KEYS:
         reach = np.append(generator.uniform(0.02, 0.8, 6), 1.0).round(6)
         low = np.append(-reach[:6], 0.0)

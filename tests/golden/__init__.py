@@ -1,8 +1,8 @@
 """Golden figures: outputs of the original implementations on weights and inputs drawn from names alone.
 
 A golden folder holds sizes (JSON) and figures (npz) but no weights: every weight and input comes from a generator
-seeded by crc32("<salt>:<name>"), where the salt is the folder's name. `PRISMO_GOLDEN` chooses the folder; without it
-the one beside the repository is used, and where there is none the tests that need it are skipped.
+seeded by crc32("<salt>:<name>"), where the salt is the folder's name. `pub-1` beside this file is used unless
+`PRISMO_GOLDEN` names another folder. README.md says what is in it.
 
 Nothing here may assume a size: another folder has other widths, depths and prompt lengths.
 """
@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
-_REPOSITORY = Path(__file__).resolve().parents[1]
+_SHIPPED = Path(__file__).resolve().parent / "pub-1"
 _GAINS = ("weight", "gamma", "scale_factor")
 
 
 def golden_folder() -> Path:
-    """The folder of golden figures; skips the calling test where it is absent."""
-    folder = Path(os.environ.get("PRISMO_GOLDEN") or _REPOSITORY.parent / "shared" / "golden" / "pub-1").resolve()
+    """The folder of golden figures."""
+    folder = Path(os.environ.get("PRISMO_GOLDEN") or _SHIPPED).resolve()
     if not folder.is_dir():
-        pytest.skip(f"no golden figures at {folder} (set PRISMO_GOLDEN to their folder)")
+        raise NotADirectoryError(f"no golden figures at {folder}; without PRISMO_GOLDEN those of {_SHIPPED} are used")
     return folder
 
 
@@ -46,11 +45,8 @@ def sizes(file: str) -> dict[str, Any]:
 
 
 def figures(file: str) -> dict[str, Tensor]:
-    """The arrays of an npz file of the folder; skips the calling test where this folder has no such file."""
-    path = golden_folder() / file
-    if not path.is_file():
-        pytest.skip(f"{golden_folder()} has no {file}")
-    with np.load(path, allow_pickle=False) as arrays:
+    """The arrays of an npz file of the folder."""
+    with np.load(golden_folder() / file, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
