@@ -322,6 +322,29 @@ def test_all_wrong_paths_are_listed_before_any_download(flags, tmp_path, errors,
     assert not list(tmp_path.rglob("run"))
 
 
+def test_a_wrong_name_a_wrong_robot_and_a_wrong_folder_are_told_together(flags, tmp_path, errors):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "{name: own, embodiment: liberro, cameras: image, action: a, proprio: s, gripper: open_low, control_hz: 20}"
+    )
+    for name, problem in (("libero_spacial_no_noops", "Did you mean 'libero_spatial"), (own, "Did you mean 'libero'")):
+        errors.clear()
+        options = {"vla_path": "somebody/openvla-of-tomorrow", "vggt_path": "/nowhere/model.pt"}
+        options |= {"data_root_dir": "/nowhere", "dataset_name": name, "adapt_emb": "/nowhere/gaussians.json"}
+        assert train(flags(tmp_path / "runs", **options)) == 2
+        (record,) = errors.records
+        assert record.exc_info is None
+        assert "4 problems" in record.message
+        expected = (
+            "hf download facebook/VGGT-1B",
+            problem,
+            "hf download openvla/modified_libero_rlds",
+            "fit_action_ga",
+        )
+        assert all(text in record.message for text in expected)
+        assert not (tmp_path / "runs" / "run").exists()
+
+
 def test_dry_run_downloads_settings_only(flags, tmp_path, errors, tiny_base, monkeypatch, capsys):
     """The cache holds what a first dry run has fetched; the hub cannot be asked."""
     hub = importlib.import_module("huggingface_hub.constants")
