@@ -24,7 +24,8 @@ from typing import Annotated
 from annotated_types import Ge
 
 from prismo.models.component_files import Step
-from prismo.training.config import FinetuneConfig, check_name
+from prismo.training.config import FinetuneConfig
+from prismo.training.run_name import naming_flags, run_id
 from prismo.util.files import atomic_folder
 from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import JsonObject, read_json
@@ -37,11 +38,7 @@ _LOCK = ".lock"
 _STAGED = ".checkpoint"
 # What a killed process leaves of an entry: half of its successor, itself moved aside, or doomed.
 _LEFTOVER = r"\.({name})\.([0-9a-f]{{8}}|old\.[0-9a-f]{{8}}|removed)"
-# Flags that name a run, and in how many of them another one may differ to be called a near miss.
-_NAMING = (
-    "vla_path", "dataset_name", "batch_size", "grad_accumulation_steps", "learning_rate", "use_lora", "lora_rank",
-    "lora_dropout", "image_aug", "run_id_note", "run_id_override",
-)  # fmt: skip
+# In how many of the flags that name a run another one may differ to be called a near miss.
 _NEAR = 3
 _OWN_ENTRIES = rf"{re.escape(_STAGED)}|{STATE_FOLDER}|\w+\.jsonl?"
 _STEP_SUFFIX = re.compile(r"--(\d+)_chkpt$")
@@ -214,21 +211,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def run_id(config: FinetuneConfig) -> str:
-    """Name of a new run, as the original builds it."""
-    if config.run_id_override:
-        return config.run_id_override
-    base = config.vla_path.rstrip("/").split("/")[-1]
-    dataset = Path(config.dataset_name).stem if config.dataset_name.endswith((".yaml", ".yml")) else config.dataset_name
-    batch = config.batch_size * config.grad_accumulation_steps
-    name = f"{base}+{dataset.replace('/', '-')}+b{batch}+lr-{config.learning_rate}"
-    name += f"+lora-r{config.lora_rank}+dropout-{config.lora_dropout}" if config.use_lora else "+full"
-    if config.image_aug:
-        name += "--image_aug"
-    name = f"{name}--{config.run_id_note}" if config.run_id_note else name
-    return check_name("without --run_id_override the name of this run", name)
-
-
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is the result of a fine-tuning run (ours or the original's), not a base model."""
     return folder.is_dir() and ((folder / "dataset_statistics.json").is_file() or (folder / TRAINING_CONFIG).is_file())
@@ -287,11 +269,24 @@ def find_resume(config: FinetuneConfig, run: RunFolder) -> Resume | None:
             raise FileNotFoundError(_state_is_gone(lacking, present))
         return _without_newer(Resume(given, wanted, exact=False), present, wanted)
     if present:
-        raise ValueError(
-            f"{present[0].folder} already is a checkpoint of this run (step {present[0].step}). Continue it with "
-            "--resume True, or name another run with --run_id_note or --run_id_override"
+        step = f"step {present[0].step}{_started_with(config, run)}"
+        refusal = (
+            f"{present[0].folder} already is a checkpoint of this run ({step}). Continue it with --resume True, or "
+            "name another run with --run_id_note or --run_id_override"
         )
+        if not config.dry_run:  # which writes no checkpoint
+            raise ValueError(refusal)
+        _LOG.warning("without --dry_run this would be refused: %s", refusal)
+    elif config.resume == "auto" and (near := _near_miss(config, run)):
+        _LOG.info("there is nothing to continue, a new run begins. %s", near.strip())
     return None
+
+
+def _started_with(config: FinetuneConfig, run: RunFolder) -> str:
+    """In what the run that has this name differs, for an error."""
+    path = run.path / TRAINING_CONFIG
+    differing = _differing(read_json(path, JsonObject), config) if path.is_file() else []
+    return f", started with {', '.join(differing)}" if differing else ""
 
 
 def _without_newer(found: Resume, present: Sequence[Checkpoint], wanted: int | None) -> Resume:
@@ -339,12 +334,22 @@ def _near_miss(config: FinetuneConfig, run: RunFolder) -> str:
             continue
         if _STEP_SUFFIX.search(path.parent.name) or not any(checkpoint.resumable for checkpoint in checkpoints):
             continue
-        differing = [
-            f"--{name} {started[name]} (here {getattr(config, name)})"
-            for name in _NAMING
-            if name in started and started[name] != getattr(config, name)
-        ]
+        differing = _differing(started, config)
         if len(differing) <= _NEAR:
             flags = f", started with {', '.join(differing)}" if differing else ""
             near.append((len(differing), f"The nearest run is {path.parent} (step {checkpoints[0].step}){flags}. "))
     return min(near)[1] if near else ""
+
+
+def _differing(started: JsonObject, config: FinetuneConfig) -> list[str]:
+    """The flags of a run's name in which one that was started differs: "--seed 7 (here 8)"."""
+    here = {name: getattr(config, name) for name in naming_flags(config)}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in here.items()}
+    differing = [
+        f"--{name} {started[name]} (here {value})"
+        for name, value in plain.items()
+        if name in started and started[name] != value
+    ]
+    if (started.get("align_recipe") is None) == (config.align_recipe is None):
+        return differing
+    return [*differing, "an alignment (here none)" if config.align_recipe is None else "no alignment (here one)"]
