@@ -2,6 +2,8 @@
 
     {run_root_dir}/{run_id}/                   logs, statistics, and the checkpoint of --save_latest_checkpoint_only
     {run_root_dir}/{run_id}--{step}_chkpt/     one checkpoint per saved step
+    {run_root_dir}/latest                      link to the run that was started last
+    {run_root_dir}/{run_id}/latest             link to its newest step folder
 
 One process at a time has a run (`RunFolder.locked`). A step folder appears under its name only when it is complete. The
 files of a "latest" checkpoint lie among the logs and cannot appear at once: they are prepared in `.checkpoint/` and
@@ -19,18 +21,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from prismo.models.component_files import Step
 from prismo.training.config import FinetuneConfig
 from prismo.training.run_name import naming_flags, run_id
-from prismo.util.files import atomic_folder
+from prismo.util.files import atomic_folder, point_link
 from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import JsonObject, read_json
 
+if TYPE_CHECKING:
+    from prismo.models.component_files import Step
+
 _LOG = logging.getLogger(__name__)
+LATEST = "latest"
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "state.json"
 TRAINING_CONFIG = "training_config.json"
@@ -40,7 +45,7 @@ _STAGED = ".checkpoint"
 _LEFTOVER = r"\.({name})\.([0-9a-f]{{8}}|old\.[0-9a-f]{{8}}|removed)"
 # In how many of the flags that name a run another one may differ to be called a near miss.
 _NEAR = 3
-_OWN_ENTRIES = rf"{re.escape(_STAGED)}|{STATE_FOLDER}|\w+\.jsonl?"
+_OWN_ENTRIES = rf"{re.escape(_STAGED)}|{STATE_FOLDER}|{LATEST}|\w+\.(?:jsonl?|png)"
 _STEP_SUFFIX = re.compile(r"--(\d+)_chkpt$")
 # A merged model that belongs to an older adapter; without config.json nobody takes the folder for a merged checkpoint.
 _MERGED = ("config.json", "merge.json", "model*.safetensors*")
@@ -94,6 +99,7 @@ class RunFolder:
         if not latest:
             with atomic_folder(self.step_folder(step)) as folder:
                 yield folder, step
+            point_link(self.path / LATEST, self.step_folder(step))
             return
         with atomic_folder(self.path / _STAGED) as folder:
             yield folder, "latest"
@@ -149,23 +155,24 @@ class RunFolder:
         for checkpoint in self.checkpoints():
             _clear_leftovers(checkpoint.folder, STATE_FOLDER)
 
-    def prune(self, keep_last: int | None, keep_states: int) -> None:
+    def prune(self, keep_last: int | None, keep_states: int) -> list[str]:
         """Delete step folders but the newest `keep_last`, and trainer states but the newest `keep_states`.
 
         A trainer state is several times as large as the policy and only of use to go on from it.
+
+        Returns:
+            What was deleted, a clause each.
         """
-        states = 0
+        states, deleted = 0, list[str]()
         for number, checkpoint in enumerate(self.checkpoints()):
             states += checkpoint.resumable
             if keep_last is not None and number >= keep_last and checkpoint.folder != self.path:
                 _remove(checkpoint.folder)
+                deleted.append(f"{checkpoint.folder} is deleted (--keep_last {keep_last})")
             elif checkpoint.resumable and states > keep_states:
                 _remove(checkpoint.folder / STATE_FOLDER)
-                _LOG.info(
-                    "%s can no longer be resumed from: --keep_states %d keeps the trainer state of the newest",
-                    checkpoint.folder,
-                    keep_states,
-                )
+                deleted.append(f"{checkpoint.folder} can no longer be resumed from (--keep_states {keep_states})")
+        return deleted
 
 
 def _checkpoint_in(folder: Path) -> list[Checkpoint]:
@@ -199,7 +206,7 @@ def _clear_leftovers(folder: Path, names: str) -> None:
         original = left.with_name(match[1])
         if match[2].startswith("old.") and not original.exists():
             left.replace(original)
-        elif left.is_dir():
+        elif left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink()
@@ -332,7 +339,11 @@ def _near_miss(config: FinetuneConfig, run: RunFolder) -> str:
             started, checkpoints = read_json(path, JsonObject), RunFolder(path.parent).checkpoints()
         except ValueError:  # a damaged neighbour is no matter of this run
             continue
-        if _STEP_SUFFIX.search(path.parent.name) or not any(checkpoint.resumable for checkpoint in checkpoints):
+        if (
+            _STEP_SUFFIX.search(path.parent.name)
+            or path.parent.is_symlink()
+            or not any(checkpoint.resumable for checkpoint in checkpoints)
+        ):
             continue
         differing = _differing(started, config)
         if len(differing) <= _NEAR:
