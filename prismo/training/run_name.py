@@ -85,9 +85,14 @@ def _is_spatialvla(config: FinetuneConfig) -> bool:
     return "spatialvla" in config.vla_path.rstrip("/").split("/")[-1].lower()
 
 
+def _is_aligned(config: FinetuneConfig) -> bool:
+    """Without `align_recipe`, which takes torch: names are asked for where nothing trains."""
+    return getattr(config, "align_loss_coeff", 0) != 0
+
+
 def _words(config: FinetuneConfig) -> dict[str, str]:
     """The flags that can add a word to this run's name."""
-    words = _WORDS | (_ALIGNMENT_WORDS if config.align_recipe else {})
+    words = _WORDS | (_ALIGNMENT_WORDS if _is_aligned(config) else {})
     without = {"gain_feat_1move"} if _is_spatialvla(config) else set[str]()
     return {flag: word for flag, word in words.items() if flag not in without}
 
@@ -100,7 +105,7 @@ def _differences(config: FinetuneConfig) -> list[str]:
     published = _SPATIALVLA | {"vla_layers_align": 20} if spatialvla else _PUBLISHED | {"vla_layers_align": 24}
     expected = {flag: (defaults | published | _ALIGNED)[flag] for flag in words}
     head = [] if config.head == "l1" or spatialvla else [config.head]
-    head += ["no_align"] if "align_loss_coeff" in defaults and config.align_recipe is None else []
+    head += ["no_align"] if "align_loss_coeff" in defaults and not _is_aligned(config) else []
     if not head and all(defaults[flag] == value for flag, value in values.items()):
         return []
     return head + [_word(words[flag], value) for flag, value in values.items() if value != expected[flag]]

@@ -56,11 +56,15 @@ def report(path: Path) -> str:
 
     Raises:
         FileNotFoundError: no run lies there.
-        ValueError: a file of it is damaged, or matplotlib is missing.
+        ValueError: a file of it is damaged.
     """
     folder = _run_of(path)
-    if (folder / METRICS).is_file():
+    if not (folder / METRICS).is_file():
+        return run_summary(folder)
+    try:
         draw_curves(folder)
+    except ValueError as error:
+        return f"{run_summary(folder)}\nno {CURVES} is drawn: {error}"
     return run_summary(folder)
 
 
@@ -125,8 +129,9 @@ def _next(run: _Run) -> list[str]:
 
 def merge_command(base: str, checkpoint: Path) -> str:
     """What merges a checkpoint into its base."""
-    script = ["python", "vla-scripts/merge_lora_weights_and_save.py", "--base_checkpoint", base]
-    return shlex.join([*script, "--lora_finetuned_checkpoint_dir", str(checkpoint)])
+    return shlex.join(
+        ["prismo", "merge", "--base_checkpoint", base, "--lora_finetuned_checkpoint_dir", str(checkpoint)]
+    )
 
 
 def resume_command(folder: Path, flags: JsonObject) -> str:
@@ -143,8 +148,8 @@ def resume_command(folder: Path, flags: JsonObject) -> str:
     if run_id(kind(**given)) != folder.name:
         given["run_id_override"] = folder.name
     processes = flags.get("world_size", 1)
-    launcher = ["torchrun", "--standalone", "--nnodes", "1", "--nproc-per-node", str(processes)]
-    words = [*(launcher if processes > 1 else ["python"]), f"vla-scripts/finetune{'_align' if aligned else ''}.py"]
+    launcher = ["torchrun", "--standalone", "--nnodes", "1", "--nproc-per-node", str(processes), "-m"]
+    words = [*(launcher if processes > 1 else []), "prismo", "train" if aligned else "finetune"]
     for field in fields(kind):
         default = str(field.default) if isinstance(field.default, Path) else field.default
         if field.name in given and given[field.name] != default:
@@ -153,6 +158,6 @@ def resume_command(folder: Path, flags: JsonObject) -> str:
 
 
 def _evaluation(checkpoint: Path, suite: str) -> str:
-    words = ["python", "experiments/robot/libero/run_libero_eval.py", "--pretrained_checkpoint", str(checkpoint)]
+    words = ["prismo", "eval", "--pretrained_checkpoint", str(checkpoint)]
     family = ["--model_family", "svla"] if (checkpoint / "processor_config.json").is_file() else []
     return shlex.join([*words, *family, "--task_suite_name", suite])

@@ -59,7 +59,7 @@ def test_no_room_to_merge_does_not_end_the_run(flags, small_disk, caplog):
     with caplog.at_level(logging.ERROR):
         assert train(flags(small_disk, max_steps=2, batch_size=1, merge_lora_during_training=True)) == 0
     assert "is saved, but not merged" in caplog.text
-    assert "merge_lora_weights_and_save.py --base_checkpoint" in caplog.text
+    assert "prismo merge --base_checkpoint" in caplog.text
     (saved,) = RunFolder(small_disk / "run").checkpoints()
     assert (saved.step, saved.resumable) == (2, True)
     assert not (saved.folder / "config.json").exists()

@@ -75,8 +75,7 @@ def test_summary_leads_from_the_run_to_the_merge_to_the_evaluation(copied, tiny_
     assert command[2:] == ["--base_checkpoint", str(tiny_base), "--lora_finetuned_checkpoint_dir", str(newest)]
     merge(command[3], Path(command[5]))
     assert report(newest).splitlines()[-1] == (
-        f"  python experiments/robot/libero/run_libero_eval.py --pretrained_checkpoint {newest} "
-        "--task_suite_name libero_spatial"
+        f"  prismo eval --pretrained_checkpoint {newest} --task_suite_name libero_spatial"
     )
 
 
@@ -85,14 +84,14 @@ def test_summary_of_a_stopped_run_resumes_it(copied):
     write_json(copied / "training_config.json", flags)
     text = run_summary(copied)
     assert "6 of 9 updates saved, not finished" in text
-    launcher, script, *words = shlex.split(text.splitlines()[-1])
-    assert (launcher, script) == ("python", "vla-scripts/finetune_align.py")
+    console, command, *words = shlex.split(text.splitlines()[-1])
+    assert (console, command) == ("prismo", "train")
     config = parse_config(FinetuneAlignConfig, words)
     assert (config.lora_dropout, config.vla_layers_align, config.lora_rank) == (0.1, 2, 4)
     assert find_resume(config, run_folder(config)).folder == copied.with_name("run--6_chkpt")
     sharded = resume_command(copied, {name: flags[name] for name in ("vla_path", "max_steps")} | {"world_size": 4})
-    assert sharded.startswith("torchrun --standalone --nnodes 1 --nproc-per-node 4 vla-scripts/finetune.py --vla_path")
-    assert parse_config(FinetuneConfig, shlex.split(sharded)[7:]).run_id_override == "run"
+    assert sharded.startswith("torchrun --standalone --nnodes 1 --nproc-per-node 4 -m prismo finetune --vla_path")
+    assert parse_config(FinetuneConfig, shlex.split(sharded)[9:]).run_id_override == "run"
 
 
 def test_curves_are_drawn_with_the_checkpoint(copied, tmp_path, flags, caplog, monkeypatch):
