@@ -18,6 +18,10 @@ from pydantic import BeforeValidator
 
 from prismo.util.schema import read_json
 
+DOWNLOAD_DATA = (
+    "fetch LIBERO with: hf download openvla/modified_libero_rlds --repo-type dataset --local-dir data; "
+    "data/README.md lists more"
+)
 _PACKAGE = "tensorflow_datasets.core.features"
 _NUMBERS = (
     "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"
@@ -77,7 +81,7 @@ def find_version_folder(path: Path) -> Path:
         raise FileNotFoundError(
             f"no dataset folder {path}"
             + (f"; {path.parent} holds: {', '.join(beside)}" if beside else f"; {path.parent} is empty or missing")
-            + ". Check --data_root_dir (data/README.md lists the downloads)"
+            + f". Check --data_root_dir ({DOWNLOAD_DATA})"
         )
     versions = [p for p in path.iterdir() if (p / "dataset_info.json").is_file()]
     if not versions:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator
 
-from prismo.data.features import DatasetInfo, Feature, number_type, read_dataset_info, step_size
+from prismo.data.features import DOWNLOAD_DATA, DatasetInfo, Feature, number_type, read_dataset_info, step_size
 from prismo.embodiment import (
     BRIDGE,
     EMBODIMENTS,
@@ -29,6 +29,7 @@ from prismo.embodiment import (
     Rate,
     Sign,
 )
+from prismo.util.problems import check_all
 from prismo.util.schema import JsonObject, check, own_keys, read_yaml
 from prismo.util.text import did_you_mean
 
@@ -221,15 +222,24 @@ def _resolve(data_root: Path, name: str, within: tuple[Path, ...]) -> list[Mixtu
         return _resolve_mixture(data_root, MIXTURES[name], within)
     base = name.split("/", maxsplit=1)[0]
     if base not in SPECS:
-        raise ValueError(
-            (f"{within[-1]}: " if within else "")
-            + did_you_mean("dataset", name, [*SPECS, *MIXTURES])
-            + ". Describe your own data in a YAML file and give its path (data/README.md)"
-        )
+        check_all(lambda: _unknown(name, within), lambda: _check_root(data_root))
     info = read_dataset_info(_folder(data_root, name))
     spec = replace(SPECS[base], name=name)
     check_features(spec, info)
     return [MixtureEntry(spec, info)]
+
+
+def _unknown(name: str, within: tuple[Path, ...]) -> NoReturn:
+    raise ValueError(
+        (f"{within[-1]}: " if within else "")
+        + did_you_mean("dataset", name, [*SPECS, *MIXTURES])
+        + ". Describe your own data in a YAML file and give its path (data/README.md)"
+    )
+
+
+def _check_root(data_root: Path) -> None:
+    if not data_root.is_dir():
+        raise FileNotFoundError(f"there is no folder {data_root}. Check --data_root_dir ({DOWNLOAD_DATA})")
 
 
 def _folder(data_root: Path, name: str) -> Path:
@@ -307,16 +317,21 @@ def _resolve_yaml(data_root: Path, file: Path, within: tuple[Path, ...]) -> list
         weights = check(content, _Mixture, str(file), advice=advice).datasets
         return _resolve_mixture(data_root, weights, (*within, file))
     description = check(content, _Description, str(file), advice=advice)
-    if description.embodiment is not None and description.embodiment not in EMBODIMENTS:
-        raise ValueError(f"{file}: {did_you_mean('embodiment', description.embodiment, EMBODIMENTS)}")
     folder = Path(description.path or description.name)
-    info = read_dataset_info(folder if folder.is_absolute() else _folder(data_root, str(folder)))
+    folder = folder if folder.is_absolute() else _folder(data_root, str(folder))
+    check_all(lambda: _check_robot(description, file), lambda: read_dataset_info(folder))
+    info = read_dataset_info(folder)
     try:
         spec = _described(description, info)
         check_features(spec, info)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return [MixtureEntry(spec, info)]
+
+
+def _check_robot(text: _Description, file: Path) -> None:
+    if text.embodiment is not None and text.embodiment not in EMBODIMENTS:
+        raise ValueError(f"{file}: {did_you_mean('embodiment', text.embodiment, EMBODIMENTS)}")
 
 
 def _described(text: _Description, info: DatasetInfo) -> DatasetSpec:

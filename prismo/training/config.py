@@ -369,11 +369,11 @@ def check_name(what: str, name: str) -> str:
     Raises:
         ValueError: begins with `what`.
     """
-    taken = name.startswith(".") or name != name.strip() or re.search(r"--\d+_chkpt$", name)
+    taken = name.startswith(".") or name == "latest" or name != name.strip() or re.search(r"--\d+_chkpt$", name)
     if taken or "/" in name or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise ValueError(
             f"{what} is {name!r}; a name of a folder is expected: at most {_LONGEST_NAME} printable characters without "
-            "/, not beginning with a dot and not ending like a checkpoint"
+            '/, not beginning with a dot, not ending like a checkpoint and not "latest"'
         )
     return name
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic
 
@@ -17,6 +17,7 @@ from prismo.align import outline_teacher
 from prismo.align.recipe import layer_index
 from prismo.data.specs import resolve
 from prismo.models.merge import resolve_base
+from prismo.models.spatialvla.action_tokenizer import load_gaussians
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.training.checkpoint import base_of, check_same_run, check_state, read_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
@@ -25,6 +26,7 @@ from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_
 from prismo.training.task import C
 from prismo.util.extras import install_hint
 from prismo.util.hub import is_hub_id
+from prismo.util.problems import check_all
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
     exact = resume is not None and resume.exact
     if exact:
         config = _base_of(config, resume)
-    _check_all(config, (_check_local_base, _check_teacher, _check_dataset, _check_extras))
+    check_all(*(partial(check, config) for check in _LOCAL))
     base = settings_folder(config.vla_path)
     family = family_of(base)
     config = family.settle(config, base, world_size)
@@ -75,20 +77,6 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
         _check_writes_elsewhere(config, run, base)
     _warn_of_small_batch(config, world_size, family.usual_batch)
     return Plan(replace(config, resume=resume is not None), run, resume)
-
-
-def _check_all(config: FinetuneConfig, checks: Sequence[Callable[[FinetuneConfig], None]]) -> None:
-    """Make checks that do not depend on each other, and list everything that is wrong at once."""
-    problems: list[Exception] = []
-    for check in checks:
-        try:
-            check(config)
-        except (ValueError, OSError) as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise ValueError("\n  ".join([f"{len(problems)} problems:", *map(str, problems)]))
 
 
 def _check_local_base(config: FinetuneConfig) -> None:
@@ -176,3 +164,12 @@ def _check_extras(config: FinetuneConfig) -> None:
     for wanted, package in ((config.wandb_wanted, "wandb"), (config.use_tensorboard, "tensorboard")):
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"logging to {package} needs the package: {install_hint(package)}")
+
+
+def _check_gaussians(config: FinetuneConfig) -> None:
+    if config.adapt_emb is not None:
+        load_gaussians(config.adapt_emb)
+
+
+# What shows without asking the hub and without the base model: all of it is listed at once.
+_LOCAL = (_check_local_base, _check_teacher, _check_dataset, _check_gaussians, _check_extras)

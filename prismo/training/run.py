@@ -23,7 +23,9 @@ from prismo.training.families import family_of, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
+from prismo.training.summary import run_summary
 from prismo.training.task import ModelFamily
+from prismo.training.text_log import RunLog
 from prismo.training.trainer import NonFiniteLossError, RunData, Trainer
 from prismo.util.cli import log_error
 from prismo.util.reaper import end_descendants_of_this_process
@@ -38,6 +40,11 @@ def run(config: FinetuneConfig, is_main: bool) -> int:
     Args:
         is_main: whether this is the first of the job's processes, which says what is wrong with all of them.
     """
+    with RunLog() as log:
+        return _run(config, is_main, log)
+
+
+def _run(config: FinetuneConfig, is_main: bool, log: RunLog) -> int:
     try:
         world = start_world(config.device)
     except _WRONG_INPUT as error:
@@ -48,7 +55,7 @@ def run(config: FinetuneConfig, is_main: bool) -> int:
             if plan.config.dry_run:
                 _dry_run(plan, world)
             else:
-                _train(plan, world, online)
+                _train(plan, world, online, log)
     except NonFiniteLossError as error:
         return _fail(error, 1, is_main)
     except _WRONG_INPUT as error:
@@ -86,7 +93,7 @@ def _plan_on_all(config: FinetuneConfig, world: World, held: ExitStack) -> tuple
     return plan, online
 
 
-def _train(plan: Plan, world: World, online: list[Sink]) -> None:
+def _train(plan: Plan, world: World, online: list[Sink], log: RunLog) -> None:
     config = plan.config
     if config.compiles:
         end_descendants_of_this_process()
@@ -100,6 +107,7 @@ def _train(plan: Plan, world: World, online: list[Sink]) -> None:
         _check_position(plan, loaders[0])
     task = family.build_task(config, base, robot, data[0].statistics, world)
     if world.is_main:
+        log.open(plan.run.path)
         dump_statistics(data[0].statistics, plan.run.path / "dataset_statistics.json")
         trained = sum(p.numel() for p in task.objective.parameters() if p.requires_grad)
         windows = loaders[0].samples_per_epoch
@@ -111,6 +119,8 @@ def _train(plan: Plan, world: World, online: list[Sink]) -> None:
         _LOG.info(
             "%s after update %d of %d", "finished" if done >= config.max_steps else "stopped", done, config.max_steps
         )
+        if done:
+            _LOG.info("%s", run_summary(plan.run.path))
 
 
 def _open_datasets(config: FinetuneConfig, family: ModelFamily, base: Path) -> list[WindowDataset]:

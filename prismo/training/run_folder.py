@@ -2,6 +2,8 @@
 
     {run_root_dir}/{run_id}/                   logs, statistics, and the checkpoint of --save_latest_checkpoint_only
     {run_root_dir}/{run_id}--{step}_chkpt/     one checkpoint per saved step
+    {run_root_dir}/latest                      link to the run that was started last
+    {run_root_dir}/{run_id}/latest             link to its newest step folder
 
 One process at a time has a run (`RunFolder.locked`). A step folder appears under its name only when it is complete. The
 files of a "latest" checkpoint lie among the logs and cannot appear at once: they are prepared in `.checkpoint/` and
@@ -19,17 +21,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from prismo.models.component_files import Step
-from prismo.training.config import FinetuneConfig, check_name
-from prismo.util.files import atomic_folder
+from prismo.training.config import FinetuneConfig
+from prismo.training.run_name import naming_flags, run_id
+from prismo.util.files import atomic_folder, point_link
 from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import JsonObject, read_json
 
+if TYPE_CHECKING:
+    from prismo.models.component_files import Step
+
 _LOG = logging.getLogger(__name__)
+LATEST = "latest"
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "state.json"
 TRAINING_CONFIG = "training_config.json"
@@ -37,13 +43,9 @@ _LOCK = ".lock"
 _STAGED = ".checkpoint"
 # What a killed process leaves of an entry: half of its successor, itself moved aside, or doomed.
 _LEFTOVER = r"\.({name})\.([0-9a-f]{{8}}|old\.[0-9a-f]{{8}}|removed)"
-# Flags that name a run, and in how many of them another one may differ to be called a near miss.
-_NAMING = (
-    "vla_path", "dataset_name", "batch_size", "grad_accumulation_steps", "learning_rate", "use_lora", "lora_rank",
-    "lora_dropout", "image_aug", "run_id_note", "run_id_override",
-)  # fmt: skip
+# In how many of the flags that name a run another one may differ to be called a near miss.
 _NEAR = 3
-_OWN_ENTRIES = rf"{re.escape(_STAGED)}|{STATE_FOLDER}|\w+\.jsonl?"
+_OWN_ENTRIES = rf"{re.escape(_STAGED)}|{STATE_FOLDER}|{LATEST}|\w+\.(?:jsonl?|png)"
 _STEP_SUFFIX = re.compile(r"--(\d+)_chkpt$")
 # A merged model that belongs to an older adapter; without config.json nobody takes the folder for a merged checkpoint.
 _MERGED = ("config.json", "merge.json", "model*.safetensors*")
@@ -97,6 +99,7 @@ class RunFolder:
         if not latest:
             with atomic_folder(self.step_folder(step)) as folder:
                 yield folder, step
+            point_link(self.path / LATEST, self.step_folder(step))
             return
         with atomic_folder(self.path / _STAGED) as folder:
             yield folder, "latest"
@@ -152,23 +155,24 @@ class RunFolder:
         for checkpoint in self.checkpoints():
             _clear_leftovers(checkpoint.folder, STATE_FOLDER)
 
-    def prune(self, keep_last: int | None, keep_states: int) -> None:
+    def prune(self, keep_last: int | None, keep_states: int) -> list[str]:
         """Delete step folders but the newest `keep_last`, and trainer states but the newest `keep_states`.
 
         A trainer state is several times as large as the policy and only of use to go on from it.
+
+        Returns:
+            What was deleted, a clause each.
         """
-        states = 0
+        states, deleted = 0, list[str]()
         for number, checkpoint in enumerate(self.checkpoints()):
             states += checkpoint.resumable
             if keep_last is not None and number >= keep_last and checkpoint.folder != self.path:
                 _remove(checkpoint.folder)
+                deleted.append(f"{checkpoint.folder} is deleted (--keep_last {keep_last})")
             elif checkpoint.resumable and states > keep_states:
                 _remove(checkpoint.folder / STATE_FOLDER)
-                _LOG.info(
-                    "%s can no longer be resumed from: --keep_states %d keeps the trainer state of the newest",
-                    checkpoint.folder,
-                    keep_states,
-                )
+                deleted.append(f"{checkpoint.folder} can no longer be resumed from (--keep_states {keep_states})")
+        return deleted
 
 
 def _checkpoint_in(folder: Path) -> list[Checkpoint]:
@@ -202,7 +206,7 @@ def _clear_leftovers(folder: Path, names: str) -> None:
         original = left.with_name(match[1])
         if match[2].startswith("old.") and not original.exists():
             left.replace(original)
-        elif left.is_dir():
+        elif left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink()
@@ -212,21 +216,6 @@ def _remove(folder: Path) -> None:
     """Delete a folder; it loses its name first, so that a kill in between leaves nothing that looks complete."""
     doomed = folder.rename(folder.with_name(f".{folder.name}.removed"))
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def run_id(config: FinetuneConfig) -> str:
-    """Name of a new run, as the original builds it."""
-    if config.run_id_override:
-        return config.run_id_override
-    base = config.vla_path.rstrip("/").split("/")[-1]
-    dataset = Path(config.dataset_name).stem if config.dataset_name.endswith((".yaml", ".yml")) else config.dataset_name
-    batch = config.batch_size * config.grad_accumulation_steps
-    name = f"{base}+{dataset.replace('/', '-')}+b{batch}+lr-{config.learning_rate}"
-    name += f"+lora-r{config.lora_rank}+dropout-{config.lora_dropout}" if config.use_lora else "+full"
-    if config.image_aug:
-        name += "--image_aug"
-    name = f"{name}--{config.run_id_note}" if config.run_id_note else name
-    return check_name("without --run_id_override the name of this run", name)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -287,11 +276,24 @@ def find_resume(config: FinetuneConfig, run: RunFolder) -> Resume | None:
             raise FileNotFoundError(_state_is_gone(lacking, present))
         return _without_newer(Resume(given, wanted, exact=False), present, wanted)
     if present:
-        raise ValueError(
-            f"{present[0].folder} already is a checkpoint of this run (step {present[0].step}). Continue it with "
-            "--resume True, or name another run with --run_id_note or --run_id_override"
+        step = f"step {present[0].step}{_started_with(config, run)}"
+        refusal = (
+            f"{present[0].folder} already is a checkpoint of this run ({step}). Continue it with --resume True, or "
+            "name another run with --run_id_note or --run_id_override"
         )
+        if not config.dry_run:  # which writes no checkpoint
+            raise ValueError(refusal)
+        _LOG.warning("without --dry_run this would be refused: %s", refusal)
+    elif config.resume == "auto" and (near := _near_miss(config, run)):
+        _LOG.info("there is nothing to continue, a new run begins. %s", near.strip())
     return None
+
+
+def _started_with(config: FinetuneConfig, run: RunFolder) -> str:
+    """In what the run that has this name differs, for an error."""
+    path = run.path / TRAINING_CONFIG
+    differing = _differing(read_json(path, JsonObject), config) if path.is_file() else []
+    return f", started with {', '.join(differing)}" if differing else ""
 
 
 def _without_newer(found: Resume, present: Sequence[Checkpoint], wanted: int | None) -> Resume:
@@ -337,14 +339,28 @@ def _near_miss(config: FinetuneConfig, run: RunFolder) -> str:
             started, checkpoints = read_json(path, JsonObject), RunFolder(path.parent).checkpoints()
         except ValueError:  # a damaged neighbour is no matter of this run
             continue
-        if _STEP_SUFFIX.search(path.parent.name) or not any(checkpoint.resumable for checkpoint in checkpoints):
+        if (
+            _STEP_SUFFIX.search(path.parent.name)
+            or path.parent.is_symlink()
+            or not any(checkpoint.resumable for checkpoint in checkpoints)
+        ):
             continue
-        differing = [
-            f"--{name} {started[name]} (here {getattr(config, name)})"
-            for name in _NAMING
-            if name in started and started[name] != getattr(config, name)
-        ]
+        differing = _differing(started, config)
         if len(differing) <= _NEAR:
             flags = f", started with {', '.join(differing)}" if differing else ""
             near.append((len(differing), f"The nearest run is {path.parent} (step {checkpoints[0].step}){flags}. "))
     return min(near)[1] if near else ""
+
+
+def _differing(started: JsonObject, config: FinetuneConfig) -> list[str]:
+    """The flags of a run's name in which one that was started differs: "--seed 7 (here 8)"."""
+    here = {name: getattr(config, name) for name in naming_flags(config)}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in here.items()}
+    differing = [
+        f"--{name} {started[name]} (here {value})"
+        for name, value in plain.items()
+        if name in started and started[name] != value
+    ]
+    if (started.get("align_recipe") is None) == (config.align_recipe is None):
+        return differing
+    return [*differing, "an alignment (here none)" if config.align_recipe is None else "no alignment (here one)"]

@@ -33,19 +33,23 @@ from prismo.training.checkpoint import (
     write_training_config,
 )
 from prismo.training.config import FinetuneConfig
+from prismo.training.curves import CURVES, draw_curves
 from prismo.training.distributed import World
 from prismo.training.logs import Progress, Sink, gpu_peak_flops, log_all, open_sinks
 from prismo.training.pictures import cosine_sheet, save_picture
-from prismo.training.run_folder import Resume, RunFolder
+from prismo.training.run_folder import LATEST, Resume, RunFolder
 from prismo.training.signals import StopSignals
 from prismo.training.step import StepResult, TrainStep
+from prismo.training.summary import SHOWN, merge_command
 from prismo.training.task import TrainingTask
 from prismo.training.validate import validate
 from prismo.util.cli import BrokenOffError
-from prismo.util.text import first_line
+from prismo.util.files import point_link
+from prismo.util.text import first_line, size_text
 
 _LOG = logging.getLogger(__name__)
 _MAP_SAMPLES = 4
+_FEWEST_DRAWN = 10  # log entries; fewer are no curve
 
 
 class NonFiniteLossError(BrokenOffError):
@@ -120,6 +124,7 @@ class Trainer:
         )
         self._position = data.train.state_dict()
         self._sinks = list(online)
+        self._curves = True
         if resume is not None:
             self._restore(resume)
         samples = config.batch_size * config.grad_accumulation_steps * world.size
@@ -168,6 +173,7 @@ class Trainer:
         if not self.world.is_main:
             return
         self.run.path.mkdir(parents=True, exist_ok=True)
+        point_link(self.run.path.with_name(LATEST), self.run.path)
         self._check_space()
         write_training_config(self.run.path, self.config, self.task.robot, self.world.size, self.step.precision)
         self._sinks += open_sinks(self.config, self.run.path, self.done)
@@ -286,10 +292,13 @@ class Trainer:
                 sink.image("Align Cosine Map", update.number, path)
 
     def _validate(self) -> None:
+        began = time.perf_counter()
         with self._progress.pause():
             values = validate(self.task, self.step, self.data.val, self.data.errors, self.config.val_time_limit)
         self.data.val.load_state_dict({"epoch": 0, "sample": 0})
         log_all(self._sinks, "val", self.done, values)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name in SHOWN)
+        _LOG.info("update %d: validated in %.1f s: %s", self.done, time.perf_counter() - began, shown)
 
     def _save(self, update: _Update, merge: bool = True) -> None:
         """Write the checkpoint of the current state; on return it is complete."""
@@ -306,10 +315,7 @@ class Trainer:
         """Write the merged model into a complete checkpoint. If it cannot be, training goes on: the adapter is safe."""
         if self.task.merge is None:
             return
-        later = (
-            f"merge it later: prismo merge --base_checkpoint "
-            f"{self.config.vla_path} --lora_finetuned_checkpoint_dir {folder}"
-        )
+        later = f"merge it later: {merge_command(self.config.vla_path, folder)}"
         if not now:
             _LOG.info("%s is not merged; %s", folder, later)
             return
@@ -332,11 +338,13 @@ class Trainer:
     def _write_checkpoint(self, number: int, position: dict[str, int], state: WholeState) -> Path:
         latest = self.config.save_latest_checkpoint_only
         try:
+            began = time.perf_counter()
             with self.run.new_checkpoint(number, latest=latest) as (folder, name):
                 self.task.write(folder, name, state.weights)
                 write_training_config(folder, self.config, self.task.robot, self.world.size, self.step.precision)
                 done = TrainerState(number, DataPosition(**position), self.world.size, self.task.base_fingerprint)
                 save_state(folder, state, done)
+                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk has another name in each library
             present = self.run.checkpoints()
             before = f"the checkpoint before is whole: {present[0].folder}" if present else "there is none before"
@@ -344,8 +352,21 @@ class Trainer:
                 f"cannot write the checkpoint after update {number} ({first_line(error)}); {before}. "
                 "Make room and continue with --resume True"
             ) from error
-        self.run.prune(self.config.keep_last, self.config.keep_states)
-        return self.run.path if latest else self.run.step_folder(number)
+        path, seconds = self.run.path if latest else self.run.step_folder(number), time.perf_counter() - began
+        pruned = self.run.prune(self.config.keep_last, self.config.keep_states)
+        written = f"saved {path} ({size_text(size)}, {seconds:.1f} s)"
+        _LOG.info("update %d: %s", number, "; ".join([written, *pruned]))
+        self._draw_curves()
+        return path
+
+    def _draw_curves(self) -> None:
+        """A run needs no picture, so what prevents it is said once and training goes on."""
+        if self._curves:
+            try:
+                draw_curves(self.run.path, _FEWEST_DRAWN)
+            except (ValueError, OSError) as error:
+                self._curves = False
+                _LOG.warning("no %s is drawn: %s", CURVES, error)
 
     def _give_up(self, update: _Update) -> None:
         """Save the state before a refused update, name its batches and raise.

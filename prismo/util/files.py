@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import glob
@@ -116,6 +117,21 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Make `link` a relative link to `target`, in the place of an older link, in one step.
+
+    A convenience only: where links cannot be made, or something else has that name, nothing happens.
+    """
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    if link.exists() and not link.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=target.is_dir())
+        temporary.replace(link)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

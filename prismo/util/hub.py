@@ -13,6 +13,7 @@ _LOG = logging.getLogger(__name__)
 _OUR_FOLDERS = frozenset(
     ("checkpoints", "ckpts", "data", "datasets", "experiments", "logs", "official_ckpts", "outputs", "runs")
 )
+_FETCH = " Fetch a model with: hf download openvla/openvla-7b --local-dir ckpts/openvla-7b"
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -38,7 +39,7 @@ def no_such_folder(source: str | Path) -> str:
             f" It is not taken for a hub id because there is a folder {owner} here; to use a repository of that name, "
             f"`hf download {source} --local-dir FOLDER` and give the folder."
         )
-    return f"{source} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b.{hint}"
+    return f"{source} is neither a checkpoint folder nor a hub id such as openvla/openvla-7b.{hint or _FETCH}"
 
 
 def local_folder(

@@ -19,6 +19,14 @@ def did_you_mean(kind: str, name: str, options: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or '(none)'}"
 
 
+def size_text(count: float) -> str:
+    """A number of bytes as people say it: "15.1 GB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

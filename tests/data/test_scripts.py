@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismo.commands import data_build, data_show, data_stats
+from prismo.commands import data_build, data_show, data_stats, main
 from prismo.data.dataset import open_dataset
 from prismo.data.hdf5 import Demonstration
 from prismo.data.images import jpeg_round_trip
@@ -210,3 +210,12 @@ def test_benchmark_prints_its_table(tmp_path: Path) -> None:
                       "--shuffle_buffer_size", 64, "--batch_size", 4, "--modes", "augmented")  # fmt: skip
     for row in ("index built at", "samples/s, augmented", "first batch (s)", "memory (MB)"):
         assert row in done.stdout
+
+
+def test_synthetic_command_never_replaces_a_dataset(tmp_path, capsys, caplog):
+    words = ["data", "synthetic", "--data_root_dir", str(tmp_path), "--episodes", "2", "--steps", "8"]
+    assert main([*words, "--image_size", "32"]) == 0
+    assert "libero_spatial_no_noops/1.0.0: 2 episodes" in capsys.readouterr().out
+    assert len(open_dataset(tmp_path, "libero_spatial_no_noops").sources[0].episodes) == 2
+    assert main(words) == 2
+    assert "exists; name another --data_root_dir" in caplog.text

@@ -103,7 +103,8 @@ def _watch(folder: Path) -> list[str]:
             raise OSError("there is no network in this test")
         if event != "open" and event not in _CHANGES:
             return
-        path = arguments[0] if isinstance(arguments[0], (str, Path)) else ""
+        made = arguments[event == "os.symlink"]  # of a link its place, not what it leads to
+        path = made if isinstance(made, (str, Path)) else ""
         below = event in _CHANGES and arguments[-1] not in (-1, None)  # of an opened folder, as shutil.rmtree works
         if not path or below or str(path).startswith(("/dev/", "/proc/")) or "__pycache__" in str(path):
             return

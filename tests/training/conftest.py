@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,28 @@ def metrics(run: Path, split: str = "train") -> dict[int, dict[str, float]]:
     by_step = {int(entry.pop("step")): entry for entry in chosen}
     assert len(by_step) == len(chosen), "a step was logged twice"
     return by_step
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def long_run(flags: Flags, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """Six updates with a checkpoint at 3 and at the end; returns the run folder."""
+    before, root = contents(tiny_base), tmp_path_factory.mktemp("long")
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.INFO)  # as in a process of its own
+    assert train(flags(root, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1)) == 0
+    logging.getLogger().setLevel(level)
+    # The original rewrites config.json and model code of whatever it loads (defect 21).
+    assert contents(tiny_base) == before
+    return root / "run"
 
 
 TIMES = ("step_seconds", "samples_per_second", "data_wait_share")

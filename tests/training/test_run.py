@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -11,7 +10,6 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,27 +24,7 @@ from prismo.models.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
 from prismo.training.logs import JsonLines, chart_name
 from prismo.training.run_folder import RunFolder
-from tests.training.conftest import DATASET, assert_same_state, figures, metrics, state, train
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def long_run(flags, tmp_path_factory, tiny_base) -> Path:
-    """Six updates with a checkpoint at 3 and at the end; returns the run folder."""
-    before = contents(tiny_base)
-    root = tmp_path_factory.mktemp("long")
-    assert train(flags(root, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1)) == 0
-    # The original rewrites config.json and model code of whatever it loads (defect 21).
-    assert contents(tiny_base) == before
-    return root / "run"
+from tests.training.conftest import DATASET, assert_same_state, contents, figures, metrics, state, train
 
 
 def test_checkpoint_has_the_published_layout(long_run):
@@ -181,7 +159,7 @@ def break_after_staging(run: RunFolder, monkey: pytest.MonkeyPatch) -> None:
 def test_keep_last(flags, tmp_path):
     assert train(flags(tmp_path, max_steps=4, save_freq=1, keep_last=2)) == 0
     assert [c.step for c in RunFolder(tmp_path / "run").checkpoints()] == [4, 3]
-    assert {p.name for p in tmp_path.iterdir()} == {"run", "run--4_chkpt", "run--3_chkpt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "run--4_chkpt", "run--3_chkpt", "latest"}
 
 
 def test_going_back_to_a_kept_state(flags, tmp_path):
@@ -320,6 +298,29 @@ def test_all_wrong_paths_are_listed_before_any_download(flags, tmp_path, errors,
     assert all(problem in record.message for problem in problems)
     assert "fetched" not in errors.text
     assert not list(tmp_path.rglob("run"))
+
+
+def test_a_wrong_name_a_wrong_robot_and_a_wrong_folder_are_told_together(flags, tmp_path, errors):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "{name: own, embodiment: liberro, cameras: image, action: a, proprio: s, gripper: open_low, control_hz: 20}"
+    )
+    for name, problem in (("libero_spacial_no_noops", "Did you mean 'libero_spatial"), (own, "Did you mean 'libero'")):
+        errors.clear()
+        options = {"vla_path": "somebody/openvla-of-tomorrow", "vggt_path": "/nowhere/model.pt"}
+        options |= {"data_root_dir": "/nowhere", "dataset_name": name, "adapt_emb": "/nowhere/gaussians.json"}
+        assert train(flags(tmp_path / "runs", **options)) == 2
+        (record,) = errors.records
+        assert record.exc_info is None
+        assert "4 problems" in record.message
+        expected = (
+            "hf download facebook/VGGT-1B",
+            problem,
+            "hf download openvla/modified_libero_rlds",
+            "fit_action_ga",
+        )
+        assert all(text in record.message for text in expected)
+        assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_dry_run_downloads_settings_only(flags, tmp_path, errors, tiny_base, monkeypatch, capsys):

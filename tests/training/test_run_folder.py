@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from prismo.training.config import FinetuneConfig
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.run_folder import Resume, RunFolder, find_resume, run_folder
 from prismo.util.files import write_json
 from prismo.util.locks import LockedError
@@ -112,14 +112,12 @@ def resume(root: Path, **flags: object) -> tuple[RunFolder, Resume | None]:
     return run, find_resume(config, run)
 
 
-def test_states_to_keep(tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_states_to_keep(tmp_path):
     run = run_of(tmp_path, 1, 2, 3, 4)
-    run.prune(None, 2)
+    said = run.prune(None, 2)
     assert [(c.step, c.resumable) for c in run.checkpoints()] == [(4, True), (3, True), (2, False), (1, False)]
-    assert caplog.text.count("--keep_states 2") == 2
-    assert f"{run.step_folder(2)} can no longer be resumed from" in caplog.text
-    run.prune(3, 1)
+    assert said == [f"{run.step_folder(step)} can no longer be resumed from (--keep_states 2)" for step in (2, 1)]
+    assert f"{run.step_folder(1)} is deleted (--keep_last 3)" in run.prune(3, 1)
     assert [(c.step, c.resumable) for c in run.checkpoints()] == [(4, True), (3, False), (2, False)]
 
 
@@ -194,3 +192,22 @@ def test_damaged_state_is_one_sentence(tmp_path, content):
     (run.step_folder(5) / "trainer_state" / "state.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"state\.json.*delete .*trainer_state.* to go on from another checkpoint"):
         resume(tmp_path)
+
+
+def test_a_dry_run_is_not_refused_because_of_a_checkpoint(tmp_path, caplog):
+    run_of(tmp_path, 5)
+    given = {"vla_path": "openvla/openvla-7b", "dataset_name": "libero", "run_root_dir": tmp_path}
+    config = FinetuneConfig(**given)
+    with pytest.raises(ValueError, match="already is a checkpoint of this run"):
+        find_resume(config, run_folder(config))
+    assert find_resume(replace(config, dry_run=True), run_folder(config)) is None
+    assert "would be refused" in caplog.text
+
+
+def test_the_refusal_says_how_the_other_run_was_started(tmp_path):
+    """finetune.py and finetune_align.py give the published names, which do not tell them apart."""
+    run = run_of(tmp_path, 5)
+    config = FinetuneAlignConfig(vla_path="openvla/openvla-7b", dataset_name="libero", run_root_dir=tmp_path)
+    assert run_folder(config) == run
+    with pytest.raises(ValueError, match=r"\(step 5, started with no alignment \(here one\)\)\. Continue"):
+        find_resume(config, run)

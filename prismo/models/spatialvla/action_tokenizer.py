@@ -232,6 +232,8 @@ def fit_gaussians(batches: Iterable[np.ndarray]) -> dict[str, Gaussian]:
 
 def load_gaussians(path: str | Path) -> dict[str, Gaussian]:
     """Read `{variable: {"mu": ..., "sigma": ...}}`, the authors' format of `gs_*.json`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; scripts/fit_action_gaussians.py writes it from a dataset")
     return read_json(path, dict[str, Gaussian], advice='expected {"theta": {"mu": ..., "sigma": ...}, ...}')
 
 

@@ -1,0 +1,39 @@
+"""What a run left and the next command to type; draws its curves anew. Also for a run that was stopped or killed.
+
+    prismo report runs/latest
+    prismo report --run runs/openvla-7b+libero_spatial_no_noops+...
+
+The trainer prints the same at its end.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismo.util.cli import run_command
+
+
+@dataclass
+class ReportConfig:
+    # Folder of a run, one of its checkpoints, or the link to the newest run
+    run: Path = Path("runs/latest")
+
+
+def run(cfg: ReportConfig) -> None:
+    from prismo.training.summary import report
+
+    print(report(cfg.run))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`).
+
+    The folder may be given without its flag.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--run")
+    return run_command(run, ReportConfig, words)
