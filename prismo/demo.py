@@ -11,13 +11,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from prismo.commands.demo import DemoConfig
 from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
 from prismo.util.cli import BrokenOffError
 from prismo.util.schema import JsonObject, read_json, read_json_lines
+
+if TYPE_CHECKING:
+    from prismo.commands.demo import DemoConfig
 
 DATASET = "libero_object_no_noops"
 MARKER = ".made_by_prismo_demo"
