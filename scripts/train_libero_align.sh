@@ -5,13 +5,15 @@
 #   NPROC=4 scripts/train_libero_align.sh goal --save_freq 5000 --run_id_note mine
 #   scripts/train_libero_align.sh spatial --resume auto # starts, and after a crash goes on where it stopped
 #
+# The same settings without a launcher: recipes/libero_*_align.yaml (prismo train --config_path ...).
+#
 # Published runs: 8 GPUs, batch 8 each (64 per update), 150,000 updates, rate 5e-4 and a tenth of it from 100,000 on.
 # With fewer GPUs keep 64 per update: --grad_accumulation_steps 2 on four of them. OpenVLA-OFT found 50,000 updates best
 # for the goal suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 
 case "${1:-}" in
   spatial | object | goal | 10) dataset="libero_$1_no_noops" ;;

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from prismo.data.dataset import Source, open_dataset
+from prismo.data.names import action_names, proprio_names
 from prismo.data.normalize import FieldStats, dump_statistics, load_statistics, resolve_unnorm_key
 from prismo.util.extras import need
 
+_FEW = 12  # different values
 COLUMNS = ("mean", "std", "min", "q01", "q99", "max")
 
 
@@ -31,8 +34,9 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
     for source in dataset.sources:
         stats = source.statistics
         print(f"\n{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps")
-        print_table("action", stats.action)
-        print_table("proprio", stats.proprio)
+        robot = source.index.spec.embodiment
+        print_table("action", stats.action, action_names(robot))
+        print_table("proprio", stats.proprio, proprio_names(robot))
         picture = output / f"{source.name.replace('/', '_')}.png"
         plot_histograms(source, picture)
         print(f"wrote {picture}")
@@ -42,16 +46,20 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
         compare(dataset.sources, other)
 
 
-def print_table(name: str, stats: FieldStats) -> None:
-    print(f"  {name:>8}" + "".join(f"{column:>11}" for column in COLUMNS) + "   scaled")
-    for dim in range(stats.dim):
+def print_table(title: str, stats: FieldStats, names: Sequence[str]) -> None:
+    print(f"  {title:>13}" + "".join(f"{column:>11}" for column in COLUMNS) + "   scaled")
+    for dim, name in enumerate(names):
         scaled = "yes" if stats.mask is None or stats.mask[dim] else "no"
-        print(f"  {dim:>8}" + "".join(f"{getattr(stats, column)[dim]:11.5f}" for column in COLUMNS) + f"   {scaled:>6}")
+        print(
+            f"  {name:>13}" + "".join(f"{getattr(stats, column)[dim]:11.5f}" for column in COLUMNS) + f"   {scaled:>6}"
+        )
 
 
 def plot_histograms(source: Source, path: Path) -> None:
     """One histogram per dimension with its 1 % and 99 % quantiles."""
     fields = {"action": source.statistics.action, "proprio": source.statistics.proprio}
+    robot = source.index.spec.embodiment
+    names = {"action": action_names(robot), "proprio": proprio_names(robot)}
     width = max(stats.dim for stats in fields.values())
     figure = need("matplotlib.figure", "data").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
     axes = figure.subplots(2, width, squeeze=False)
@@ -61,10 +69,13 @@ def plot_histograms(source: Source, path: Path) -> None:
             if dim >= stats.dim:
                 panel.axis("off")
                 continue
-            panel.hist(source.index.column(name, slice(dim, dim + 1)).ravel(), bins=80, color="tab:blue")
+            values = source.index.column(name, slice(dim, dim + 1)).ravel()
+            # An open or closed gripper would be two lines of a pixel.
+            bins = _FEW if len(np.unique(values)) <= _FEW else 80
+            panel.hist(values, bins=bins, color="tab:blue")
             for quantile in (stats.q01[dim], stats.q99[dim]):
                 panel.axvline(quantile, color="tab:red", linewidth=1)
-            panel.set_title(f"{name} {dim}", fontsize=9)
+            panel.set_title(f"{name}: {names[name][dim]}", fontsize=9)
             panel.set_yticks([])
             panel.locator_params(axis="x", nbins=4)
             panel.tick_params(labelsize=7)

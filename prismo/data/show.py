@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from prismo.data.dataset import Source, open_dataset
+from prismo.data.names import action_names, proprio_groups, proprio_names, view_name
 from prismo.util.extras import need
 
 if TYPE_CHECKING:
@@ -103,30 +104,39 @@ def new_figure(width: float, height: float) -> Figure:
 
 def write_sheet(episode: Episode, path: Path, frames: int) -> None:
     shown = np.unique(np.linspace(0, episode.steps - 1, frames).astype(int))
-    cameras = len(episode.source.index.spec.cameras)
-    figure = new_figure(1.9 * len(shown), 1.9 * cameras + 3.4)
-    grid = figure.add_gridspec(cameras + 2, len(shown), height_ratios=[1.9] * cameras + [1.7, 1.7])
+    spec = episode.source.index.spec
+    cameras, groups = len(spec.cameras), proprio_groups(spec.embodiment)
+    rows = cameras + 1 + len(groups)
+    figure = new_figure(max(1.9 * len(shown), 8), 1.9 * cameras + 1.9 + 1.3 * len(groups))
+    grid = figure.add_gridspec(rows, len(shown), height_ratios=[1.9] * cameras + [1.9] + [1.3] * len(groups))
     for column, step in enumerate(shown):
         for camera, view in enumerate(episode.views(step)):
             panel = figure.add_subplot(grid[camera, column])
             panel.imshow(view)
-            panel.set_axis_off()
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+            if column == 0:
+                panel.set_ylabel(view_name(camera), fontsize=8)
             if camera == 0:
                 panel.set_title(f"step {step}", fontsize=8)
-    for row, name in enumerate(("action", "proprio")):
-        plot(figure.add_subplot(grid[cameras + row, :]), name, episode, list(shown))
+    names = action_names(spec.embodiment)
+    plot(figure.add_subplot(grid[cameras, :]), "action", episode.rows["action"], names, list(shown))
+    for row, (title, part) in enumerate(groups, cameras + 1):
+        values, names = episode.rows["proprio"][:, part], proprio_names(spec.embodiment)[part]
+        plot(panel := figure.add_subplot(grid[row, :]), title, values, names, list(shown))
+    panel.set_xlabel("step", fontsize=8)
     figure.suptitle(f"{episode.source.name}: {episode.instruction}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-def plot(panel: Axes, name: str, episode: Episode, marks: list[int]) -> None:
-    values = episode.rows[name]
-    for dim in range(values.shape[1]):
-        panel.plot(values[:, dim], linewidth=1, label=str(dim))
+def plot(panel: Axes, title: str, values: np.ndarray, names: Sequence[str], marks: list[int]) -> None:
+    """Lines of values [T, D] over the steps, with their names beside them."""
+    for dim, name in enumerate(names):
+        panel.plot(values[:, dim], linewidth=1, label=name)
     for mark in marks:
         panel.axvline(mark, color="gray", linewidth=0.4)
-    panel.set_xlim(0, max(1, episode.steps - 1))
-    panel.set_ylabel(name, fontsize=8)
+    panel.set_xlim(0, max(1, len(values) - 1))
+    panel.set_ylabel(title, fontsize=8)
     panel.tick_params(labelsize=7)
     panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
@@ -145,10 +155,13 @@ def film_frames(episode: Episode) -> Iterator[np.ndarray]:
     canvas = need("matplotlib.backends.backend_agg", "data").FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, cameras, height_ratios=[3, 1.6])
     pictures = [figure.add_subplot(grid[0, c]).imshow(view) for c, view in enumerate(episode.views(0))]
-    for picture in pictures:
+    for camera, picture in enumerate(pictures):
         picture.axes.set_axis_off()
+        picture.axes.set_title(view_name(camera), fontsize=8)
     panel = figure.add_subplot(grid[1, :])
-    plot(panel, "action", episode, [])
+    names = action_names(episode.source.index.spec.embodiment)
+    plot(panel, "action", episode.rows["action"], names, [])
+    panel.set_xlabel("step", fontsize=8)
     cursor = panel.axvline(0, color="black", linewidth=1)
     figure.suptitle(episode.instruction, fontsize=9)
     canvas.draw()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prismo.data.names import view_name
 from prismo.util.extras import need
 from prismo.util.files import atomic_write
 from prismo.util.schema import JsonObject, read_json_lines
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 CURVES = "curves.png"
 METRICS = "metrics.jsonl"
 _SMOOTH_FROM = 100  # entries, from which on a running mean is drawn over the single ones
-_VIEWS = ("third person", "wrist")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ _PANELS = (
     _Panel(
         "alignment with the teacher",
         "cosine",
-        {"align_cosine": "all views"}
-        | {f"align_cosine_view{i}": _VIEWS[i] if i < len(_VIEWS) else f"view {i}" for i in range(4)},
+        {"align_cosine": "all views"} | {f"align_cosine_view{i}": view_name(i) for i in range(4)},
     ),
     _Panel(
         "action error, normalised",

@@ -27,6 +27,7 @@ from prismo.models.openvla import (
     TextBatch,
 )
 from prismo.models.openvla.prediction import predict_actions
+from prismo.models.openvla.processing import prompt_text
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
@@ -291,5 +292,6 @@ OPENVLA = ModelFamily(
     build_task=build_task,
     outline=outline,
     pictures=pictures,
+    prompt=prompt_text,
     usual_batch=64,
 )

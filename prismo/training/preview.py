@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from prismo.align import outline_teacher
 from prismo.data.loader import Batch
+from prismo.data.names import action_names, proprio_names, view_name
+from prismo.embodiment import Embodiment
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.training.pictures import contact_sheet, save_picture
+from prismo.training.pictures import Row, Table, contact_sheet, save_picture
 from prismo.training.task import Outline
 
 
@@ -109,12 +112,28 @@ def _resolved(config: FinetuneConfig, device: torch.device) -> dict[str, object]
     return values
 
 
-def first_batch_picture(batch: Batch, pictures: Tensor, path: Path) -> Path:
-    """Write the first batch as the model sees it: augmented, normalised and back."""
-    captions = [
-        f"{instruction} | {name} episode {episode} step {step}"
-        for instruction, name, episode, step in zip(
-            batch.instructions, batch.dataset_names, batch.episode.tolist(), batch.step.tolist(), strict=True
-        )
-    ]
-    return save_picture(contact_sheet(pictures, captions), path)
+def first_batch_picture(
+    batch: Batch, pictures: Tensor, robot: Embodiment, prompt: Callable[[str], str], path: Path
+) -> Path:
+    """Write the first batch as the model sees it: augmented, normalised and back, with its numbers and its prompt.
+
+    Args:
+        batch: from the loader.
+        pictures: of it, float [B, V, 3, H, W] in [0, 1].
+        robot: whose actions and proprio these are.
+        prompt: instruction -> the text in front of the actions.
+        path: of the PNG.
+    """
+    rows = []
+    for i, instruction in enumerate(batch.instructions):
+        place = f"{batch.dataset_names[i]} episode {int(batch.episode[i])} step {int(batch.step[i])}"
+        lines = [place, *prompt(instruction).strip().splitlines()]
+        actions = Table("actions of the chunk, normalised", action_names(robot), _cells(batch.actions[i]))
+        proprio = Table("proprio, normalised", proprio_names(robot), _cells(batch.proprio[i : i + 1]))
+        rows.append(Row(pictures[i], lines, (actions, proprio)))
+    names = [view_name(view) for view in range(pictures.shape[1])]
+    return save_picture(contact_sheet("first batch, as the model sees it", names, rows), path)
+
+
+def _cells(values: Tensor) -> list[list[str]]:
+    return [[f"{value:.3f}" for value in row] for row in values.tolist()]

@@ -179,6 +179,7 @@ def _dry_run(plan: Plan, world: World) -> None:
     collate, alone = family.load_collate(config, base), replace(world, size=1, device=torch.device("cpu"))
     batch = next(iter(_loaders(config, data, collate, alone)[0]))
     pictures = family.pictures(config, base, batch)
-    picture = first_batch_picture(batch, pictures, plan.run.path / "first_batch.png")
+    path = plan.run.path / "first_batch.png"
+    picture = first_batch_picture(batch, pictures, data[0].embodiment, family.prompt, path)
     text = describe(plan.config, world.device, plan.run.path, sizes, memory)
     sys.stdout.write(f"{text}\n\nfirst batch: {picture}\n")

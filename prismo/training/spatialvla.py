@@ -343,5 +343,6 @@ SPATIALVLA = ModelFamily(
     build_task=build_task,
     outline=outline,
     pictures=pictures,
+    prompt=lambda instruction: f"{instruction.lower()}\n",  # no template, see `prompt_ids`
     usual_batch=256,
 )

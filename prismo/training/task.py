@@ -92,6 +92,7 @@ class ModelFamily:
         build_task: loads the model (and the teacher) and puts together what is trained.
         outline: (flags, base folder, robot) -> sizes; nothing is allocated.
         pictures: (flags, base folder, batch) -> what the model sees of a batch, float [B, V, 3, H, W] in [0, 1].
+        prompt: instruction -> the text that the model reads before it acts.
         usual_batch: samples per update of the published runs.
     """
 
@@ -103,4 +104,5 @@ class ModelFamily:
     build_task: Callable[[FinetuneConfig, Path, Embodiment, Mapping[str, DatasetStats], World], TrainingTask]
     outline: Callable[[FinetuneConfig, Path, Embodiment], Outline]
     pictures: Callable[[FinetuneConfig, Path, Batch], Tensor]
+    prompt: Callable[[str], str]
     usual_batch: int

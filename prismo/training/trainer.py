@@ -286,10 +286,16 @@ class Trainer:
             inputs = self.task.inputs(update.batches[-1], True)
             with self.step.autocast():
                 cosine = self.task.cosine_map(inputs)
-            picture = cosine_sheet(self.task.pictures(inputs)[:_MAP_SAMPLES], cosine[:_MAP_SAMPLES])
+            images = self.task.pictures(inputs)[:_MAP_SAMPLES]
+            picture = cosine_sheet(images, cosine[:_MAP_SAMPLES], self._map_title(update.number))
             path = save_picture(picture, self.run.path / "align_maps" / f"step-{update.number:06d}.png")
             for sink in self._sinks:
                 sink.image("Align Cosine Map", update.number, path)
+
+    def _map_title(self, number: int) -> str:
+        recipe = self.config.align_recipe
+        layers = f"policy layer {recipe.vla_layers_align}, teacher layer {recipe.vggt_layers_align}" if recipe else ""
+        return f"{self.run.path.name}, update {number}: cosine of policy and teacher ({layers})"
 
     def _validate(self) -> None:
         began = time.perf_counter()

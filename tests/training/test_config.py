@@ -192,11 +192,12 @@ def test_run_id_is_the_originals():
 
 @pytest.mark.parametrize("suite", ["spatial", "object", "goal", "10", "joint"])
 def test_the_papers_command_is_accepted(suite, tmp_path):
-    """`scripts/train_libero_align.sh` with a torchrun that only shows its arguments."""
+    """`scripts/train_libero_align.sh` with a torchrun that only shows its arguments; the recipe says the same."""
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
-    script = Path(__file__).resolve().parents[2] / "scripts" / "train_libero_align.sh"
+    root = Path(__file__).resolve().parents[2]
+    script = root / "scripts" / "train_libero_align.sh"
     done = subprocess.run(
         [script, suite, "--resume", "True"],
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "3"},
@@ -212,3 +213,9 @@ def test_the_papers_command_is_accepted(suite, tmp_path):
     assert (config.batch_size, config.max_steps, config.lora_rank, config.resume) == (8, 150_005, 32, True)
     names = {f"libero_{suite}_no_noops", "libero_4_task_suites_no_noops"}
     assert config.dataset_name in names
+    recipe = ["--config_path", str(root / "recipes" / f"libero_{suite}_align.yaml")]
+    assert parse_config(FinetuneAlignConfig, [*recipe, "--resume", "True"]) == config
+    assert parse_config(FinetuneAlignConfig, [*recipe, "--batch_size", "2"]).batch_size == 2
+    assert run_id(parse_config(FinetuneAlignConfig, recipe)) == (
+        f"openvla-7b+{config.dataset_name}+b8+lr-0.0005+lora-r32+dropout-0.0--image_aug"
+    )

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from prismo.policies.loading import prepare_policy
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.optim import Schedule
 from prismo.training.run_folder import RunFolder
+from prismo.training.run_name import run_id
 from tests.training.conftest import DATASET, REPOSITORY, assert_same_state, environment, figures, metrics, state, train
 
 KEY = f"{DATASET}/1.0.0"
@@ -404,6 +406,17 @@ def test_the_training_script_is_accepted(mode, suite, tmp_path):
     assert (config.use_lora, config.learning_rate) == ((True, 5e-4) if mode == "lora" else (False, 2e-5))
     assert (config.adapt_emb is None) == (suite != "joint")
     assert config.dataset_name in (f"libero_{suite}_no_noops", "libero_4_task_suites_no_noops")
+
+
+def test_the_recipe_is_the_training_script(tmp_path):
+    config = parse_config(FinetuneConfig, shown("train_libero_spatialvla.sh", ["spatial"], tmp_path)[6:])
+    recipe = parse_config(
+        FinetuneConfig, ["--config_path", str(REPOSITORY / "recipes" / "libero_spatial_spatialvla.yaml")]
+    )
+    gaussians = tmp_path / "gaussians-libero_spatial_no_noops.json"
+    assert config == replace(recipe, run_root_dir=tmp_path, adapt_emb=gaussians)
+    assert gaussians.name == recipe.adapt_emb.name
+    assert run_id(recipe).endswith("--image_aug")  # its settings add no word
 
 
 def test_the_slurm_twin_runs_the_same_command(tmp_path):
