@@ -237,3 +237,11 @@ def test_help_has_groups(capsys):
     assert (
         shown.index("flags:") < shown.index("--switch bool") < shown.index("more:") < shown.index("--tasks [int, ...]")
     )
+
+
+def test_flags_of_a_training_stand_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for group in ("data", "model", "alignment", "logging", "SpatialVLA"):
+        assert shown.count(f"\n{group}:\n") == 1

@@ -22,20 +22,27 @@ BENCHMARK_STATES = 50  # initial states per task that LIBERO ships
 class EvalConfig(PolicyFlags):
     """An evaluation in LIBERO. The flags of the policy are inherited."""
 
+    # --- benchmark
     # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
     task_suite_name: str = "libero_spatial"
     # Only these tasks (0-based), e.g. "[0, 5]". Default: all
     task_ids: list[int] | None = None
     # Episodes per task (at most 50 with LIBERO's own initial states)
     num_trials_per_task: int = 50
+
+    # --- roll-outs
     # Actions executed between two queries: the first ones of a chunk (original default: 8). Default: the whole chunk
     num_open_loop_steps: int | None = None
     # Simulator steps without motion before the policy starts, while objects fall to rest
     num_steps_wait: int = 10
     # Policy steps before an episode counts as failed. Default: 220 / 280 / 300 / 520 / 400 by suite
     max_steps: int | None = None
+
+    # --- benchmark
     # DEFAULT for LIBERO's initial states, or a JSON file written by `prismo data regenerate`
     initial_states_path: str = DEFAULT_STATES
+
+    # --- simulator
     # Height and width of the camera images in pixels
     env_img_res: int = 256
     # Folder of LIBERO's assets, or "stand-ins" for the built-in ones (smoke runs). Default: PRISMO_LIBERO_ASSETS, what
@@ -43,6 +50,8 @@ class EvalConfig(PolicyFlags):
     libero_assets: str | None = None
     # Fetch LIBERO's assets (200 MB) from the hub where none are found
     download_assets: bool = True
+
+    # --- what is written
     # Videos of which episodes: all, failures or none (drawing every step doubles the time without a GPU)
     save_videos: str = "all"
     # Folder of the videos; they go into a sub-folder by date
@@ -51,6 +60,8 @@ class EvalConfig(PolicyFlags):
     local_log_dir: str = "./experiments/logs"
     # Suffix of the run's name
     run_id_note: str | None = None
+
+    # --- run
     # Continue the newest unfinished run of the same command; False starts a new one
     resume: bool = True
     # Run the episodes again that ended in an error
@@ -59,10 +70,14 @@ class EvalConfig(PolicyFlags):
     allow_mixed: bool = False
     # Stop after that many equal errors in a row (0: never)
     max_errors: int = 3
+
+    # --- what is written
     # Also log to Weights & Biases
     use_wandb: bool = False
     wandb_entity: str | None = None
     wandb_project: str = "prismo-libero-eval"
+
+    # --- run
     # Seed of whatever the policy draws at random; scenes are seeded by the trial's number, the same for every policy
     seed: int = 7
 

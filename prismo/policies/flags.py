@@ -16,12 +16,15 @@ Intrinsics = Literal["checkpoint", "libero"]
 class PolicyFlags:
     """Flags that describe a policy. None = not given: read from the checkpoint's files."""
 
+    # --- checkpoint
     # "openvla" (OpenVLA, OpenVLA-OFT, Spatial-Forcing) or "svla" (SpatialVLA). Default: from the checkpoint
     model_family: str | None = None
     # Checkpoint folder or Hugging Face hub id
     pretrained_checkpoint: str = ""
     # Base model of an unmerged checkpoint (folder with lora_adapter/). Default: the one its adapter names
     base_checkpoint: str | None = None
+
+    # --- policy (left out, read from the checkpoint)
     # Continuous actions from the L1 head (original default: True). Default: from the checkpoint
     use_l1_regression: bool | None = None
     # Continuous actions from the diffusion head (original default: False). Default: from the checkpoint
@@ -44,18 +47,24 @@ class PolicyFlags:
     unnorm_key: str | None = None
     # "bidirectional" (OFT: a chunk in one pass) or "causal" (vanilla OpenVLA). Default: from the checkpoint
     attention: str | None = None
+
+    # --- SpatialVLA
     # SpatialVLA: average the actions that the last chunks predict for a step (a query per step). Default: True
     adaptive_ensemble: bool | None = None
     # SpatialVLA: sharpness of that average (0 = plain mean)
     ensemble_alpha: float = 0.1
     # SpatialVLA: camera for the 3D positions: "checkpoint" (as its authors) or "libero" (the true one)
     intrinsics: str | None = None
+
+    # --- machine
     # bitsandbytes 8-bit weights (merged OpenVLA checkpoints, NVIDIA GPUs)
     load_in_8bit: bool = False
     # bitsandbytes 4-bit weights
     load_in_4bit: bool = False
     # Device of the model, e.g. "cuda:1". Default: the first GPU, else the CPU
     device: str | None = None
+
+    # --- checkpoint
     # Run although flags contradict the checkpoint
     force: bool = False
 

@@ -30,17 +30,25 @@ PLACEHOLDER = "your-wandb-"  # the original's defaults of the two Weights & Bias
 class FinetuneConfig:
     """One training run. Steps always count optimizer updates: checkpoint N holds the weights after exactly N."""
 
+    # --- model
     # Base model: checkpoint folder or hub id. With --resume True --resume_step N also a published or merged checkpoint
     vla_path: str = "openvla/openvla-7b"
+
+    # --- data
     # Folder that holds one folder per RLDS dataset
     data_root_dir: Path = Path("datasets/rlds")
     # Dataset, mixture (libero_4_task_suites_no_noops) or the path of a YAML description of your own data
     dataset_name: str = "aloha_scoop_x_into_bowl"
+
+    # --- run
     # Folder of the run folders; with several machines, one that all of them see
     run_root_dir: Path = Path("runs")
+
+    # --- data
     # Accepted for old commands; nothing is buffered here, any window is read directly and the order is fully shuffled
     shuffle_buffer_size: int = 100_000
 
+    # --- model
     # Regress action chunks with the L1 head; False with use_diffusion False trains discrete action tokens
     use_l1_regression: bool = True
     # Denoise action chunks (DDIM); excludes use_l1_regression
@@ -54,6 +62,7 @@ class FinetuneConfig:
     # Feed the robot state as a token
     use_proprio: bool = False
 
+    # --- optimisation
     # Samples per process and micro-batch
     batch_size: int = 8
     # AdamW's rate after warm-up, for everything that is trained (full fine-tuning of SpatialVLA: 2e-5)
@@ -66,62 +75,92 @@ class FinetuneConfig:
     grad_accumulation_steps: int = 1
     # Updates of the whole run (resumed runs count on)
     max_steps: int = 200_000
+
+    # --- validation
     # Validate on held-out episodes
     use_val_set: bool = False
     # Updates between validations
     val_freq: int = 10_000
     # Seconds after which a validation stops early
     val_time_limit: int = 180
+
+    # --- checkpoints
     # Updates between checkpoints; the last update always gives one
     save_freq: int = 10_000
     # Keep one checkpoint, in the run folder itself and named "latest", instead of a folder per step beside it
     save_latest_checkpoint_only: bool = False
+
+    # --- optimisation
     # MultiStepLR, CosineAnnealingLR (down to a thousandth at max_steps) or LinearLR (down to 0 at max_steps)
     scheduler: str = "MultiStepLR"
+
+    # --- checkpoints
     # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
     # or with resume_step from the checkpoint in vla_path. "auto" starts the run where there is nothing to continue yet
     resume: bool | Literal["auto"] = False
     # Step of the checkpoint in vla_path to continue from. Folders without trainer state (published ones) restore the
     # side modules and the step only
     resume_step: int | None = None
+
+    # --- data
     # Random crop and colour jitter
     image_aug: bool = True
+
+    # --- validation
     # Updates between the full denoisings that measure the L1 error of a diffusion head
     diffusion_sample_freq: int = 50
 
+    # --- model
     # Adapters on a frozen base. False = full fine-tuning, for SpatialVLA only; several GPUs then share one copy (FSDP2)
     use_lora: bool = True
     # Rank of the adapters
     lora_rank: int = 32
     # Dropout in front of the adapters
     lora_dropout: float = 0.0
+
+    # --- checkpoints
     # Also write each checkpoint as a complete, merged model (15 GB; can be done later by the merge script)
     merge_lora_during_training: bool = True
+
+    # --- logging
     # Weights & Biases account; giving it or the project switches logging there on
     wandb_entity: str = "your-wandb-entity"
     # Weights & Biases project
     wandb_project: str = "your-wandb-project"
+
+    # --- run
     # Suffix of the run's name
     run_id_note: str | None = None
     # The run's name instead of the generated one
     run_id_override: str | None = None
+
+    # --- logging
     # Updates between two entries of all logs
     wandb_log_freq: int = 10
 
+    # --- optimisation
     # Seed of initial weights, sample order, augmentation, dropout and diffusion noise
     seed: int = 7
     # Gradients are scaled down to this norm; 0 switches clipping off, as in the original
     max_grad_norm: float = 1.0
     # Recompute activations in the backward pass: about a third slower, a fraction of the memory
     gradient_checkpointing: bool = False
+
+    # --- machine
     # "cuda" or "cpu". Default: the GPU where there is one
     device: str | None = None
     # Of the frozen base and the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
     dtype: str = "auto"
+
+    # --- optimisation
     # AdamW's weight decay
     weight_decay: float = 0.01
+
+    # --- model
     # Alpha of the adapters. Default: min(rank, 16) for OpenVLA, the rank for SpatialVLA
     lora_alpha: int | None = None
+
+    # --- SpatialVLA
     # SpatialVLA, full fine-tuning: keep the text embeddings as they are
     freeze_llm_embed: bool = True
     # SpatialVLA, full fine-tuning: keep SigLIP as it is
@@ -134,26 +173,40 @@ class FinetuneConfig:
     min_sigma: float = 0.0
     # SpatialVLA: camera of the pictures, "checkpoint" (stored for the dataset, else the authors' WidowX) or "libero"
     intrinsics: str = "checkpoint"
+
+    # --- machine
     # Compile the transformer blocks (faster steps after a start of a few minutes)
     compile: bool = False
     # Decoding processes per training process. Default: this process's share of the cores, 8 at most
     num_workers: int | None = None
+
+    # --- data
     # Train on the last frames of episodes, too, whose missing actions are masked (the original leaves them out)
     use_tail: bool = False
+
+    # --- validation
     # Share of episodes held out by use_val_set, chosen by their content; 0 uses the dataset's own "val" split
     val_fraction: float = 0.05
+
+    # --- model
     # Start FiLM as the identity; False starts at random, as the original
     film_identity_init: bool = True
     # Leave padding out of FiLM's mean over the instruction, as in prediction; False takes it in, as the original
     film_exclude_padding: bool = True
+
+    # --- checkpoints
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
     # Checkpoints that keep what resuming needs, newest first; it is several times as large as an adapter
     keep_states: int = 1
+
+    # --- logging
     # Log to Weights & Biases (WANDB_MODE is respected). Default: when wandb_entity or wandb_project is given
     use_wandb: bool | None = None
     # Also write TensorBoard files into the run folder
     use_tensorboard: bool = False
+
+    # --- run
     # Check everything, print the resolved configuration, sizes and expected memory, write a picture of the first
     # batch as the model sees it, and stop
     dry_run: bool = False
@@ -243,6 +296,7 @@ class FinetuneConfig:
 class FinetuneAlignConfig(FinetuneConfig):
     """A training run with Spatial Forcing: vision tokens are aligned with features of a frozen teacher."""
 
+    # --- alignment
     # Weights of VGGT-1B (model.pt or a folder with it), or of another teacher. "random" needs none
     vggt_path: str = "official_ckpts/vggt_model.pt"
     # Alignment objective; only "cosine"
@@ -266,8 +320,12 @@ class FinetuneAlignConfig(FinetuneConfig):
     teacher: str = "vggt"
     # Of the teacher's weights; "auto" = as dtype
     vggt_dtype: str = "auto"
+
+    # --- machine
     # Compile the teacher's blocks
     compile_vggt: bool = False
+
+    # --- alignment
     # Updates between pictures of the cosine map; 0 = none
     align_map_freq: int = 1000
 
