@@ -32,7 +32,7 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
         stats = source.statistics
         print(f"\n{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps")
         print_table("action", stats.action)
-        print_table("proprio", stats.proprio)
+        print_table("proprio", stats.of_proprio())
         picture = output / f"{source.name.replace('/', '_')}.png"
         plot_histograms(source, picture)
         print(f"wrote {picture}")
@@ -51,7 +51,7 @@ def print_table(name: str, stats: FieldStats) -> None:
 
 def plot_histograms(source: Source, path: Path) -> None:
     """One histogram per dimension with its 1 % and 99 % quantiles."""
-    fields = {"action": source.statistics.action, "proprio": source.statistics.proprio}
+    fields = {"action": source.statistics.action, "proprio": source.statistics.of_proprio()}
     width = max(stats.dim for stats in fields.values())
     figure = need("matplotlib.figure", "data").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
     axes = figure.subplots(2, width, squeeze=False)
@@ -79,7 +79,7 @@ def compare(sources: tuple[Source, ...], path: Path) -> None:
         other = others[resolve_unnorm_key(others, source.name, source.index.spec.embodiment.normalization)]
         pairs = [("action", source.statistics.action, other.action)]
         if other.proprio:
-            pairs.append(("proprio", source.statistics.proprio, other.proprio))
+            pairs.append(("proprio", source.statistics.of_proprio(), other.proprio))
         for name, ours, theirs in pairs:
             if ours.dim != theirs.dim:
                 raise ValueError(f"{path}: {name} has {theirs.dim} numbers, the data have {ours.dim}")
