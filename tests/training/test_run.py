@@ -18,6 +18,9 @@ from PIL import Image
 
 import prismo.training.logs
 import prismo.training.trainer
+from prismo.data.dataset import open_dataset
+from prismo.data.synthetic import write_synthetic_libero
+from prismo.embodiment import LIBERO
 from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
 from prismo.models.tiny import make_tiny_openvla
@@ -28,11 +31,11 @@ from tests.training.conftest import DATASET, assert_same_state, contents, figure
 
 
 def test_checkpoint_has_the_published_layout(long_run):
-    folder = RunFolder(long_run).step_folder(3)
+    folder = RunFolder(long_run).step_folder(4)
     assert {path.name for path in folder.iterdir()} == {
-        "action_head--3_checkpoint.pt",
-        "proprio_projector--3_checkpoint.pt",
-        "align_projector--3_checkpoint.pt",
+        "action_head--4_checkpoint.pt",
+        "proprio_projector--4_checkpoint.pt",
+        "align_projector--4_checkpoint.pt",
         "lora_adapter",
         "dataset_statistics.json",
         "preprocessor_config.json",
@@ -42,7 +45,7 @@ def test_checkpoint_has_the_published_layout(long_run):
         "added_tokens.json",
         "training_config.json",
     }
-    assert "vlm_norm.weight" in read_component(folder / "align_projector--3_checkpoint.pt")
+    assert "vlm_norm.weight" in read_component(folder / "align_projector--4_checkpoint.pt")
     with open_adapter(folder / "lora_adapter") as file:
         names = list(file.keys())
     assert all(".lora_" in name for name in names)  # no copy of lm_head: adapters stay small
@@ -55,8 +58,9 @@ def test_checkpoint_has_the_published_layout(long_run):
 
 
 def test_only_the_newest_checkpoint_carries_trainer_state(long_run):
+    """And the last update always gives one, also where 6 is no multiple of `save_freq` (defect 10)."""
     found = [(c.step, c.resumable) for c in RunFolder(long_run).checkpoints()]
-    assert found == [(6, True), (3, False)]  # and the last update always gives one (defect 10)
+    assert found == [(6, True), (4, False)]
 
 
 def test_checkpoint_n_has_seen_exactly_n_updates(long_run):
@@ -176,12 +180,18 @@ def test_going_back_to_a_kept_state(flags, tmp_path):
 
 
 def test_losses_fall(flags, tmp_path):
-    # The same windows again and again: one epoch of 8 samples per update is more than the dataset's few windows give.
-    assert train(flags(tmp_path, max_steps=12, batch_size=4, learning_rate=2e-3, image_aug=False)) == 0
+    """All windows in every update, so that nothing but learning moves the losses.
+
+    Over eight seeds the action loss came down to 0.50 to 0.74 of where it began, the alignment's to 0.04 to 0.12.
+    """
+    write_synthetic_libero(tmp_path / "data", DATASET, episodes=1, steps=LIBERO.chunk + 3, image_size=64)
+    windows = len(open_dataset(tmp_path / "data", DATASET))
+    options = {"data_root_dir": tmp_path / "data", "batch_size": windows, "learning_rate": 2e-3, "image_aug": False}
+    assert train(flags(tmp_path, max_steps=15, **options)) == 0
     entries = metrics(tmp_path / "run")
-    first, last = ([entries[step] for step in steps] for steps in ((1, 2, 3), (10, 11, 12)))
-    for name in ("loss", "align_loss"):
-        assert sum(e[name] for e in last) < 0.8 * sum(e[name] for e in first), name
+    assert entries[15]["epoch"] == 15
+    assert entries[15]["loss"] < 0.85 * entries[1]["loss"]
+    assert entries[15]["align_loss"] < 0.3 * entries[1]["align_loss"]
 
 
 def test_counting_operations_changes_nothing(flags, tmp_path, monkeypatch):
@@ -447,6 +457,6 @@ def test_resume_says_which_changes_alter_the_run(long_run, flags, tmp_path, capl
 
 def test_resume_of_a_finished_run_changes_nothing(long_run, flags):
     before = state(RunFolder(long_run).step_folder(6))
-    assert train(flags(long_run.parent, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1, resume=True)) == 0
+    assert train(flags(long_run.parent, max_steps=6, save_freq=4, align_map_freq=5, lora_dropout=0.1, resume=True)) == 0
     after = state(RunFolder(long_run).step_folder(6))
     assert all(torch.equal(before[name], after[name]) for name in before)
