@@ -98,13 +98,10 @@ def test_three_plus_three_equals_six(long_run, flags, tmp_path):
     assert figures(tmp_path / "run") == figures(long_run)
 
 
-def test_a_run_is_reproducible_and_the_seed_matters(flags, tmp_path):
-    """The original seeds nothing (defect 9)."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert train(flags(tmp_path, run_id_override=name, max_steps=2, seed=seed)) == 0
-    a, b, c = (figures(tmp_path / name) for name in "abc")
-    assert a == b
-    assert a != c
+def test_the_seed_matters(long_run, flags, tmp_path):
+    """The original seeds nothing (defect 9). That the same seed gives the same run, the test above shows."""
+    assert train(flags(tmp_path, max_steps=1, seed=2, lora_dropout=0.1)) == 0
+    assert figures(tmp_path / "run")[1] != figures(long_run)[1]
 
 
 def test_accumulation_saves_once_and_counts_updates(flags, tmp_path):
@@ -187,38 +184,34 @@ def test_losses_fall(flags, tmp_path):
     write_synthetic_libero(tmp_path / "data", DATASET, episodes=1, steps=LIBERO.chunk + 3, image_size=64)
     windows = len(open_dataset(tmp_path / "data", DATASET))
     options = {"data_root_dir": tmp_path / "data", "batch_size": windows, "learning_rate": 2e-3, "image_aug": False}
-    assert train(flags(tmp_path, max_steps=15, **options)) == 0
+    assert train(flags(tmp_path, max_steps=10, **options)) == 0
     entries = metrics(tmp_path / "run")
-    assert entries[15]["epoch"] == 15
-    assert entries[15]["loss"] < 0.85 * entries[1]["loss"]
-    assert entries[15]["align_loss"] < 0.3 * entries[1]["align_loss"]
+    assert entries[10]["epoch"] == 10
+    assert entries[10]["loss"] < 0.85 * entries[1]["loss"]
+    assert entries[10]["align_loss"] < 0.3 * entries[1]["align_loss"]
 
 
-def test_counting_operations_changes_nothing(flags, tmp_path, monkeypatch):
+def test_counting_operations_changes_nothing(long_run, flags, tmp_path, monkeypatch):
     """MFU is shown for known GPUs; its one extra pass must not disturb the run."""
-    assert train(flags(tmp_path, run_id_override="plain", max_steps=2, lora_dropout=0.1)) == 0
     for module in (prismo.training.trainer, prismo.training.logs):
         monkeypatch.setattr(module, "gpu_peak_flops", lambda: 1e12)
     assert train(flags(tmp_path, max_steps=2, lora_dropout=0.1)) == 0
-    counted, plain = figures(tmp_path / "run"), figures(tmp_path / "plain")
+    counted, plain = figures(tmp_path / "run"), figures(long_run)
     assert 0 < counted[2].pop("mfu") < 1
     assert counted[2] == plain[2]
 
 
-def test_no_alignment_needs_no_teacher(flags, tmp_path):
+def test_no_alignment_is_finetune_and_needs_no_teacher(flags, tmp_path):
     """The original loads and runs VGGT even at coefficient 0 (defect 15)."""
-    assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, vggt_path=tmp_path / "missing.pt")) == 0
-    assert "align_loss" not in metrics(tmp_path / "run")[1]
-    assert not list(RunFolder(tmp_path / "run").step_folder(1).glob("align_projector*"))
-
-
-def test_finetune_is_the_same_trainer_without_alignment(flags, tmp_path):
+    without = {"align_loss_coeff": 0, "vggt_path": tmp_path / "missing.pt", "run_id_override": "other"}
+    assert train(flags(tmp_path, max_steps=1, **without)) == 0
+    assert "align_loss" not in metrics(tmp_path / "other")[1]
+    assert not list(RunFolder(tmp_path / "other").step_folder(1).glob("align_projector*"))
     align_flags = {"vggt_path", "vla_layers_align", "use_vlm_norm", "use_vggt_pe", "align_map_freq"}
     arguments = flags(tmp_path, max_steps=1)
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     plain = [part for pair in pairs if pair[0][2:] not in align_flags for part in pair]
     assert train(plain, FinetuneConfig) == 0
-    assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, run_id_override="other")) == 0
     assert figures(tmp_path / "run") == figures(tmp_path / "other")
 
 
