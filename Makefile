@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 COMPARE := $(VENV)/.compare
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-compare gl demo test test-fast lint types format clean
+.PHONY: help setup setup-compare gl demo test test-fast lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1#\2/p' Makefile | awk -F'#' '{printf "  %-19s %s\n", $$1, $$2}'
@@ -37,11 +37,9 @@ test: setup ## the suite
 test-fast: setup ## the suite without what takes more than a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-lint: setup ## what continuous integration checks of the style
+lint: setup ## what continuous integration checks of style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: setup ## the type checker
 	$(BIN)/ty check
 
 format: setup ## mends what lint complains about

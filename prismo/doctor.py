@@ -89,8 +89,9 @@ def check_simulator(doctor: Doctor) -> Iterator[Finding]:
     versions = collect_versions(worker.info)
     yield Finding("ok", f"simulator: {', '.join(f'{k} {v}' for k, v in worker.info.versions.items())}")
     yield from (Finding("FAIL", text) for text in version_warnings(versions) if not text.startswith("the scenes"))
-    slow = ": every picture costs 50 to 150 ms of CPU" if worker.backend.software else ""
-    yield Finding("note" if slow else "ok", f"rendering with {worker.backend}{slow}")
+    backend = worker.backend
+    slow = ": every picture costs 50 to 150 ms of CPU" if backend is not None and backend.software else ""
+    yield Finding("note" if slow else "ok", f"rendering with {backend}{slow}")
     try:
         with worker:
             yield from _probes(worker, doctor.output_dir)

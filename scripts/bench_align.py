@@ -21,7 +21,7 @@ class BenchConfig:
     # VGGT weights; without, VGGT-1B's sizes with random weights
     vggt_path: str | None = None
     # "cuda" or "cpu". Default: the GPU where there is one
-    device: str | None = None
+    device: str = ""
     # Samples
     batch_size: int = 8
     # Cameras per sample

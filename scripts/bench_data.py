@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 @dataclass
 class BenchConfig:
     # Folder of the dataset folders; left out, data are generated
-    data_root_dir: str | None = None
+    data_root_dir: str = ""
     # A LIBERO dataset
     dataset_name: str = "libero_spatial_no_noops"
     # Size of generated data
@@ -53,7 +53,7 @@ class BenchConfig:
     modes: list[Mode] = field(default_factory=lambda: list(MODES))
     # --- of a child process that the script starts
     # Statistics that tf.data's side takes over
-    statistics: str | None = None
+    statistics: str = ""
     # What to measure
     measure: str | None = None
     # Row

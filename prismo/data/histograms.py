@@ -36,7 +36,7 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
         print(f"\n{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps")
         robot = source.index.spec.embodiment
         print_table("action", stats.action, action_names(robot))
-        print_table("proprio", stats.proprio, proprio_names(robot))
+        print_table("proprio", stats.of_proprio(), proprio_names(robot))
         picture = output / f"{source.name.replace('/', '_')}.png"
         plot_histograms(source, picture)
         print(f"wrote {picture}")
@@ -57,7 +57,7 @@ def print_table(title: str, stats: FieldStats, names: Sequence[str]) -> None:
 
 def plot_histograms(source: Source, path: Path) -> None:
     """One histogram per dimension with its 1 % and 99 % quantiles."""
-    fields = {"action": source.statistics.action, "proprio": source.statistics.proprio}
+    fields = {"action": source.statistics.action, "proprio": source.statistics.of_proprio()}
     robot = source.index.spec.embodiment
     names = {"action": action_names(robot), "proprio": proprio_names(robot)}
     width = max(stats.dim for stats in fields.values())
@@ -90,7 +90,7 @@ def compare(sources: tuple[Source, ...], path: Path) -> None:
         other = others[resolve_unnorm_key(others, source.name, source.index.spec.embodiment.normalization)]
         pairs = [("action", source.statistics.action, other.action)]
         if other.proprio:
-            pairs.append(("proprio", source.statistics.proprio, other.proprio))
+            pairs.append(("proprio", source.statistics.of_proprio(), other.proprio))
         for name, ours, theirs in pairs:
             if ours.dim != theirs.dim:
                 raise ValueError(f"{path}: {name} has {theirs.dim} numbers, the data have {ours.dim}")

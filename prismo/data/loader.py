@@ -196,7 +196,7 @@ class Loader:
     def samples_per_epoch(self) -> int:
         return self.order.size
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         slots = None
         if self.num_workers:
             in_flight = self.num_workers * _PREFETCH + 1

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -270,7 +270,7 @@ def resolve_base(base: str | Path) -> Path:
 
 
 @contextmanager
-def _opened(base_folder: Path, checkpoint_dir: Path) -> Iterator[tuple[dict[str, StoredTensor], _Adapter]]:
+def _opened(base_folder: Path, checkpoint_dir: Path) -> Generator[tuple[dict[str, StoredTensor], _Adapter]]:
     """Base tensors and adapter, after checking that both fit the model and each other."""
     tensors = stored_tensors(base_folder)
     folder = checkpoint_dir / ADAPTER_FOLDER
@@ -413,7 +413,7 @@ def _same_kind(left: StoredTensor, right: StoredTensor) -> bool:
 
 
 @contextmanager
-def _bar(title: str, size: int, show: bool) -> Iterator[Callable[[int], object]]:
+def _bar(title: str, size: int, show: bool) -> Generator[Callable[[int], object]]:
     """A progress bar over bytes with rate and time left."""
     with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=not show) as bar:
         yield bar.update

@@ -7,7 +7,7 @@ moved. config.json makes a folder a checkpoint: the old one goes first, the new 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ def check_space(output: Path, weights: int, files: Mapping[str, Path]) -> None:
 
 
 @contextmanager
-def prepared(output: Path) -> Iterator[Path]:
+def prepared(output: Path) -> Generator[Path]:
     """Yield a folder to fill; when the block ends well its files become those of `output`.
 
     After an exception in the block `output` is as it was. After a kill while files are moved it is no checkpoint

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
@@ -436,7 +436,7 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
-def _check_bounds(flag: str, value: object) -> None:
+def _check_bounds(flag: str, value: float | None) -> None:
     if flag not in BOUNDS or value is None:
         return
     low, high = BOUNDS[flag]
@@ -446,6 +446,6 @@ def _check_bounds(flag: str, value: object) -> None:
         raise ValueError(f"--{flag} is {value}; expected at most {high}")
 
 
-def _check_choice(flag: str, value: str, options: Sequence[str]) -> None:
+def _check_choice(flag: str, value: str, options: Collection[str]) -> None:
     if value not in options:
         raise ValueError(did_you_mean(f"value of --{flag}", value, options))

@@ -11,7 +11,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +118,8 @@ class Wandb:
         self._wandb = wandb
         try:
             self._run = wandb.init(
-                **given,
+                entity=given.get("entity"),
+                project=given.get("project"),
                 name=folder.name,
                 id=identity.read_text(encoding="utf-8"),
                 resume="allow",
@@ -241,7 +242,7 @@ class Progress:
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Leave the time of this block (a checkpoint, a validation, a picture) out of the speed."""
         began = time.perf_counter()
         yield

@@ -26,15 +26,15 @@ class Schedule:
 
     Attributes:
         peak: rate after warm-up.
-        kind: "MultiStepLR" multiplies by 0.1 from update `decay_step` on; "CosineAnnealingLR" falls to `1e-3 * peak`,
-            "LinearLR" (SpatialVLA's) in a straight line to 0.
+        kind: of `Scheduler`: "MultiStepLR" multiplies by 0.1 from update `decay_step` on; "CosineAnnealingLR" falls to
+            `1e-3 * peak`, "LinearLR" (SpatialVLA's) in a straight line to 0.
         warmup_steps: updates over which the rate rises linearly from 10 % to 100 %; 0 = none.
         decay_step: see `kind`.
         max_steps: length of the cosine and of the line.
     """
 
     peak: float
-    kind: Scheduler = "MultiStepLR"
+    kind: str = "MultiStepLR"
     warmup_steps: int = 0
     decay_step: int = 100_000
     max_steps: int = 200_000

@@ -6,6 +6,7 @@ import logging
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from prismo.training.families import family_of, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
+from prismo.training.run_folder import Resume
 from prismo.training.summary import run_summary
 from prismo.training.task import ModelFamily
 from prismo.training.text_log import RunLog
@@ -104,7 +106,7 @@ def _train(plan: Plan, world: World, online: list[Sink], log: RunLog) -> None:
     robot = data[0].embodiment
     loaders = _loaders(config, data, collate, world)
     if plan.resume is not None and plan.resume.exact:
-        _check_position(plan, loaders[0])
+        _check_position(plan.resume, loaders[0])
     task = family.build_task(config, base, robot, data[0].statistics, world)
     if world.is_main:
         log.open(plan.run.path)
@@ -125,42 +127,43 @@ def _train(plan: Plan, world: World, online: list[Sink], log: RunLog) -> None:
 
 def _open_datasets(config: FinetuneConfig, family: ModelFamily, base: Path) -> list[WindowDataset]:
     """Training windows and, if asked, held-out ones, with chunks and, where sizes differ, pictures as the model's."""
-    fraction = config.val_fraction if config.use_val_set else 0.0
-    options = {
-        "num_images": config.num_images_in_input,
-        "chunk": family.chunk(base),
-        "size": family.image_size(base),
-        "use_tail": config.use_tail,
-        "val_fraction": fraction,
-    }
-    train = open_dataset(config.data_root_dir, config.dataset_name, **options)
-    if not config.use_val_set:
-        return [train]
-    val = open_dataset(config.data_root_dir, config.dataset_name, **options, split="val", statistics=train.statistics)
-    return [train, val]
+    windows = partial(
+        open_dataset,
+        config.data_root_dir,
+        config.dataset_name,
+        num_images=config.num_images_in_input,
+        chunk=family.chunk(base),
+        size=family.image_size(base),
+        use_tail=config.use_tail,
+        val_fraction=config.val_fraction if config.use_val_set else 0.0,
+    )
+    train = windows()
+    return [train, windows(split="val", statistics=train.statistics)] if config.use_val_set else [train]
 
 
-def _loaders(config: FinetuneConfig, data: list[WindowDataset], collate: CollateText, world: World) -> list:
+def _loaders(
+    config: FinetuneConfig, data: list[WindowDataset], collate: CollateText, world: World
+) -> tuple[Loader, Loader | None]:
     """Training and validation batches of this process; None in place of a validation that is not wanted."""
-    options = {
-        "seed": config.seed,
-        "rank": world.rank,
-        "world_size": world.size,
-        "num_workers": config.num_workers,
-        "collate_text": collate,
-        "pin_memory": world.device.type == "cuda",
-    }
-    train = make_loader(data[0], config.batch_size, **options)
-    val = make_loader(data[1], config.batch_size, epochs=1, **options) if len(data) > 1 else None
-    return [train, val]
+    batches = partial(
+        make_loader,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=config.num_workers,
+        collate_text=collate,
+        pin_memory=world.device.type == "cuda",
+    )
+    return batches(data[0]), batches(data[1], epochs=1) if len(data) > 1 else None
 
 
-def _check_position(plan: Plan, loader: Loader) -> None:
+def _check_position(resume: Resume, loader: Loader) -> None:
     """The place in the data that a run goes on from exists."""
-    sample, size = read_state(plan.resume.folder).data.sample, loader.samples_per_epoch
+    sample, size = read_state(resume.folder).data.sample, loader.samples_per_epoch
     if sample >= size:
         raise ValueError(
-            f"{plan.resume.folder} was saved at sample {sample} of an epoch, which has {size} here: the dataset is not "
+            f"{resume.folder} was saved at sample {sample} of an epoch, which has {size} here: the dataset is not "
             "the one that the run was started with"
         )
 

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,7 @@ class RunFolder:
         return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     @contextmanager
-    def new_checkpoint(self, step: int, *, latest: bool) -> Iterator[tuple[Path, Step]]:
+    def new_checkpoint(self, step: int, *, latest: bool) -> Generator[tuple[Path, Step]]:
         """Yield a folder to fill and the step for file names; when the block ends well it becomes the checkpoint."""
         if not latest:
             with atomic_folder(self.step_folder(step)) as folder:
@@ -121,7 +121,7 @@ class RunFolder:
         staged.rmdir()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         """Have this run for this process alone, in order: without what killed processes left half done.
 
         Raises:

@@ -104,7 +104,7 @@ def _differences(config: FinetuneConfig) -> list[str]:
     defaults = {field.name: field.default for field in fields(config)} | {"adapt_emb": False}
     published = _SPATIALVLA | {"vla_layers_align": 20} if spatialvla else _PUBLISHED | {"vla_layers_align": 24}
     expected = {flag: (defaults | published | _ALIGNED)[flag] for flag in words}
-    head = [] if config.head == "l1" or spatialvla else [config.head]
+    head: list[str] = [] if config.head == "l1" or spatialvla else [config.head]
     head += ["no_align"] if "align_loss_coeff" in defaults and not _is_aligned(config) else []
     if not head and all(defaults[flag] == value for flag, value in values.items()):
         return []

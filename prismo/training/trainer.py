@@ -158,7 +158,7 @@ class Trainer:
                         self._save(update)
                         last_saved = self.done
                     if self.data.val is not None and self.done % config.val_freq == 0:
-                        self._validate()
+                        self._validate(self.data.val)
                 if previous is not None and last_saved != self.done:
                     # The scheduler that sent the signal waits seconds, not the minutes that merging may take.
                     self._save(previous, merge=not stopping)
@@ -297,11 +297,11 @@ class Trainer:
         layers = f"policy layer {recipe.vla_layers_align}, teacher layer {recipe.vggt_layers_align}" if recipe else ""
         return f"{self.run.path.name}, update {number}: cosine of policy and teacher ({layers})"
 
-    def _validate(self) -> None:
+    def _validate(self, held_out: Loader) -> None:
         began = time.perf_counter()
         with self._progress.pause():
-            values = validate(self.task, self.step, self.data.val, self.data.errors, self.config.val_time_limit)
-        self.data.val.load_state_dict({"epoch": 0, "sample": 0})
+            values = validate(self.task, self.step, held_out, self.data.errors, self.config.val_time_limit)
+        held_out.load_state_dict({"epoch": 0, "sample": 0})
         log_all(self._sinks, "val", self.done, values)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name in SHOWN)
         _LOG.info("update %d: validated in %.1f s: %s", self.done, time.perf_counter() - began, shown)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def read_file(path: Path) -> dict[str, Stored]:
 
 
 @contextmanager
-def on_meta() -> Iterator[None]:
+def on_meta() -> Generator[None]:
     """Modules built in here have shapes but no memory."""
     with torch.device("meta"), no_init_weights():
         yield

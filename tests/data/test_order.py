@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections import Counter
+from itertools import islice, zip_longest
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prismo.data.hashing import mix, permute, uniform
 from prismo.data.order import EpochOrder, Position, RankSampler
 
 Key = tuple[int, int]
+SOME = settings(max_examples=40, derandomize=True, database=None, deadline=None)
 
 
-def take(order: EpochOrder, batches: int | None, **options: object) -> list[list[Key]]:
-    return list(islice(RankSampler(order, **options), batches))  # type: ignore[arg-type]
+@st.composite
+def orders(draw: st.DrawFn) -> EpochOrder:
+    """40 windows (short epochs are slow to try) and up to three datasets of 1 to 80, each seen 0.02 to 3 times."""
+    datasets = [(40, 1.0), *draw(st.lists(st.tuples(st.integers(1, 80), st.floats(0.02, 3)), max_size=3))]
+    counts, weights = zip(*datasets, strict=True)
+    return EpochOrder(counts, weights, seed=draw(st.integers(0, 2**63 - 1)), shuffle=draw(st.booleans()))
+
+
+def take(order: EpochOrder, batches: int | None, **options: Any) -> list[list[Key]]:
+    return list(islice(RankSampler(order, **options), batches))
 
 
 def flat(batches: list[list[Key]]) -> list[Key]:
@@ -119,3 +132,62 @@ def test_positions_are_two_integers() -> None:
     assert order.after(Position(), 40) == Position(4, 0)
     with pytest.raises(ValueError, match="rank 2 is not below the world size 2"):
         RankSampler(order, 1, rank=2, world_size=2)
+
+
+@SOME
+@given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
+def test_any_size_and_key_give_a_bijection(size: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+@SOME
+@given(order=orders(), first=st.integers(0, 1000), epochs=st.integers(1, 6))
+def test_windows_of_a_dataset_are_seen_equally_often(order: EpochOrder, first: int, epochs: int) -> None:
+    """Every epoch holds each dataset's share, and no window comes a third time before another came twice."""
+    ends = np.cumsum((0, *order.counts))
+    seen = [order.windows(epoch, np.arange(order.size)) for epoch in range(first, first + epochs)]
+    for windows in seen:
+        assert tuple(np.histogram(windows, ends)[0]) == order.shares
+    times = np.bincount(np.concatenate(seen), minlength=ends[-1])
+    for number, count in enumerate(order.counts):
+        own = times[ends[number] : ends[number + 1]]
+        assert own.sum() == epochs * order.shares[number]
+        # From the middle of one permutation into that of another: one time more, and one less.
+        assert own.max() - own.min() <= (1 if first == 0 or order.shares[number] % count == 0 else 2)
+
+
+@SOME
+@given(order=orders(), world=st.integers(1, 6), batch=st.integers(1, 9), epochs=st.integers(1, 5))
+def test_ranks_deal_out_the_stream_in_turn(order: EpochOrder, world: int, batch: int, epochs: int) -> None:
+    """Disjoint, complete, epoch after epoch; only the last batch of a rank may be short."""
+    ranks = [take(order, None, batch_size=batch, rank=r, world_size=world, epochs=epochs) for r in range(world)]
+    for batches in ranks:
+        assert all(len(each) == batch for each in batches[:-1])
+        assert all(1 <= len(each) <= batch for each in batches[-1:])
+    dealt = [key for turn in zip_longest(*map(flat, ranks)) for key in turn if key is not None]
+    wanted = [(e, w) for e in range(epochs) for w in order.windows(e, np.arange(order.size)).tolist()]
+    assert dealt == wanted
+
+
+@SOME
+@given(
+    order=orders(),
+    start=st.builds(Position, st.integers(0, 3), st.integers(0, 5)),
+    batch=st.integers(1, 6),
+    worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    done=st.integers(0, 12),
+)
+def test_any_run_goes_on_where_it_stopped(
+    order: EpochOrder, start: Position, batch: int, worlds: tuple[int, int], done: int
+) -> None:
+    """With another number of processes and the batch that goes with it, too: each update has the samples it had."""
+    before, after = worlds
+    start = order.after(start, 0)
+    ranks = [
+        take(order, done + 5, batch_size=batch * after, rank=r, world_size=before, start=start) for r in range(before)
+    ]
+    position = order.after(start, done * batch * before * after)
+    others = [take(order, 5, batch_size=batch * before, rank=r, world_size=after, start=position) for r in range(after)]
+    for number in range(5):
+        wanted = Counter(key for rank in ranks for key in rank[done + number])
+        assert Counter(key for rank in others for key in rank[number]) == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def run_doctor(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_healthy_machine(tmp_path: Path) -> None:
     done = run_doctor("--libero_assets", "stand-ins", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "mujoco 3.3.2" in done.stdout
+    assert f"mujoco {version('mujoco')}" in done.stdout
     assert "bidirectional attention works" in done.stdout
     assert "rendering with" in done.stdout
     assert "[note] assets: built-in stand-ins" in done.stdout

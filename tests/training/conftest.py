@@ -99,11 +99,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def long_run(flags: Flags, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """Six updates with a checkpoint at 3 and at the end; returns the run folder."""
+    """Six updates with a checkpoint at 4 and at the end; returns the run folder."""
     before, root = contents(tiny_base), tmp_path_factory.mktemp("long")
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.INFO)  # as in a process of its own
-    assert train(flags(root, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1)) == 0
+    assert train(flags(root, max_steps=6, save_freq=4, align_map_freq=5, lora_dropout=0.1)) == 0
     logging.getLogger().setLevel(level)
     # The original rewrites config.json and model code of whatever it loads (defect 21).
     assert contents(tiny_base) == before

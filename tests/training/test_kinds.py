@@ -51,15 +51,15 @@ def predict(folder: Path, images: int, proprio: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_save_resume_merge_predict(flags, tmp_path, kind):
-    changes = KINDS[kind] | {"batch_size": 1, "save_freq": 2}
-    assert train(flags(tmp_path, max_steps=3, run_id_override="whole", **changes)) == 0
-    assert train(flags(tmp_path, max_steps=2, merge_lora_during_training=True, **changes)) == 0
-    merged = RunFolder(tmp_path / "run").step_folder(2)
-    assert train(flags(tmp_path, max_steps=3, resume=True, **changes)) == 0
-    assert_same_state(RunFolder(tmp_path / "run").step_folder(3), RunFolder(tmp_path / "whole").step_folder(3))
+    changes = KINDS[kind] | {"batch_size": 1, "max_steps": 3, "save_freq": 2, "keep_states": 2}
+    assert train(flags(tmp_path, **changes)) == 0
+    merged = RunFolder(tmp_path / "run").step_folder(3)
+    uninterrupted = merged.rename(tmp_path / "uninterrupted")
+    assert train(flags(tmp_path, resume=True, merge_lora_during_training=True, **changes)) == 0  # from update 2 on
+    assert_same_state(merged, uninterrupted)
     # A diffusion head gives actions only by denoising, which is logged every diffusion_sample_freq updates.
     sampled = kind != "diffusion-film-one-image-no-align"
-    assert ("curr_action_l1_loss" in metrics(tmp_path / "whole")[1]) == sampled
+    assert ("curr_action_l1_loss" in metrics(tmp_path / "run")[1]) == sampled
     images, proprio = changes.get("num_images_in_input", 2), changes.get("use_proprio", True)
     actions = predict(merged, images, proprio)
     assert actions.shape == (1, 8, 7)

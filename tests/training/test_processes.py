@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,6 +164,23 @@ def test_resume_with_another_number_of_processes(two_processes, flags, tmp_path)
     stored = json.loads((after / "trainer_state" / "state.json").read_text())
     assert (stored["world_size"], stored["step"]) == (1, STEPS + 1)
     assert stored["data"] == {"epoch": 0, "sample": 2 * STEPS + 2}
+
+
+def test_two_machines_equal_one(two_processes, flags, tmp_path):
+    """A torchrun on each of two machines that share a disk, one process each: bit for bit the run of one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    agents = []
+    for rank in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--node-rank", str(rank)]
+        agents.append(start([*command, str(SCRIPT), *two_process_flags(flags, tmp_path)], tmp_path / f"log-{rank}"))
+    for rank, agent in enumerate(agents):
+        assert agent.wait(TIMEOUT) == 0, (tmp_path / f"log-{rank}").read_text()[-4000:]
+    ours, one = (RunFolder(root / "run") for root in (tmp_path, two_processes))
+    assert_same_state(ours.step_folder(STEPS), one.step_folder(STEPS))
+    assert figures(ours.path) == figures(one.path)
 
 
 def half_written(run_folder: RunFolder) -> list[Path]:

@@ -18,6 +18,9 @@ from PIL import Image
 
 import prismo.training.logs
 import prismo.training.trainer
+from prismo.data.dataset import open_dataset
+from prismo.data.synthetic import write_synthetic_libero
+from prismo.embodiment import LIBERO
 from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
 from prismo.models.tiny import make_tiny_openvla
@@ -28,11 +31,11 @@ from tests.training.conftest import DATASET, assert_same_state, contents, figure
 
 
 def test_checkpoint_has_the_published_layout(long_run):
-    folder = RunFolder(long_run).step_folder(3)
+    folder = RunFolder(long_run).step_folder(4)
     assert {path.name for path in folder.iterdir()} == {
-        "action_head--3_checkpoint.pt",
-        "proprio_projector--3_checkpoint.pt",
-        "align_projector--3_checkpoint.pt",
+        "action_head--4_checkpoint.pt",
+        "proprio_projector--4_checkpoint.pt",
+        "align_projector--4_checkpoint.pt",
         "lora_adapter",
         "dataset_statistics.json",
         "preprocessor_config.json",
@@ -42,7 +45,7 @@ def test_checkpoint_has_the_published_layout(long_run):
         "added_tokens.json",
         "training_config.json",
     }
-    assert "vlm_norm.weight" in read_component(folder / "align_projector--3_checkpoint.pt")
+    assert "vlm_norm.weight" in read_component(folder / "align_projector--4_checkpoint.pt")
     with open_adapter(folder / "lora_adapter") as file:
         names = list(file.keys())
     assert all(".lora_" in name for name in names)  # no copy of lm_head: adapters stay small
@@ -55,8 +58,9 @@ def test_checkpoint_has_the_published_layout(long_run):
 
 
 def test_only_the_newest_checkpoint_carries_trainer_state(long_run):
+    """And the last update always gives one, also where 6 is no multiple of `save_freq` (defect 10)."""
     found = [(c.step, c.resumable) for c in RunFolder(long_run).checkpoints()]
-    assert found == [(6, True), (3, False)]  # and the last update always gives one (defect 10)
+    assert found == [(6, True), (4, False)]
 
 
 def test_checkpoint_n_has_seen_exactly_n_updates(long_run):
@@ -94,13 +98,10 @@ def test_three_plus_three_equals_six(long_run, flags, tmp_path):
     assert figures(tmp_path / "run") == figures(long_run)
 
 
-def test_a_run_is_reproducible_and_the_seed_matters(flags, tmp_path):
-    """The original seeds nothing (defect 9)."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert train(flags(tmp_path, run_id_override=name, max_steps=2, seed=seed)) == 0
-    a, b, c = (figures(tmp_path / name) for name in "abc")
-    assert a == b
-    assert a != c
+def test_the_seed_matters(long_run, flags, tmp_path):
+    """The original seeds nothing (defect 9). That the same seed gives the same run, the test above shows."""
+    assert train(flags(tmp_path, max_steps=1, seed=2, lora_dropout=0.1)) == 0
+    assert figures(tmp_path / "run")[1] != figures(long_run)[1]
 
 
 def test_accumulation_saves_once_and_counts_updates(flags, tmp_path):
@@ -176,39 +177,41 @@ def test_going_back_to_a_kept_state(flags, tmp_path):
 
 
 def test_losses_fall(flags, tmp_path):
-    # The same windows again and again: one epoch of 8 samples per update is more than the dataset's few windows give.
-    assert train(flags(tmp_path, max_steps=12, batch_size=4, learning_rate=2e-3, image_aug=False)) == 0
+    """All windows in every update, so that nothing but learning moves the losses.
+
+    Over eight seeds the action loss came down to 0.50 to 0.74 of where it began, the alignment's to 0.04 to 0.12.
+    """
+    write_synthetic_libero(tmp_path / "data", DATASET, episodes=1, steps=LIBERO.chunk + 3, image_size=64)
+    windows = len(open_dataset(tmp_path / "data", DATASET))
+    options = {"data_root_dir": tmp_path / "data", "batch_size": windows, "learning_rate": 2e-3, "image_aug": False}
+    assert train(flags(tmp_path, max_steps=10, **options)) == 0
     entries = metrics(tmp_path / "run")
-    first, last = ([entries[step] for step in steps] for steps in ((1, 2, 3), (10, 11, 12)))
-    for name in ("loss", "align_loss"):
-        assert sum(e[name] for e in last) < 0.8 * sum(e[name] for e in first), name
+    assert entries[10]["epoch"] == 10
+    assert entries[10]["loss"] < 0.85 * entries[1]["loss"]
+    assert entries[10]["align_loss"] < 0.3 * entries[1]["align_loss"]
 
 
-def test_counting_operations_changes_nothing(flags, tmp_path, monkeypatch):
+def test_counting_operations_changes_nothing(long_run, flags, tmp_path, monkeypatch):
     """MFU is shown for known GPUs; its one extra pass must not disturb the run."""
-    assert train(flags(tmp_path, run_id_override="plain", max_steps=2, lora_dropout=0.1)) == 0
     for module in (prismo.training.trainer, prismo.training.logs):
         monkeypatch.setattr(module, "gpu_peak_flops", lambda: 1e12)
     assert train(flags(tmp_path, max_steps=2, lora_dropout=0.1)) == 0
-    counted, plain = figures(tmp_path / "run"), figures(tmp_path / "plain")
+    counted, plain = figures(tmp_path / "run"), figures(long_run)
     assert 0 < counted[2].pop("mfu") < 1
     assert counted[2] == plain[2]
 
 
-def test_no_alignment_needs_no_teacher(flags, tmp_path):
+def test_no_alignment_is_finetune_and_needs_no_teacher(flags, tmp_path):
     """The original loads and runs VGGT even at coefficient 0 (defect 15)."""
-    assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, vggt_path=tmp_path / "missing.pt")) == 0
-    assert "align_loss" not in metrics(tmp_path / "run")[1]
-    assert not list(RunFolder(tmp_path / "run").step_folder(1).glob("align_projector*"))
-
-
-def test_finetune_is_the_same_trainer_without_alignment(flags, tmp_path):
+    without = {"align_loss_coeff": 0, "vggt_path": tmp_path / "missing.pt", "run_id_override": "other"}
+    assert train(flags(tmp_path, max_steps=1, **without)) == 0
+    assert "align_loss" not in metrics(tmp_path / "other")[1]
+    assert not list(RunFolder(tmp_path / "other").step_folder(1).glob("align_projector*"))
     align_flags = {"vggt_path", "vla_layers_align", "use_vlm_norm", "use_vggt_pe", "align_map_freq"}
     arguments = flags(tmp_path, max_steps=1)
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     plain = [part for pair in pairs if pair[0][2:] not in align_flags for part in pair]
     assert train(plain, FinetuneConfig) == 0
-    assert train(flags(tmp_path, max_steps=1, align_loss_coeff=0, run_id_override="other")) == 0
     assert figures(tmp_path / "run") == figures(tmp_path / "other")
 
 
@@ -447,6 +450,6 @@ def test_resume_says_which_changes_alter_the_run(long_run, flags, tmp_path, capl
 
 def test_resume_of_a_finished_run_changes_nothing(long_run, flags):
     before = state(RunFolder(long_run).step_folder(6))
-    assert train(flags(long_run.parent, max_steps=6, save_freq=3, align_map_freq=5, lora_dropout=0.1, resume=True)) == 0
+    assert train(flags(long_run.parent, max_steps=6, save_freq=4, align_map_freq=5, lora_dropout=0.1, resume=True)) == 0
     after = state(RunFolder(long_run).step_folder(6))
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -140,7 +140,7 @@ def test_an_older_checkpoint_says_what_it_lacks(tmp_path, by_folder):
     run.prune(None, 1)
     given = {"vla_path": str(run.step_folder(1))} if by_folder else {}
     with pytest.raises(
-        FileNotFoundError, match=r"--1_chkpt has no trainer_state.*--keep_states.*--2_chkpt.*merge_lora"
+        FileNotFoundError, match=r"--1_chkpt has no trainer_state.*--keep_states.*--2_chkpt.*prismo merge"
     ):
         resume(tmp_path, resume_step=1, **given)
 

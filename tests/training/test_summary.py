@@ -34,7 +34,7 @@ def test_links_lead_to_the_newest(long_run):
     assert os.readlink(root / "latest") == "run"
     assert os.readlink(long_run / "latest") == "../run--6_chkpt"
     assert (root / "latest" / "latest" / "lora_adapter").is_dir()
-    assert [checkpoint.step for checkpoint in RunFolder(long_run).checkpoints()] == [6, 3]
+    assert [checkpoint.step for checkpoint in RunFolder(long_run).checkpoints()] == [6, 4]
 
 
 def test_a_link_is_replaced_and_nothing_else_is(tmp_path):
@@ -54,7 +54,7 @@ def test_log_has_a_line_per_checkpoint_and_goes_on(copied, flags, caplog):
     lines = (copied / "log.txt").read_text().splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d .* WARNING 2 samples per update", lines[0])
     saved = [line for line in lines if "saved" in line and "chkpt" in line]
-    assert re.search(r"INFO update 3: saved .*run--3_chkpt \(\d+\.\d MB, \d+\.\d s\)$", saved[0])
+    assert re.search(r"INFO update 4: saved .*run--4_chkpt \(\d+\.\d MB, \d+\.\d s\)$", saved[0])
     assert re.search(r"update 6: saved .*--6_chkpt .*; .*--3_chkpt can no longer be resumed from", saved[1])
     options = {"max_steps": 7, "lora_dropout": 0.1, "use_val_set": False, "resume": True}
     assert train(flags(copied.parent, **options)) == 0
