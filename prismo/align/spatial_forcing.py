@@ -22,8 +22,9 @@ from prismo.align.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Bicubic resizing of [0, 1] overshoots to at most -0.45 and 1.45, and by much at few pixels: in noise of black and white
-# 2 % are below -0.2. Of other conventions (-1 to 1, ImageNet) most pictures leave the range, grey ones are below there.
+# Bicubic resizing of [0, 1] overshoots to at most -0.45 and 1.45, and by much at few pixels: in noise of black and
+# white 2 % are below -0.2. Of other conventions (-1 to 1, ImageNet) most pictures leave the range, and grey ones have
+# more below there.
 _RANGE = (-0.5, 1.5)
 _LOW, _MOST_BELOW = -0.2, 0.05
 _EPS = 1e-6
