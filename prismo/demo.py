@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
+from prismo.training.curves import CURVES, draw_curves
 from prismo.util.cli import BrokenOffError
 from prismo.util.schema import JsonObject, read_json, read_json_lines
 
@@ -164,16 +165,15 @@ class Demo:
         return run.with_name(f"{run.name}--{self.config.train_steps}_chkpt")
 
     def report(self, run: Path) -> None:
-        """Table on the screen and in `report.md`; the training curve as a picture."""
-        curve = self.folder / "training_curve.png"
-        plot(training_rows(run), curve)
+        """Table on the screen and in `report.md`."""
+        draw_curves(run)
         width = max(len(stage.name) for stage in self.stages)
         rows = [f"| {'stage':{width}} | seconds | result |", f"|{'-' * (width + 2)}|---------|--------|"]
         rows += [f"| {s.name:{width}} | {s.seconds:7.0f} | {s.result} |" for s in self.stages]
         rows += [f"| {'total':{width}} | {sum(s.seconds for s in self.stages):7.0f} | |"]
         (self.folder / "report.md").write_text("\n".join(rows) + "\n")
         print("\n" + "\n".join(rows))
-        print(f"\nTraining curve: {curve}")
+        print(f"\nTraining curve: {run / CURVES}")
         for video in sorted((self.folder / "videos").rglob("*.mp4"))[:1]:
             print(f"A roll-out:     {video}")
         print(f"Look around in: {self.folder}")
@@ -182,25 +182,6 @@ class Demo:
 def training_rows(run: Path) -> list[dict[str, float]]:
     """The logged training steps of a run."""
     return [row for row in read_json_lines(run / "metrics.jsonl", JsonObject) if row["split"] == "train"]
-
-
-def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Action loss and alignment loss over the updates."""
-    import matplotlib  # noqa: PLC0415 (slow to import)
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
-    right = left.twinx()
-    steps = [row["step"] for row in rows]
-    lines = left.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="action loss (L1)")
-    lines += right.plot(steps, [row["align_loss"] for row in rows], color="tab:orange", label="alignment (1 - cosine)")
-    left.set(xlabel="update", ylabel="action loss", ylim=(0, None))
-    right.set(ylabel="alignment loss")
-    left.legend(handles=lines)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def fresh_folder(folder: Path, *, overwrite: bool) -> None:

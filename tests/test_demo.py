@@ -54,7 +54,7 @@ def test_smallest_demo(tmp_path: Path) -> None:
     for stage in ("demonstrations", "RLDS dataset", "training", "merge", "roll-outs", "total"):
         assert stage in report
     assert "stand-ins" in report
-    assert (folder / "training_curve.png").stat().st_size > 10_000
+    assert (folder / "runs" / "demo" / "curves.png").stat().st_size > 10_000
     assert len(list((folder / "videos").rglob("*.mp4"))) == 1
 
     rows = [json.loads(line) for line in (folder / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,5 @@
-"""Write tiny random checkpoints: `base/` (like openvla-7b), `policy/` (like a fine-tuned one) and `vggt/model.pt`.
+"""Write tiny random checkpoints: `base/` (like openvla-7b), `policy/` (like a fine-tuned one), `spatialvla/` (like
+spatialvla-4b) and `vggt/model.pt`.
 
     prismo tiny --output ckpts/tiny
 
@@ -28,11 +29,13 @@ class TinyConfig:
 def run(cfg: TinyConfig) -> None:
     at_least(cfg, seed=0)
     at_most(cfg, seed=2**32 - 1)
+    from prismo.models.spatialvla.tiny import make_tiny_spatialvla
     from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
 
     for path in (
         make_tiny_openvla(cfg.output / "base", cfg.seed),
         make_tiny_policy(cfg.output / "policy", cfg.seed, dataset=cfg.dataset),
+        make_tiny_spatialvla(cfg.output / "spatialvla", cfg.seed),
         make_tiny_vggt(cfg.output / "vggt" / "model.pt", cfg.seed),
     ):
         print(path)

@@ -272,6 +272,11 @@ def _local_ranks(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
+def usual_workers(world_size: int) -> int:
+    """Decoding processes of a rank: its share of the machine's cores that it may use, 8 at most."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // _local_ranks(world_size)))
+
+
 def make_loader(
     dataset: WindowDataset,
     batch_size: int,
@@ -288,15 +293,14 @@ def make_loader(
     """Batches of `batch_size` for one rank.
 
     Args:
-        num_workers: decoding processes of this rank; None takes this rank's share of the machine's cores that it may
-            use, 8 at most. 0 decodes in the calling process, which is for debugging.
+        num_workers: decoding processes of this rank; None takes `usual_workers`. 0 decodes in the calling process,
+            which is for debugging.
         collate_text: called in the workers with the samples of a batch, for example to tokenise.
         epochs: None never ends (training); 1 gives every window once (validation), where the last batch may be
             smaller and one rank may get one sample less than another.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
     """
-    if num_workers is None:
-        num_workers = max(1, min(8, len(os.sched_getaffinity(0)) // _local_ranks(world_size)))
+    num_workers = usual_workers(world_size) if num_workers is None else num_workers
     order = EpochOrder(
         tuple(source.num_windows for source in dataset.sources),
         tuple(source.weight for source in dataset.sources),

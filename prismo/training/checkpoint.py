@@ -48,7 +48,7 @@ _FIXED = (
     "use_l1_regression", "use_diffusion", "num_diffusion_steps_train", "use_film", "film_exclude_padding",
     "num_images_in_input", "use_proprio", "use_lora", "lora_rank", "lora_alpha", "dataset_name", "seed", "use_tail",
     "use_val_set", "val_fraction", "freeze_llm_embed", "freeze_vision_tower", "adapt_emb", "adpt_feature", "min_sigma",
-    "intrinsics",
+    "intrinsics", "teacher",
 )  # fmt: skip
 # Flags that may change, after which the run is another one than the uninterrupted.
 _CHANGES_NUMBERS = (
@@ -203,7 +203,7 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
     """Compare the flags of a run that is resumed with those that its checkpoint was made with.
 
     Returns:
-        Harmless changes ("batch_size 8 -> 4"); after them the run is valid but not the uninterrupted one.
+        Harmless changes ("--batch_size 8 -> 4"); after them the run is valid but not the uninterrupted one.
 
     Raises:
         ValueError: a flag differs that the stored state depends on.
@@ -223,7 +223,7 @@ def check_same_run(checkpoint: Path, config: FinetuneConfig) -> list[str]:
         raise ValueError(f"--resume True with other flags than {path}: {'; '.join(fatal)}. Resume with the old values")
     if config.scheduler == "MultiStepLR":
         changed.pop("max_steps", None)  # the others stretch to it
-    return [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name in _CHANGES_NUMBERS]
+    return [f"--{name} {old} -> {new}" for name, (old, new) in changed.items() if name in _CHANGES_NUMBERS]
 
 
 def _other_alignment(before: Mapping[str, Any] | None, now: AlignRecipe | None) -> list[str]:

@@ -318,6 +318,8 @@ class FinetuneAlignConfig(FinetuneConfig):
 
     # Teacher: "vggt", or "random" for the untrained control
     teacher: str = "vggt"
+    # Weights of another teacher than VGGT, as its loader takes them. Default: vggt_path, if that is given
+    teacher_weights: str | None = None
     # Of the teacher's weights; "auto" = as dtype
     vggt_dtype: str = "auto"
 
@@ -353,6 +355,8 @@ class FinetuneAlignConfig(FinetuneConfig):
     @property
     def teacher_path(self) -> str | None:
         """File of the teacher. The default of `vggt_path` is VGGT's and means nothing to another."""
+        if self.teacher_weights is not None:
+            return self.teacher_weights
         is_given = self.teacher == "vggt" or self.vggt_path != type(self).vggt_path
         return self.vggt_path if is_given else None
 

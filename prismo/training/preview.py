@@ -11,10 +11,11 @@ import yaml
 from torch import Tensor, nn
 
 from prismo.align import outline_teacher
+from prismo.data.dataset import WindowDataset
 from prismo.data.loader import Batch
 from prismo.data.names import action_names, proprio_names, view_name
 from prismo.embodiment import Embodiment
-from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
+from prismo.training.config import PLACEHOLDER, FinetuneAlignConfig, FinetuneConfig
 from prismo.training.pictures import Row, Table, contact_sheet, save_picture
 from prismo.training.task import Outline
 
@@ -83,15 +84,25 @@ def expected_memory(
 
 
 def describe(config: FinetuneConfig, device: torch.device, run: Path, sizes: Sizes, memory: dict[str, float]) -> str:
-    """The text of a dry run."""
+    """The text of a dry run. What is not set, such as a limit of checkpoints to keep, is left out."""
     flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | _resolved(config, device)
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    given = {name: value for name, value in flags.items() if value is not None and PLACEHOLDER not in str(value)}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     lines = [yaml.safe_dump(plain, sort_keys=False).rstrip(), "", f"run folder: {run}", "", "parameters"]
     lines += [f"  base (frozen)     {sizes.base:>15,}", f"  teacher (frozen)  {sizes.teacher:>15,}"]
     lines += [f"  {part:17s} {count:>15,}" for part, count in sizes.trained.items()]
     lines += [f"  trained           {sizes.total_trained:>15,}", "", "expected memory per process, GiB"]
     lines += [f"  {name:43s} {value:8.2f}" for name, value in memory.items()]
     lines += [f"  {'together':43s} {sum(memory.values()):8.2f}"]
+    return "\n".join(lines)
+
+
+def describe_data(dataset: WindowDataset) -> str:
+    """What an epoch is made of: windows of each dataset, by its weight in a mixture."""
+    lines = ["windows per epoch"]
+    for source in dataset.sources:
+        weighted = f"  x {source.weight:g} = {max(1, round(source.num_windows * source.weight)):,}"
+        lines.append(f"  {source.name:43s} {source.num_windows:,}{weighted if source.weight != 1 else ''}")
     return "\n".join(lines)
 
 

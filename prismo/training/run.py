@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
-from prismo.data.loader import CollateText, Loader, make_loader
+from prismo.data.loader import CollateText, Loader, make_loader, usual_workers
 from prismo.data.normalize import dump_statistics
 from prismo.models.merge import resolve_base
 from prismo.models.openvla import SelfTestError
@@ -23,7 +23,7 @@ from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.families import family_of, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
-from prismo.training.preview import count_parameters, describe, expected_memory, first_batch_picture
+from prismo.training.preview import count_parameters, describe, describe_data, expected_memory, first_batch_picture
 from prismo.training.run_folder import Resume
 from prismo.training.summary import run_summary
 from prismo.training.task import ModelFamily
@@ -184,5 +184,7 @@ def _dry_run(plan: Plan, world: World) -> None:
     pictures = family.pictures(config, base, batch)
     path = plan.run.path / "first_batch.png"
     picture = first_batch_picture(batch, pictures, data[0].embodiment, family.prompt, path)
-    text = describe(plan.config, world.device, plan.run.path, sizes, memory)
-    sys.stdout.write(f"{text}\n\nfirst batch: {picture}\n")
+    workers = plan.config.num_workers
+    shown = replace(plan.config, num_workers=usual_workers(world.size) if workers is None else workers)
+    text = describe(shown, world.device, plan.run.path, sizes, memory)
+    sys.stdout.write(f"{text}\n\n{describe_data(data[0])}\n\nfirst batch: {picture}\n")

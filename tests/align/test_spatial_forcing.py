@@ -333,6 +333,10 @@ def test_content_of_padding_pixels_has_no_influence(
         (lambda x: x * 255, "found values from .* to 25"),
         (lambda x: (x - 0.485) / 0.229, r"images must be in \[0, 1\]"),
         (lambda x: x * 2 - 1, r"images must be in \[0, 1\]"),
+        (
+            lambda x: (0.3 + 0.5 * x) * 2 - 1,
+            r"images must be in \[0, 1\], found values from -0.4 to 0.6",
+        ),  # a grey batch
         (lambda x: x * float("nan"), "found values from nan"),
         (lambda x: (x * 255).byte(), "divide uint8 by 255"),
         (lambda x: x[:, 0], "floats .batch, views, 3, height, width."),
@@ -351,6 +355,10 @@ def test_bicubic_overshoot_is_no_error(spatial_forcing: SpatialForcing, batch: S
     resized = F.interpolate(edges, size=(80, 80), mode="bicubic").unflatten(0, (BATCH, VIEWS))
     assert resized.min() < -0.05
     assert spatial_forcing(resized, batch.hidden)[0].isfinite()
+    noise = (torch.rand(BATCH * VIEWS, 3, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    resized = F.interpolate(noise, size=(252, 252), mode="bicubic").unflatten(0, (BATCH, VIEWS))
+    fresh = SpatialForcing(spatial_forcing.teacher, hidden_size=HIDDEN)  # that looks at its first batch
+    assert fresh(resized, batch.hidden)[0].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -412,7 +420,7 @@ def test_only_the_first_batch_synchronises(spatial_forcing: SpatialForcing, batc
     with _Synchronisations() as second:
         loss, _ = spatial_forcing(batch.images, batch.hidden, **masks)
         loss.backward()
-    assert len(first.seen) == 2  # the range check: that this counts at all
+    assert len(first.seen) == 3  # the range check: that this counts at all
     assert second.seen == []
 
 

@@ -3,14 +3,15 @@
 import torch
 from torch import nn
 
-from prismo.align import TEACHERS, random_teacher
+from prismo.align import TEACHERS, outline_teacher, random_teacher
 from prismo.align.vggt import read_config
+from prismo.data.dataset import open_dataset
 from prismo.embodiment import LIBERO
 from prismo.models.openvla import OpenVLAConfig
-from prismo.training.config import FinetuneAlignConfig
+from prismo.training.config import FinetuneAlignConfig, parse_config
 from prismo.training.openvla import outline
-from prismo.training.preview import count_parameters, expected_memory
-from tests.training.conftest import metrics, train
+from prismo.training.preview import count_parameters, describe_data, expected_memory
+from tests.training.conftest import DATASET, metrics, train
 
 RECIPE = FinetuneAlignConfig(
     teacher="random", num_images_in_input=2, use_proprio=True, vla_layers_align=24, use_vlm_norm=True, use_vggt_pe=True
@@ -46,7 +47,7 @@ class Patches(nn.Module):
 
 
 def load_patches(path, *, dtype, device, compile):
-    assert path is None  # the default of --vggt_path is VGGT's
+    assert path in (None, "patches.pt")  # the default of --vggt_path is VGGT's
     return Patches().to(device, dtype)
 
 
@@ -63,6 +64,9 @@ def test_an_own_teacher_is_shown_checked_and_trained(flags, tmp_path, capsys, ca
     shown = capsys.readouterr().out
     assert f"teacher (frozen)  {36:>15,}" in shown
     assert f"align_projector   {(hidden + 1) * 12 + 13 * 12 + 2 * hidden:>15,}" in shown
+    config = parse_config(FinetuneAlignConfig, [*arguments, "--teacher_weights", "patches.pt"])
+    assert config.teacher_path == "patches.pt"
+    assert outline_teacher(config.teacher, config.teacher_path).width == 12
     assert train([*arguments, "--vggt_layers_align", "2"]) == 2
     assert "vggt_layers_align=2 is out of range: the teacher has 2 layers" in caplog.text
     assert train(arguments) == 0
@@ -80,3 +84,8 @@ def test_the_control_arm_needs_no_vggt_file(flags, tmp_path, capsys, small_vggt,
     )  # not to make 909 million weights
     arguments = flags(tmp_path, teacher="random", max_steps=1, batch_size=1)
     assert train(without_file(arguments)) == 0
+
+
+def test_weights_of_a_mixture_are_shown(libero, tmp_path):
+    (tmp_path / "half.yaml").write_text(f"datasets: {{{DATASET}: 0.5}}\n")
+    assert describe_data(open_dataset(libero, tmp_path / "half.yaml", use_tail=True)).endswith("140  x 0.5 = 70")

@@ -242,8 +242,11 @@ def test_dry_run_reads_no_weights(flags, tmp_path, tiny_base, capsys):
     assert {name: resolved[name] for name in ("device", "dtype", "vggt_dtype", "lora_alpha", "use_wandb")} == {
         "device": "cpu", "dtype": "float32", "vggt_dtype": "float32", "lora_alpha": 4, "use_wandb": False
     }  # fmt: skip
+    assert "num_workers: 0" in text
+    assert not [value for value in resolved.values() if value in (None, "auto", "your-wandb-entity")]
     assert "10,183" in text  # parameters of the action head
     assert "expected memory" in text
+    assert f"  {DATASET:43s} 84" in text.split("windows per epoch")[1]
     with Image.open(tmp_path / "run" / "first_batch.png") as picture:
         assert picture.width > 2 * 224
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["first_batch.png"]
@@ -432,6 +435,9 @@ def test_a_new_run_does_not_overwrite_another(long_run, flags, errors):
 def test_resume_with_other_structure_is_refused(long_run, flags, errors):
     assert train(flags(long_run.parent, max_steps=9, resume=True, lora_rank=8, lora_dropout=0.1)) == 2
     assert "--lora_rank 4 -> 8" in errors.text
+    options = {"max_steps": 9, "resume": True, "lora_dropout": 0.1}
+    assert train(flags(long_run.parent, teacher="random", **options)) == 2
+    assert "--teacher vggt -> random" in errors.text
 
 
 def test_resume_on_another_base_is_refused(long_run, flags, errors, tmp_path):
@@ -445,7 +451,7 @@ def test_resume_says_which_changes_alter_the_run(long_run, flags, tmp_path, capl
     shutil.copytree(long_run.parent, tmp_path / "copy")
     options = {"lora_dropout": 0.1, "resume": True, "max_steps": 7}
     assert train(flags(tmp_path / "copy", learning_rate=1e-4, save_freq=50, **options)) == 0
-    assert "restored exactly, but the run goes on with changed flags: learning_rate 0.0005 -> 0.0001\n" in caplog.text
+    assert "restored exactly, but the run goes on with changed flags: --learning_rate 0.0005 -> 0.0001\n" in caplog.text
 
 
 def test_resume_of_a_finished_run_changes_nothing(long_run, flags):
