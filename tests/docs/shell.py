@@ -130,6 +130,6 @@ def copy(source: Path, target: Path) -> None:
     """A file or a folder, under another name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
     else:
         shutil.copy(source, target)
