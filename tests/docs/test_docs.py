@@ -94,9 +94,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, downloaded: Path, publishe
     return shell.folder / "runs"
 
 
-def workspace(folder: Path, downloaded: Path, published: dict[str, Path]) -> Shell:
-    """A checkout with the downloads, and the YAML files of the pages under the names in their first lines."""
-    for entry in [*downloaded.iterdir(), ROOT / "scripts", ROOT / "vla-scripts"]:
+def workspace(folder: Path, downloaded: Path | None, published: dict[str, Path]) -> Shell:
+    """A checkout, the downloads if any, and the YAML files of the pages under the names in their first lines."""
+    entries = [ROOT / name for name in ("recipes", "scripts", "vla-scripts")]
+    for entry in [*entries, *(downloaded.iterdir() if downloaded else ())]:
         (folder / entry.name).symlink_to(entry)
     for block in blocks("yaml"):
         if name := re.match(r"# (\w+\.yaml)\n", block.text):
@@ -108,10 +109,9 @@ def workspace(folder: Path, downloaded: Path, published: dict[str, Path]) -> She
 @pytest.mark.usefixtures("drawing")
 def test_a_shell_block_runs(block: Block, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     published = request.getfixturevalue("published")
-    if "hf download" in block.text:  # what comes after it finds what it needs, or its folders do not fit
-        shell = Shell(tmp_path, functools.partial(download, published))
-    else:
-        shell = workspace(tmp_path, request.getfixturevalue("downloaded"), published)
+    # What comes after `hf download` in a block finds what it needs, or its folders do not fit.
+    before = None if "hf download" in block.text else request.getfixturevalue("downloaded")
+    shell = workspace(tmp_path, before, published)
     for run in set(re.findall(r"runs/(my_[a-z]+)", block.text)):
         if f"--run_id_override {run}" not in block.text:
             for folder in request.getfixturevalue("trained").glob(f"{run}*"):
