@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries Pythons and versions other than those of `make setup` (what passed stands in the README):
+# Tries Pythons and versions other than those of `make setup` (what passed stands in docs/install.md):
 #   scripts/try_versions.sh resolve                          do the pins exist for every Python, on x86-64 and aarch64?
 #   scripts/try_versions.sh python3.12                       fast tests with the pins on another Python
 #   scripts/try_versions.sh python3.11 torch==2.6.0 peft==0.18.0      with these, and the newest of everything else

@@ -1,7 +1,7 @@
 """Spatial Forcing as a plug-in: a cosine loss between a VLA's vision tokens and a frozen teacher's features.
 
 Li et al. 2025, arXiv 2510.12276. The trainer builds one `SpatialForcing` per run; any other VLA can do the same
-(README, "Add it to your own VLA"). Nothing of it is needed at inference.
+(docs/align.md). Nothing of it is needed at inference.
 
 Shape legend: B samples, V views, P VLA patches per view, T = V * P tokens, D the teacher's width.
 """

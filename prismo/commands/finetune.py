@@ -1,7 +1,7 @@
 """Fine-tune OpenVLA on RLDS data (OpenVLA-OFT), without alignment; the trainer is that of `prismo train`.
 
     prismo finetune --vla_path openvla/openvla-7b \\
-        --data_root_dir data/modified_libero_rlds --dataset_name libero_spatial_no_noops ...
+        --data_root_dir data --dataset_name libero_spatial_no_noops ...
 """
 
 from __future__ import annotations

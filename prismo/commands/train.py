@@ -1,7 +1,7 @@
 """Fine-tune OpenVLA on RLDS data and align it with VGGT's features (Spatial Forcing).
 
     prismo train --vla_path openvla/openvla-7b --vggt_path ckpts/vggt/model.pt \\
-        --data_root_dir data/modified_libero_rlds --dataset_name libero_spatial_no_noops ...
+        --data_root_dir data --dataset_name libero_spatial_no_noops ...
 
 On several GPUs: `torchrun --standalone --nnodes 1 --nproc-per-node 8 -m prismo train ...`. The folder `recipes` and
 `scripts/train_libero_align.sh` hold the published settings, and `--dry_run` shows what a run would do. Ends with 0

@@ -1,4 +1,4 @@
-"""The documentation's "Add it to your own VLA", run as it stands on other VLAs, and its example teacher."""
+"""The blocks of docs/align.md, run as they stand: on VLAs of other families, and the example teacher."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from transformers import (
 
 from prismo.align import TEACHERS, SpatialForcing, load_teacher
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "align.md"
 BATCH, VIEWS, PATCHES, IMAGE_TOKEN, HIDDEN = 2, 2, 16, 299, 64
 
 
 def snippet(heading: str) -> str:
-    """The first python block below a heading of the README or of a page in docs/."""
-    block = re.compile(rf"^#+ {re.escape(heading)}$.*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    found = [match[1] for page in PAGES if (match := block.search(page.read_text(encoding="utf-8")))]
-    assert len(found) == 1, f"{len(found)} pages have a python block under {heading!r}"
-    return found[0]
+    """The first python block below a heading of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.search(rf"^#+ {re.escape(heading)}$.*?^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found, f"{PAGE} has no python block under {heading!r}"
+    return found[1]
 
 
 def vlm_config() -> PaliGemmaConfig:
@@ -96,7 +95,7 @@ def pi0() -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("family", [paligemma, pi0])
-def test_readme_snippet_trains_another_vla(family, vggt_file: Path) -> None:
+def test_the_page_trains_another_vla(family, vggt_file: Path) -> None:
     torch.manual_seed(0)
     case = family()
     layer = case.language_model.layers[1]
@@ -111,7 +110,7 @@ def test_readme_snippet_trains_another_vla(family, vggt_file: Path) -> None:
         "vggt_path": vggt_file,
         "optimizer": torch.optim.AdamW(case.vla.parameters(), lr=1e-3),
     }
-    exec(compile(snippet("Add it to your own VLA"), "Add it to your own VLA", "exec"), names)
+    exec(compile(snippet("Align your own VLA"), str(PAGE), "exec"), names)
     aligned = {name: p.grad.clone() for name, p in case.vla.named_parameters() if p.grad is not None}
     assert names["metrics"]["align_cosine"].isfinite()
     assert all(p.grad is not None for p in names["spatial_forcing"].parameters())
@@ -130,11 +129,11 @@ def test_readme_snippet_trains_another_vla(family, vggt_file: Path) -> None:
     assert len(aligned) > len(alone)
 
 
-def test_readme_teacher_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_of_the_page_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
     Dinov2Model(sizes).save_pretrained(tmp_path)
     file: dict = {}
-    exec(compile(snippet("Add a teacher"), "Add a teacher", "exec"), file)
+    exec(compile(snippet("Add a teacher"), str(PAGE), "exec"), file)
     monkeypatch.setitem(TEACHERS, "dinov2", file["load_dinov2"])
     teacher = load_teacher("dinov2", tmp_path)
     spatial_forcing = SpatialForcing(teacher, hidden_size=HIDDEN)
