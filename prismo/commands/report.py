@@ -1,9 +1,10 @@
-"""What a run left and the next command to type; draws its curves anew. Also for a run that was stopped or killed.
+"""What a run left and the next command to type; draws its pictures anew. Also for a run that was stopped or killed.
 
     prismo report runs/latest
     prismo report --run runs/openvla-7b+libero_spatial_no_noops+...
+    prismo report experiments/logs/latest
 
-The trainer prints the same at its end.
+Training and evaluation print the same at their end.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from prismo.util.cli import run_command
 
 @dataclass
 class ReportConfig:
-    # Folder of a run, one of its checkpoints, or the link to the newest run
+    # Folder of a training or evaluation, a checkpoint of a training, or the link to the newest run
     run: Path = Path("runs/latest")
 
 
 def run(cfg: ReportConfig) -> None:
-    from prismo.training.summary import report
+    if (cfg.run / "run.json").is_file():
+        from prismo.eval.summary import report
+    else:
+        from prismo.training.summary import report
 
     print(report(cfg.run))
 

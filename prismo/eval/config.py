@@ -54,6 +54,8 @@ class EvalConfig(PolicyFlags):
     # --- what is written
     # Videos of which episodes: all, failures or none (drawing every step doubles the time without a GPU)
     save_videos: str = "all"
+    # Videos with the wrist view beside (drawn at every step: 60 ms each without a GPU) and a caption below
+    annotate_videos: bool = False
     # Folder of the videos; they go into a sub-folder by date
     rollout_dir: str = "./rollouts"
     # Folder of the text log and of the results
@@ -92,6 +94,8 @@ class EvalConfig(PolicyFlags):
             raise ValueError(did_you_mean("task_suite_name", self.task_suite_name, SUITES))
         if self.save_videos not in get_args(SaveVideos):
             raise ValueError(did_you_mean("save_videos", self.save_videos, get_args(SaveVideos)))
+        if self.annotate_videos and self.save_videos == "none":
+            raise ValueError("--annotate_videos True, but --save_videos none writes none; give all or failures")
         at_least(self, num_trials_per_task=1, num_open_loop_steps=1, num_steps_wait=0, max_steps=1)
         at_least(self, env_img_res=16, max_errors=0, seed=0)
         if self.seed > _MAX_SEED:

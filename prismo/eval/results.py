@@ -97,8 +97,9 @@ class EpisodeLog:
                 while line:
                     line = line[os.write(handle, line) :]  # a disk that fills up takes a part of it
                 os.fsync(handle)
-            except BaseException:
-                os.ftruncate(handle, end)
+            except BaseException as error:
+                if line or isinstance(error, OSError):  # a signal during the flush costs no episode
+                    os.ftruncate(handle, end)
                 raise
         finally:
             os.close(handle)
@@ -109,8 +110,18 @@ class EpisodeLog:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self._path, whole)
-        advice = "remove the line (its episode is then repeated) or start a new run with --resume False"
-        self._results = {r.episode: r for r in read_json_lines(self._path, EpisodeResult, advice=advice)}
+        self._results = read_episodes(self._path)
+
+
+def read_episodes(path: Path) -> dict[int, EpisodeResult]:
+    """Episodes of an `episodes.jsonl` by number, also while it is written; the last line of an episode counts.
+
+    Raises:
+        ValueError: a line is damaged.
+        OSError: it cannot be read.
+    """
+    advice = "remove the line (its episode is then repeated) or start a new run with --resume False"
+    return {r.episode: r for r in read_json_lines(path, EpisodeResult, advice=advice, growing=True)}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from prismo.eval.plan import Episode
 from prismo.policies.base import Policy, PolicyInput, environment_actions
 from prismo.sim import Observation, SimulatorCrashed, SimulatorTimeout, SimWorker
+from prismo.sim.interface import Render
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,12 +36,14 @@ class RolloutSettings:
         open_loop_steps: actions executed per query, the first ones of the chunk.
         settle_steps: simulator steps without motion before the first observation.
         record: keep a frame of every step (for a video).
+        record_wrist: with the wrist view at its right, which is then drawn at every step.
     """
 
     max_steps: int
     open_loop_steps: int
     settle_steps: int
     record: bool
+    record_wrist: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Rollout:
         actions_sha256: of the executed actions; equal for equal episodes, so runs can be compared one by one.
         error: the traceback.
         attempts: 1, or more where a simulator had died.
-        frames: uint8 [steps + 1, H, W, 3] (shorter after an error), if recorded.
+        frames: uint8 [steps + 1, H, W, 3] (shorter after an error), twice as wide with the wrist view; if recorded.
     """
 
     outcome: Outcome
@@ -130,12 +133,14 @@ class _Run:
         )
         self._policy.start_episode(self._slot, episode.policy_seed)
         if settings.record:
-            self.frames.extend(observation.pictures())
+            self.frames.append(np.concatenate(observation.pictures(2 if settings.record_wrist else 1), axis=1))
+        filmed: Render = "all_views" if settings.record_wrist else "all"
         while not self.success and self.steps < settings.max_steps:
             actions = self._next_actions(observation)[: settings.max_steps - self.steps]
             last = self.steps + len(actions) == settings.max_steps
             # Nobody looks at the observation behind the last step.
-            result = self._worker.step_chunk(actions, render="all" if settings.record else "none" if last else "last")
+            render: Render = filmed if settings.record else "none" if last else "last"
+            result = self._worker.step_chunk(actions, render=render)
             self.digest.update(actions[: result.steps].tobytes())
             self.steps += result.steps
             self.success = result.success

@@ -27,18 +27,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from prismo.embodiment import LIBERO
 from prismo.eval.config import DEFAULT_STATES, EvalConfig
 from prismo.eval.plan import Episode, plan_episodes
-from prismo.eval.results import EpisodeResult, Summary, format_table, summarize
+from prismo.eval.results import EpisodeResult, Summary, summarize
 from prismo.eval.rollout import Rollout, RolloutSettings, run_episode
-from prismo.eval.run_folder import RunFolder, RunIdentity, open_run
+from prismo.eval.run_folder import EPISODES, RunFolder, RunIdentity, open_run
+from prismo.eval.summary import report
 from prismo.eval.text_log import TextLog, WandbLog
 from prismo.eval.versions import (
     changed_versions,
     collect_versions,
     episode_versions,
     mixed_versions,
+    package_warnings,
     version_warnings,
 )
-from prismo.eval.video import check_video_writer, video_path, write_video
+from prismo.eval.video import annotated, check_video_writer, video_path, write_video
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import checkpoint_hash
 from prismo.policies.loading import PolicySpec, prepare_policy
@@ -89,7 +91,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
             retry_errors=cfg.retry_errors,
         )
         stack.callback(run.close)
-        for warning in version_warnings(versions):
+        for warning in package_warnings(versions):  # `resolve_assets` has warned of stand-ins
             _LOG.warning(warning)
         done = run.log.results
         todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
@@ -97,6 +99,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
             if todo and not cfg.allow_mixed:
                 _refuse_mixture(run, {e.number for e in todo}, versions)
             _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
+        run.begin(cfg, episodes)
         wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, asdict(run.about))
         policy = spec.load() if todo else None
         return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all())
@@ -159,18 +162,25 @@ class Evaluation:
                 f"stopped after {done} of {len(self.episodes)} episodes: {run.path} cannot be written ({error}). "
                 "Make room; the same command continues"
             ) from error
+        finally:
+            self._leave()
         self.wandb.task("total", list(run.log.results.values()))
         self.wandb.close(run.text_log)
-        _LOG.info("results: %s\n%s", run.results_file, format_table(summary))
         if summary.total.errors:
             _LOG.error(
-                "%d of %d episodes ended in an error and count as neither success nor failure; see %s. The same "
-                "command with --retry_errors True runs them again",
+                "%d of %d episodes ended in an error and count as neither success nor failure; see %s",
                 summary.total.errors,
                 summary.planned,
-                run.path / "episodes.jsonl",
+                run.path / EPISODES,
             )
         return summary
+
+    def _leave(self) -> None:
+        """Pictures, links and the summary of what there is by now; never in the way of the error that ends it."""
+        try:
+            _LOG.info("%s", report(self.run_folder.path))
+        except (OSError, ValueError) as error:
+            _LOG.warning("no summary: %s", error)
 
     def _play(self, text: TextLog) -> None:
         if self.policy is None:
@@ -203,7 +213,7 @@ class Evaluation:
         if limit and causes[-1] is not None and causes[-limit:] == [causes[-1]] * limit:
             raise RepeatedError(
                 f"{limit} episodes in a row ended in the same error ({causes[-1]}); the tracebacks are in "
-                f"{self.run_folder.path / 'episodes.jsonl'}. When its cause is gone, the same command with "
+                f"{self.run_folder.path / EPISODES}. When its cause is gone, the same command with "
                 "--retry_errors True repeats them and goes on; --max_errors 0 goes on in any case"
             )
 
@@ -237,8 +247,11 @@ class Evaluation:
             return None
         about = self.run_folder.about
         path = video_path(self.cfg.rollout_dir, about.timestamp, about.family, episode, success)
+        frames: Iterable[np.ndarray] = rollout.frames
+        if self.cfg.annotate_videos:
+            frames = annotated(rollout.frames, episode, rollout.outcome, self.settings.max_steps)
         try:
-            write_video(path, rollout.frames)
+            write_video(path, frames)
         except OSError as error:  # a full disk must not cost the episode
             _LOG.warning("no video of episode %d: %s", episode.number, str(error).strip().splitlines()[0])
             return None
@@ -293,6 +306,7 @@ def _rollout_settings(cfg: EvalConfig, spec: PolicySpec) -> RolloutSettings:
         open_loop_steps=cfg.num_open_loop_steps or chunk,
         settle_steps=cfg.num_steps_wait,
         record=cfg.save_videos != "none",
+        record_wrist=cfg.annotate_videos,
     )
 
 

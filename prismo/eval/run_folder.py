@@ -2,14 +2,19 @@
 
 {local_log_dir}/EVAL-{suite}-{family}-{timestamp}[--note].txt    text log, as the original writes it
 {local_log_dir}/EVAL-{suite}-{family}-{timestamp}[--note]/
-    run.json         flags, resolved settings, checkpoint hash, versions: written before the first episode
+    run.json         resolved settings, checkpoint hash, versions: written before the first episode
+    plan.json        flags of the last start, and the episodes of every task
     episodes.jsonl   one line per episode as it ends
     results.json     rates and intervals, written at the end
+    overview.png     outcome of every episode, rates of every task; drawn at the end and when it is stopped
+    videos/          links to the videos, with readable names
+{local_log_dir}/latest                                           link to the folder of the run that was started last
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,15 +22,19 @@ from typing import IO, Annotated, Any
 
 from pydantic import Field
 
-from prismo.eval.results import EpisodeLog
-from prismo.util.files import write_json
+from prismo.eval.config import EvalConfig
+from prismo.eval.plan import Episode
+from prismo.eval.results import EpisodeLog, EpisodeResult, read_episodes
+from prismo.sim import Task
+from prismo.util.files import point_link, write_json
 from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import read_json
 
 _LOG = logging.getLogger(__name__)
 
 TIMESTAMP = "%Y_%m_%d-%H_%M_%S"
-_RUN, _EPISODES, _RESULTS, _LOCK = "run.json", "episodes.jsonl", "results.json", ".lock"
+RUN, EPISODES, RESULTS, _PLAN, _LOCK = "run.json", "episodes.jsonl", "results.json", "plan.json", ".lock"
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,33 @@ class RunFile:
     versions: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task of a run.
+
+    Attributes:
+        task_id, task: index and instruction.
+        trials: initial states of its episodes.
+    """
+
+    task_id: int
+    task: str
+    trials: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """Content of plan.json.
+
+    Attributes:
+        flags: of the last start.
+        tasks: in the order in which they are played.
+    """
+
+    flags: dict[str, Any]
+    tasks: tuple[PlannedTask, ...]
+
+
 class RunFolder:
     """An open run; only one process at a time has it.
 
@@ -83,7 +119,7 @@ class RunFolder:
     def __init__(self, path: Path, about: RunFile, lock: IO[bytes]) -> None:
         self.path = path
         self.about = about
-        self.log = EpisodeLog(path / _EPISODES)
+        self.log = EpisodeLog(path / EPISODES)
         self._lock = lock
 
     @property
@@ -93,11 +129,35 @@ class RunFolder:
 
     @property
     def results_file(self) -> Path:
-        return self.path / _RESULTS
+        return self.path / RESULTS
+
+    def begin(self, cfg: EvalConfig, episodes: Sequence[Episode]) -> None:
+        """Write plan.json, and let `latest` lead here."""
+        tasks: dict[Task, list[int]] = {}
+        for episode in episodes:
+            tasks.setdefault(episode.task, []).append(episode.init_state)
+        planned = [PlannedTask(task.index, task.language, tuple(trials)) for task, trials in tasks.items()]
+        write_json(self.path / _PLAN, asdict(PlanFile(asdict(cfg), tuple(planned))))
+        point_link(self.path.with_name(LATEST), self.path)
 
     def close(self) -> None:
         """Let others have it."""
         self._lock.close()
+
+
+def read_run(folder: Path) -> tuple[RunFile, PlanFile, dict[int, EpisodeResult]]:
+    """What a run folder holds: how it was begun, its plan, its episodes by number. Others may be at work on it.
+
+    Raises:
+        FileNotFoundError: no evaluation was begun there.
+        ValueError: a file of it is damaged.
+    """
+    for name in (RUN, _PLAN):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no evaluation that was begun: it has no {name}")
+    episodes = folder / EPISODES
+    results = read_episodes(episodes) if episodes.is_file() else {}
+    return read_json(folder / RUN, RunFile), read_json(folder / _PLAN, PlanFile), results
 
 
 def open_run(
@@ -127,7 +187,7 @@ def open_run(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     if resume:
-        for path in sorted(root.glob(f"{identity.prefix}*/{_RUN}"), reverse=True):
+        for path in sorted(root.glob(f"{identity.prefix}*/{RUN}"), reverse=True):
             run = _continue(path.parent, identity, retry_errors)
             if run is not None:
                 return run, True
@@ -137,7 +197,7 @@ def open_run(
 def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> RunFolder | None:
     """The run in `path`, if it is ours to go on with."""
     try:
-        about = read_json(path / _RUN, RunFile)
+        about = read_json(path / RUN, RunFile)
     except ValueError as error:
         _LOG.warning("%s is passed over: %s", path.name, error)
         return None
@@ -148,7 +208,7 @@ def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> RunFolde
     except LockedError as error:
         _LOG.info("%s", error)
         return None
-    finished = (path / _RESULTS).is_file()
+    finished = (path / RESULTS).is_file()
     if finished and not retry_errors:
         lock.close()
         return None
@@ -171,5 +231,5 @@ def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[s
             continue
     lock = take_lock(path / _LOCK)
     about = RunFile(identity.suite, identity.family, identity.note, timestamp, identity.settings, checkpoint, versions)
-    write_json(path / _RUN, asdict(about))
+    write_json(path / RUN, asdict(about))
     return RunFolder(path, about, lock)

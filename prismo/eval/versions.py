@@ -44,6 +44,13 @@ def collect_versions(simulator: SimInfo) -> dict[str, Any]:
 
 def version_warnings(versions: dict[str, Any]) -> list[str]:
     """One sentence per version or asset that makes the result incomparable."""
+    stand_ins = versions.get("assets") == "stand-ins"
+    smoke = ["the scenes are built-in stand-ins: this is a smoke run, its rates compare with nothing"]
+    return [*package_warnings(versions), *(smoke if stand_ins else [])]
+
+
+def package_warnings(versions: dict[str, Any]) -> list[str]:
+    """One sentence per version that changes physics or pixels."""
     warnings = []
     for package, tested in (("mujoco", TESTED_MUJOCO), ("robosuite", TESTED_ROBOSUITE)):
         if versions.get(package) not in tested:
@@ -51,8 +58,6 @@ def version_warnings(versions: dict[str, Any]) -> list[str]:
                 f"{package} is {versions.get(package)}, outside of {', '.join(tested)}: physics or pixels differ from "
                 f"those of the training data. Type: pip install {package}=={tested[-1]}"
             )
-    if versions.get("assets") == "stand-ins":
-        warnings.append("the scenes are built-in stand-ins: this is a smoke run, its rates compare with nothing")
     return warnings
 
 

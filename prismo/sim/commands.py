@@ -43,14 +43,15 @@ class Commands:
 
     def step_chunk(self, actions: np.ndarray, render: Render) -> StepResult:
         env = self._running()
+        filmed = {"all": (AGENT_CAMERA,), "all_views": CAMERAS}.get(render, ())
         frames: list[np.ndarray] = []
         success, steps = False, 0
         for steps, action in enumerate(actions, start=1):
             observed = steps == len(actions) and render != "none"
-            draw = CAMERAS if observed else (AGENT_CAMERA,) if render == "all" else ()
-            success = env.step(action, draw=draw)
-            if render == "all" and (frame := env.image(AGENT_CAMERA)) is not None:
-                frames.append(frame)
+            success = env.step(action, draw=CAMERAS if observed else filmed)
+            views = [view for camera in filmed if (view := env.image(camera)) is not None]
+            if views:
+                frames.append(np.concatenate(views, axis=1))
             if success:
                 break
         if success and render != "none" and steps < len(actions):

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge
 
-# Which steps of a chunk are drawn: only the one that the policy will look at, every one (videos), or none.
-Render = Literal["last", "all", "none"]
+# Which steps of a chunk are drawn: only the one that the policy will look at, every one (videos; "all_views": by the
+# wrist camera, too), or none.
+Render = Literal["last", "all", "all_views", "none"]
 
 AGENT_CAMERA = "agentview"
 WRIST_CAMERA = "robot0_eye_in_hand"
@@ -74,7 +75,8 @@ class StepResult:
         observation: after the last executed action.
         success: the task's goal holds; the rest of the chunk was not executed.
         steps: actions executed.
-        frames: uint8 [steps, H, W, 3], the turned agentview after every action, with `render="all"`; else None.
+        frames: uint8 [steps, H, W, 3], the turned agentview after every action, with `render="all"`; [steps, H, 2W, 3]
+            with "all_views", the wrist view at its right; else None.
     """
 
     observation: Observation

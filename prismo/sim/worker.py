@@ -154,8 +154,8 @@ class SimWorker:
 
         Args:
             actions: float [n, 7]: six end-effector deltas in [-1, 1] (5 cm, 0.5 rad at 1); gripper -1 open, +1 close.
-            render: "last" draws only the observation that is returned, "all" every step (frames for a video), "none"
-                nothing.
+            render: "last" draws only the observation that is returned, "all" every step (frames for a video),
+                "all_views" that with both cameras, "none" nothing.
 
         Raises:
             ValueError: wrong shape, or numbers that are not finite.

@@ -16,6 +16,7 @@ from prismo.training.curves import CURVES, METRICS, draw_curves
 from prismo.training.run_folder import TRAINING_CONFIG, Checkpoint, RunFolder
 from prismo.training.run_name import run_id
 from prismo.training.text_log import LOG
+from prismo.util.flags import flag_words
 from prismo.util.schema import JsonObject, read_json, read_json_lines
 
 # Figures that a line of text shows.
@@ -150,11 +151,7 @@ def resume_command(folder: Path, flags: JsonObject) -> str:
     processes = flags.get("world_size", 1)
     launcher = ["torchrun", "--standalone", "--nnodes", "1", "--nproc-per-node", str(processes), "-m"]
     words = [*(launcher if processes > 1 else []), "prismo", "train" if aligned else "finetune"]
-    for field in fields(kind):
-        default = str(field.default) if isinstance(field.default, Path) else field.default
-        if field.name in given and given[field.name] != default:
-            words += [f"--{field.name}", str(given[field.name])]
-    return shlex.join([*words, "--resume", "True"])
+    return shlex.join([*words, *flag_words(kind, given), "--resume", "True"])
 
 
 def _evaluation(checkpoint: Path, suite: str) -> str:

@@ -128,7 +128,9 @@ def point_link(link: Path, target: Path) -> None:
     if link.exists() and not link.is_symlink():
         return
     with contextlib.suppress(OSError):
-        temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=target.is_dir())
+        # Folders above may be links themselves, over which ".." would lead elsewhere.
+        there = os.path.relpath(target.parent.resolve() / target.name, link.parent.resolve())
+        temporary.symlink_to(there, target_is_directory=target.is_dir())
         temporary.replace(link)
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)

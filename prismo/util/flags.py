@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -54,6 +54,16 @@ def parse_flags(kind: type[C], arguments: Sequence[str] | None = None, about: st
     if missing := [f"--{name}" for name, option in options.items() if option.required and name not in values]:
         raise ValueError(f"missing {', '.join(missing)}; --help lists all flags")
     return kind(**values)
+
+
+def flag_words(kind: type, values: Mapping[str, Any]) -> list[str]:
+    """A command line that gives the flags of `kind` these values; those that are the defaults are left out."""
+    words = []
+    for field in fields(kind):
+        default = str(field.default) if isinstance(field.default, Path) else field.default
+        if field.name in values and values[field.name] != default:
+            words += [f"--{field.name}", str(values[field.name])]
+    return words
 
 
 def at_least(flags: object, **lowest: float) -> None:

@@ -79,9 +79,14 @@ def check(value: Any, kind: type[T], where: str, *, advice: str = _BROKEN) -> T:
     return parse_json(json.dumps(value).encode(), kind, where, advice=advice)
 
 
-def read_json_lines(path: str | Path, kind: type[T], *, advice: str = _BROKEN) -> list[T]:
-    """Every line of a file as `kind`; raises as `read_json` does and names the line."""
-    lines = Path(path).read_bytes().splitlines()
+def read_json_lines(path: str | Path, kind: type[T], *, advice: str = _BROKEN, growing: bool = False) -> list[T]:
+    """Every line of a file as `kind`; raises as `read_json` does and names the line.
+
+    Args:
+        growing: somebody may be writing it: what comes behind the last end of a line is left out.
+    """
+    content = Path(path).read_bytes()
+    lines = content[: content.rfind(b"\n") + 1 if growing else None].splitlines()
     return [
         parse_json(line, kind, f"{path} line {number}", advice=advice) for number, line in enumerate(lines, 1) if line
     ]

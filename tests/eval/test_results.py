@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prismo.eval.results import EpisodeLog, EpisodeResult, format_table, summarize
+from prismo.eval.results import EpisodeLog, EpisodeResult, format_table, read_episodes, summarize
 
 RESULT = EpisodeResult(1, "libero_object", 0, "pick up the milk", 0, 0, 7, "success", 93, 12, 4.2, 0.5, "0" * 16)
 
@@ -28,6 +28,8 @@ def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
     log.append(RESULT)
     whole = path.read_bytes()
     path.write_bytes(whole + json.dumps(asdict(replace(RESULT, episode=2))).encode()[:40])
+    assert list(read_episodes(path)) == [1]
+    assert path.stat().st_size == len(whole) + 40  # somebody may be writing the rest of it
     continued = EpisodeLog(path)
     assert list(continued.results) == [1]
     assert path.read_bytes() == whole

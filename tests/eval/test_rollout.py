@@ -111,6 +111,11 @@ def test_frames_of_every_step(simulator: SimWorker, episode: Episode) -> None:
     assert plain.frames is None
     assert filmed.actions_sha256 == plain.actions_sha256
     np.testing.assert_array_equal(filmed.frames[8], policy.inputs[1].images[0])
+    both = run_episode(simulator, ScriptedPolicy(), episode, replace(SETTINGS, record=True, record_wrist=True))
+    assert both.actions_sha256 == plain.actions_sha256
+    np.testing.assert_array_equal(both.frames[:, :, :64], filmed.frames)
+    for step, seen in ((0, policy.inputs[0]), (8, policy.inputs[1])):
+        np.testing.assert_array_equal(both.frames[step, :, 64:], seen.images[1])
 
 
 def test_a_custom_initial_state(simulator: SimWorker, episode: Episode) -> None:

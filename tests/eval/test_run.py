@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,12 +20,15 @@ from pathlib import Path
 import imageio
 import numpy as np
 import pytest
+from PIL import Image
 
+from prismo.commands.report import main as report
 from prismo.eval.config import EvalConfig
 from prismo.eval.run import RepeatedError, evaluate, prepare
 from prismo.policies.base import Policy, PolicyInput
 from prismo.sim import SimulatorError
 from prismo.sim.assets import STAND_INS
+from prismo.util.flags import parse_flags
 from tests.eval.conftest import ASSETS, identity, lines, make_config
 from tests.processes import MARK, left_after
 
@@ -54,7 +58,7 @@ def finished(object_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> E
 
 def test_files_of_a_run(finished: EvalConfig) -> None:
     logs = Path(finished.local_log_dir)
-    (folder,) = (path for path in logs.iterdir() if path.is_dir())
+    (folder,) = logs.glob("EVAL-*/")
     results = json.loads((folder / "results.json").read_text())
     assert results["complete"]
     assert results["total"]["episodes"] == results["total"]["failures"] == 4
@@ -101,6 +105,30 @@ def test_the_originals_text_log_and_videos(finished: EvalConfig) -> None:
     assert len(imageio.mimread(videos[0])) == 11  # the first observation and one frame per step
 
 
+def test_what_a_run_leaves_is_found(finished: EvalConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = Path(finished.local_log_dir)
+    (folder,) = logs.glob("EVAL-*/")
+    assert os.readlink(logs / "latest") == folder.name
+    names = sorted(path.name for path in (folder / "videos").iterdir())
+    task = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+    assert names[:2] == [f"libero_object--task_00--trial_0{trial}--failure--{task}.mp4" for trial in (0, 1)]
+    leads_to = [str((folder / "videos" / name).resolve()) for name in names]
+    assert leads_to == [line["video"] for line in lines(logs)]
+    assert not any(Path(os.readlink(folder / "videos" / name)).is_absolute() for name in names)
+    with Image.open(folder / "overview.png") as picture:
+        assert picture.width > 800
+    (folder / "overview.png").unlink()
+    assert report(["/".join((finished.local_log_dir, "latest"))]) == 0
+    said = capsys.readouterr().out
+    assert f"{folder.name}: 4 of 4 episodes, finished" in said
+    for there in (folder / "results.json", f"{folder}.txt", folder / "overview.png", folder / "videos"):
+        assert str(there) in said
+        assert Path(there).exists()
+    _, _, *words = shlex.split(said.splitlines()[-1])
+    other = replace(finished, pretrained_checkpoint="OTHER_CHECKPOINT")
+    assert replace(parse_flags(EvalConfig, words), use_wandb=False) == other
+
+
 def test_wandb_keys(finished: EvalConfig) -> None:
     pytest.importorskip("wandb")
     (file,) = Path(finished.local_log_dir).glob("EVAL-*/wandb/offline-run-*/*.wandb")
@@ -140,6 +168,8 @@ def test_kill_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
     done = subprocess.run(command(cfg), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{len(before)} of 4 episodes are done" in done.stderr
+    warned = [line for line in done.stderr.splitlines() if line.startswith("WARNING") and "stand-ins" in line]
+    assert len(warned) == (ASSETS == STAND_INS)
     after = lines(logs)
     assert after[: len(before)] == before
     assert [identity(line) for line in after] == [identity(line) for line in lines(Path(finished.local_log_dir))]
@@ -161,21 +191,21 @@ def test_sigterm_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-import run_libero_eval as script
-settle = script.prepare
+from prismo.commands.eval import main
+from prismo.eval import run
+settle = run.prepare
 def prepare(cfg):
     evaluation = settle(cfg)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # the second line does not fit
     return evaluation
-script.prepare = prepare
-sys.exit(script.main())
+run.prepare = prepare
+sys.exit(main())
 """
 
 
 def test_a_full_disk_is_one_sentence_and_costs_no_episode(config: EvalConfig) -> None:
     cfg = replace(config, task_ids=[0])
-    call = [sys.executable, "-c", FULL_DISK, str(SCRIPT.parent), *command(cfg)[2:]]
+    call = [sys.executable, "-c", FULL_DISK, *command(cfg)[2:]]
     done = subprocess.run(call, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2, done.stderr
     assert "ERROR stopped after 1 of 2 episodes: " in done.stderr
@@ -205,7 +235,10 @@ class FailingPolicy:
         return self._policy.predict(inputs, slots)
 
 
-def test_an_error_is_a_third_outcome_and_can_be_retried(finished: EvalConfig, tmp_path: Path) -> None:
+def test_an_error_is_a_third_outcome_and_can_be_retried(
+    finished: EvalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     cfg = replace(
         finished, local_log_dir=str(tmp_path / "logs"), rollout_dir=str(tmp_path / "videos"), save_videos="failures"
     )
@@ -219,9 +252,16 @@ def test_an_error_is_a_third_outcome_and_can_be_retried(finished: EvalConfig, tm
     assert "the GPU fell off the bus" in found[2]["error"]
     assert [identity(line) for line in found if line["outcome"] != "error"] == [*reference[:2], reference[3]]
     assert "Total errors: 1" in next(logs.glob("*.txt")).read_text()
+    videos = evaluation.run_folder.path / "videos"
+    assert [path.name.split("--")[3] for path in sorted(videos.iterdir())] == ["failure", "failure", "error", "failure"]
+    assert "--retry_errors True" in caplog.text
+    assert imageio.mimread(found[1]["video"])[0].shape == (64, 64, 3)
 
-    summary = evaluate(replace(cfg, retry_errors=True))
+    summary = evaluate(replace(cfg, retry_errors=True, annotate_videos=True))
     assert (summary.total.failures, summary.total.errors) == (4, 0)
+    assert [path.name.split("--")[3] for path in sorted(videos.iterdir())] == ["failure"] * 4
+    height, width, _ = imageio.mimread(lines(logs)[4]["video"])[0].shape
+    assert (height > 80, width) == (True, 128)
     assert [line["episode"] for line in lines(logs)] == [1, 2, 3, 4, 3]
     assert identity(lines(logs)[4]) == reference[2]
 
@@ -233,10 +273,16 @@ def interrupted(cfg: EvalConfig, episode: int) -> Path:
     return evaluation.run_folder.path
 
 
-def test_a_run_goes_on_with_the_versions_that_it_began_with(finished: EvalConfig, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_versions_that_it_began_with(
+    finished: EvalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """One of two episodes was played with another MuJoCo and renderer: one rate of both would be nobody's."""
+    caplog.set_level("INFO")
     cfg = replace(finished, local_log_dir=str(tmp_path / "logs"), save_videos="none", task_ids=[0])
     folder = interrupted(cfg, 2)
+    assert (folder / "overview.png").is_file()
+    assert f"{folder.name}: 1 of 2 episodes, not finished" in caplog.text
+    assert "\ngo on with this run:\n  prismo eval " in caplog.text
     other = {"mujoco": "3.9.0", "renderer": "osmesa (softpipe)"}
     done = [{**line, "versions": line["versions"] | other} for line in lines(folder.parent)]
     (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done))

@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results_of(logs: Path) -> dict:
-    (folder,) = (path for path in logs.iterdir() if path.is_dir())
+    (folder,) = logs.glob("EVAL-*/")
     return json.loads((folder / "results.json").read_text())
 
 

@@ -77,11 +77,12 @@ def test_drawing_does_not_change_the_episode(worker: SimWorker) -> None:
     rng = np.random.RandomState(0)
     chunk = rng.uniform(-1, 1, (6, 7))
     results = []
-    for render in ("none", "last", "all"):
+    for render in ("none", "last", "all", "all_views"):
         worker.reset(SUITE, 2, 5)
         results.append(worker.step_chunk(chunk, render=render).observation)
     assert np.array_equal(results[0].state, results[1].state)
     assert same(results[1], results[2])
+    assert same(results[1], results[3])
 
 
 def test_picture_is_turned_by_180_degrees(worker: SimWorker) -> None:

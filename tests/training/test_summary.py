@@ -43,6 +43,10 @@ def test_a_link_is_replaced_and_nothing_else_is(tmp_path):
     for target in ("a", "b"):
         point_link(tmp_path / "latest", tmp_path / target)
         assert os.readlink(tmp_path / "latest") == target
+    (tmp_path / "a" / "far").mkdir()
+    (tmp_path / "b" / "near").symlink_to(tmp_path / "a" / "far")
+    point_link(tmp_path / "b" / "near" / "link", tmp_path / "real")  # ".." of `near` is not where `near` lies
+    assert (tmp_path / "a" / "far" / "link").resolve() == tmp_path / "real"
     point_link(tmp_path / "real", tmp_path / "a")  # somebody's folder of that name
     point_link(tmp_path / "absent" / "latest", tmp_path / "a")  # where no link can be made
     assert not (tmp_path / "real").is_symlink()
