@@ -2,7 +2,7 @@
 
 Starting Python with torch for each of them would take most of the time. So `PATH` is a folder in which every
 command is a few lines of bash: they hand directory and arguments over and wait for the exit code. Other commands than
-these few are not found, so that no block installs or downloads anything.
+these few are not found, so that no block installs or downloads anything. Variables that a block sets reach scripts only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -26,7 +27,7 @@ TRAIN = {
 ALIGN = {"vla_layers_align": 2, "align_map_freq": 0}
 ROLL_OUT = {
     "task_ids": 0, "num_trials_per_task": 1, "max_steps": 2, "env_img_res": 64, "libero_assets": "stand-ins",
-    "task_suite_name": "libero_object",
+    "task_suite_name": "libero_object", "device": "cpu",
 }  # fmt: skip
 COLLECT = {"task_ids": 0, "num_demos_per_task": 1, "image_size": 64, "num_workers": 1, "libero_assets": "stand-ins"}
 # Command -> what makes it small. The last of a repeated flag counts.
@@ -90,6 +91,9 @@ class Shell:
             return self._call(*command) or 0
         except SystemExit as stop:
             return int(stop.code or 0)
+        except Exception:  # bash waits for an answer
+            traceback.print_exc()
+            return 1
         finally:
             os.chdir(before)
 
