@@ -2,7 +2,7 @@
 
 Starting Python with torch for each of them would take most of the time. So `PATH` is a folder in which every
 command is a few lines of bash: they hand directory and arguments over and wait for the exit code. Other commands than
-these few are not found, so that no block installs or downloads anything. Variables that a block sets reach scripts only.
+these few are not found, so that no block installs or downloads anything. What a block sets reaches scripts only.
 """
 
 from __future__ import annotations
