@@ -56,7 +56,7 @@ def parse_flags(kind: type[C], arguments: Sequence[str] | None = None, about: st
     return kind(**values)
 
 
-def flag_words(kind: type, values: Mapping[str, Any]) -> list[str]:
+def flag_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
     """A command line that gives the flags of `kind` these values; those that are the defaults are left out."""
     words = []
     for field in fields(kind):
