@@ -34,8 +34,8 @@ test: setup ## the suite
 	@bash scripts/install_gl.sh $(BIN)/python both || echo "Tests that draw are skipped."
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: setup ## the suite without what takes more than a minute
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+test-fast: setup ## the part of the suite that needs no other process: for every save
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes and not slow"
 
 lint: setup ## what continuous integration checks of style and types
 	$(BIN)/ruff check .

@@ -108,6 +108,7 @@ HEAVY = "import sys; from prismo.commands import main; code = main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.processes
 def test_every_command_has_help_at_once(name):
     """What it does, an example, its flags; and nothing that takes seconds to import is needed for it, or for a typo."""
     words = name.split()

@@ -34,6 +34,7 @@ def test_only_its_own_folder_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("drawing")
+@pytest.mark.processes
 def test_smallest_demo(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     sizes = ("--tasks", "1", "--demos", "1", "--train_steps", "12", "--trials", "1", "--max_steps", "16")

@@ -15,6 +15,8 @@ import pytest
 
 from prismo.util.hub import is_hub_id, local_folder
 
+pytestmark = pytest.mark.processes
+
 COMMIT = "b" * 40
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"weights", "action_head.pt": b"head", "code.py": b"pass"}
 

@@ -49,6 +49,7 @@ assert "mujoco" not in sys.modules, "MuJoCo was imported before the GL backend c
 """
 
 
+@pytest.mark.processes
 def test_every_module_imports_without_heavy_packages(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False

@@ -14,6 +14,8 @@ import pytest
 from tests.processes import MARK, ended, left_after, members
 from tests.training.conftest import REPOSITORY, environment
 
+pytestmark = pytest.mark.processes
+
 PROGRAM = """
 import sys, threading, time
 from prismo.sim import SimWorker

@@ -171,6 +171,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.processes
 def test_ddp_synchronises_the_projector_and_not_the_teacher(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(ddp_rank, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))

@@ -126,6 +126,7 @@ def test_damage_reaches_the_user_with_the_file_name(synthetic: Path, tmp_path: P
         next(iter(make_loader(dataset, 4, num_workers=1)))
 
 
+@pytest.mark.processes
 def test_workers_may_be_spawned(synthetic: Path) -> None:
     """The default of newer Pythons is not to fork."""
     program = f"""

@@ -162,6 +162,7 @@ def start_opening(root: Path, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_many_processes_may_start_at_once(copy: Path) -> None:
     processes = [start_opening(copy) for _ in range(4)]
     answers = [process.communicate(timeout=120) for process in processes]

@@ -19,6 +19,8 @@ from prismo.data.index import open_index
 from prismo.data.specs import resolve
 from tests.data.conftest import run_script
 
+pytestmark = pytest.mark.processes
+
 NAME = "libero_spatial_no_noops"
 
 

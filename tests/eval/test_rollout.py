@@ -19,6 +19,8 @@ from prismo.eval.rollout import RolloutSettings, policy_input, run_episode
 from prismo.policies.base import PolicyInput
 from prismo.sim import SimWorker
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, record=False)
 
 

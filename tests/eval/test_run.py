@@ -34,7 +34,7 @@ from tests.processes import MARK, left_after
 
 GPU_ERROR = "the GPU fell off the bus"
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "robot" / "libero" / "run_libero_eval.py"
-pytestmark = pytest.mark.usefixtures("simulator")  # skips where none can run
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("simulator")]  # skips where none can run
 
 
 def command(cfg: EvalConfig) -> list[str]:

@@ -18,7 +18,7 @@ from prismo.training.config import FinetuneConfig
 from tests.eval.conftest import SUITE, lines, make_config
 from tests.eval.test_run import SCRIPT
 
-pytestmark = pytest.mark.usefixtures("simulator")  # skips where none can run
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("simulator")]  # skips where none can run
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("fuzz")
+            item.add_marker("processes")  # what a damaged input may crash is tried in a process of its own
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

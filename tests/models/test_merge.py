@@ -280,6 +280,7 @@ def test_film_runs_keep_the_vision_lora_in_the_backbone_file(base, trained, tmp_
         torch.testing.assert_close(action_states(loaded, batch), action_states(model, batch), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.processes
 def test_the_script_with_the_original_flags(base, checkpoint):
     script = Path(__file__).resolve().parents[2] / "vla-scripts" / "merge_lora_weights_and_save.py"
     flags = ["--base_checkpoint", str(base), "--lora_finetuned_checkpoint_dir", str(checkpoint)]

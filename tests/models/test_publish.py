@@ -80,6 +80,7 @@ def killed_states(source: Path, start: Path, root: Path) -> list[Path]:
     raise AssertionError
 
 
+@pytest.mark.processes
 def test_a_kill_in_a_new_folder(base, trained, merged, tmp_path):
     """It left a policy without action head and statistics, which counted as one with discrete tokens."""
     (tmp_path / "empty").mkdir()
@@ -98,6 +99,7 @@ def test_a_kill_in_a_new_folder(base, trained, merged, tmp_path):
         assert not list(state.glob(".*"))
 
 
+@pytest.mark.processes
 def test_a_kill_while_an_older_merge_is_replaced(base, trained, merged, older, tmp_path):
     states = killed_states(merged, older, tmp_path / "states")
     found = [identity(state) for state in states]
@@ -119,6 +121,7 @@ def test_a_kill_while_an_older_merge_is_replaced(base, trained, merged, older, t
     assert identity(half) == identity(merged)
 
 
+@pytest.mark.processes
 def test_a_kill_in_the_checkpoint_itself(base, trained, tmp_path):
     """The adapter is never touched, so until the merged model is whole the unmerged one is evaluated."""
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))

@@ -159,6 +159,7 @@ def test_vggt_file_has_the_published_names(tiny_vggt):
     assert heads == {"camera_head", "point_head", "depth_head", "track_head"}
 
 
+@pytest.mark.processes
 def test_one_command_writes_all_three(tmp_path):
     script = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_checkpoint.py"
     subprocess.run([sys.executable, script, "--output", tmp_path], check=True, capture_output=True, timeout=300)

@@ -11,6 +11,8 @@ from prismo.sim.collect import expert_items, run_expert
 from prismo.sim.parallel import run_jobs
 from prismo.sim.probes import probe_floor, probe_settling
 
+pytestmark = pytest.mark.processes
+
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PUSH = np.array([[0.3, 0.1, -0.2, 0.0, 0.0, 0.1, 1.0]])
 

@@ -68,6 +68,7 @@ def assert_equal(a: Demo, b: Demo) -> None:
         assert np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
 
 
+@pytest.mark.processes
 def test_files_have_libero_s_schema(collected: Path) -> None:
     with h5py.File(butter_file(collected)) as file:
         data = file["data"]
@@ -89,6 +90,7 @@ def test_files_have_libero_s_schema(collected: Path) -> None:
         assert demo["rewards"].dtype == np.uint8
 
 
+@pytest.mark.processes
 def test_demonstration_looks_like_a_human_one(collected: Path) -> None:
     demo = read_demo(butter_file(collected), 0)
     assert len(demo) < 280
@@ -105,12 +107,14 @@ def test_demonstration_looks_like_a_human_one(collected: Path) -> None:
     assert not closed[-1]
 
 
+@pytest.mark.processes
 def test_dataset_builder_reads_the_files(collected: Path) -> None:
     demonstrations = find_demonstrations(collected)
     assert [d.instruction for d in demonstrations] == ["pick up the butter and place it in the basket"]
     assert len(list(read_episodes(demonstrations))) == 1
 
 
+@pytest.mark.processes
 def test_regenerating_reproduces_states_and_pictures(collected: Path, tmp_path: Path) -> None:
     target = tmp_path / "no_noops"
     flags = ("--libero_task_suite", "libero_object", "--libero_raw_data_dir", collected, "--libero_target_dir", target)
@@ -127,6 +131,7 @@ def test_regenerating_reproduces_states_and_pictures(collected: Path, tmp_path: 
     assert "Traceback" not in again.stderr
 
 
+@pytest.mark.processes
 def test_missing_raw_files_are_named(tmp_path: Path) -> None:
     flags = ("--libero_task_suite", "libero_goal", "--libero_raw_data_dir", tmp_path, "--libero_target_dir", tmp_path)
     done = run_script("regenerate_libero_dataset.py", *flags)
@@ -203,6 +208,7 @@ def test_a_truncated_file_is_one_sentence(kept: float, tmp_path: Path) -> None:
         demo_indices(path)
 
 
+@pytest.mark.processes
 def test_regenerating_looks_at_the_files_first(tmp_path: Path) -> None:
     """Before a simulator is started, and without a traceback."""
     with h5py.File(small_file(tmp_path), "a") as file:
@@ -216,6 +222,7 @@ def test_regenerating_looks_at_the_files_first(tmp_path: Path) -> None:
     assert not target.exists()
 
 
+@pytest.mark.processes
 def test_damage_in_the_data_is_one_sentence(tmp_path: Path, blind_worker: SimWorker) -> None:
     """Found by the simulator process, which reads the numbers."""
     path = small_file(tmp_path)
@@ -227,6 +234,7 @@ def test_damage_in_the_data_is_one_sentence(tmp_path: Path, blind_worker: SimWor
     assert str(error.value) == f"{path}: data/demo_1/actions holds NaN or infinity"
 
 
+@pytest.mark.processes
 def test_noops_and_failures_are_left_out(collected: Path, tmp_path: Path, make_blind: Callable[[], SimWorker]) -> None:
     """Demonstration 0 gets idle steps, demonstration 3 ends before the goal is reached."""
     demo = read_demo(butter_file(collected), 0, images=False)
@@ -253,6 +261,7 @@ def test_noops_and_failures_are_left_out(collected: Path, tmp_path: Path, make_b
     assert list(read_custom_init_states(tmp_path / "info.json", task)) == [0]
 
 
+@pytest.mark.processes
 def test_interrupted_collection_continues(tmp_path: Path, make_blind: Callable[[], SimWorker]) -> None:
     items = expert_items("libero_object", [CREAM_CHEESE], 2)
     settings = {"noise": 0.05}

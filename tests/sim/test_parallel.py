@@ -14,6 +14,8 @@ from prismo.sim import SimulatorError, SimWorker
 from prismo.sim.assets import Assets
 from prismo.sim.parallel import run_jobs
 
+pytestmark = pytest.mark.processes
+
 SUITE = "libero_object"
 
 

@@ -25,6 +25,8 @@ from prismo.sim import (
 )
 from prismo.sim.assets import Assets
 
+pytestmark = pytest.mark.processes
+
 SUITE = "libero_object"
 OPEN, CLOSE = -1.0, 1.0
 

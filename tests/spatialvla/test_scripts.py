@@ -11,6 +11,8 @@ import pytest
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.models.spatialvla.action_tokenizer import ActionTokenizer, load_gaussians
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

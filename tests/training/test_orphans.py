@@ -17,6 +17,8 @@ from prismo.training.run_folder import RunFolder
 from tests.processes import MARK, ended, left_after
 from tests.training.conftest import REPOSITORY, assert_same_state, environment, figures
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = REPOSITORY / "vla-scripts" / "finetune_align.py"
 KILLS = 30
 WORKERS = 3

@@ -21,6 +21,8 @@ from prismo.models.component_files import read_component
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import REPOSITORY, assert_same_state, environment, figures, train
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = REPOSITORY / "vla-scripts" / "finetune_align.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node", "2"]
 TIMEOUT = 240

@@ -145,6 +145,7 @@ def test_merged_equals_base_and_adapter(lora_run, svla_base, tmp_path):
     np.testing.assert_array_equal(act(unmerged), actions)
 
 
+@pytest.mark.processes
 def test_merging_by_the_script(lora_run, svla_base, tmp_path):
     merged = last(lora_run, 4)
     unmerged = shutil.copytree(merged, tmp_path / "unmerged", ignore=shutil.ignore_patterns("model*", "config.json"))
@@ -254,6 +255,7 @@ def run_two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(OLD_TORCH, reason="sharding needs torch 2.7")
+@pytest.mark.processes
 def test_sharded_training_equals_one_process_and_resumes_exactly(svla, tmp_path):
     """FSDP2 over two processes. Each sees one sample of two, so their mean gradient is that of one process."""
     options = FULL | ALIGN | {"learning_rate": 1e-3, "grad_accumulation_steps": 2}

@@ -202,6 +202,7 @@ def test_noise_depends_on_seed_update_and_process_only():
     assert len({draw(0, 5), draw(1, 5), draw(0, 6), draw(0, 5, seed=8)}) == 4
 
 
+@pytest.mark.processes
 def test_benchmark_script_measures_our_step(tmp_path, monkeypatch, capsys):
     script = Path(__file__).resolve().parents[2] / "scripts" / "bench_train.py"
     results = tmp_path / "bench.jsonl"
