@@ -57,8 +57,8 @@ def _videos(folder: Path, results: Mapping[int, EpisodeResult]) -> list[tuple[st
     if not videos:
         return []
     links = link_videos(folder, results.values())
-    place = f"{folder / VIDEOS} ({links} links), " if links else ""
-    return [("videos", f"{place}{', '.join(sorted({str(video.parent) for video in videos}))} ({len(videos)} files)")]
+    place = f"{folder / VIDEOS} (links: {links}), " if links else ""
+    return [("videos", f"{place}{', '.join(sorted({str(video.parent) for video in videos}))} (files: {len(videos)})")]
 
 
 def _next(folder: Path, flags: Mapping[str, Any], summary: Summary, finished: bool) -> list[str]:

@@ -184,6 +184,7 @@ def test_sigterm_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
     before = lines(logs)
     (file,) = logs.glob("EVAL-*/episodes.jsonl")
     assert file.read_bytes().endswith(b"}\n")
+    assert (file.parent / "overview.png").is_file()
     assert evaluate(cfg).complete
     assert lines(logs)[: len(before)] == before
     assert [identity(line) for line in lines(logs)] == [identity(line) for line in lines(Path(finished.local_log_dir))]
