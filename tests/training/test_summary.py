@@ -59,7 +59,7 @@ def test_log_has_a_line_per_checkpoint_and_goes_on(copied, flags, caplog):
     assert re.match(r"\d{4}-\d\d-\d\d .* WARNING 2 samples per update", lines[0])
     saved = [line for line in lines if "saved" in line and "chkpt" in line]
     assert re.search(r"INFO update 4: saved .*run--4_chkpt \(\d+\.\d MB, \d+\.\d s\)$", saved[0])
-    assert re.search(r"update 6: saved .*--6_chkpt .*; .*--3_chkpt can no longer be resumed from", saved[1])
+    assert re.search(r"update 6: saved .*--6_chkpt .*; .*--4_chkpt can no longer be resumed from", saved[1])
     options = {"max_steps": 7, "lora_dropout": 0.1, "use_val_set": False, "resume": True}
     assert train(flags(copied.parent, **options)) == 0
     after = (copied / "log.txt").read_text()
