@@ -15,6 +15,7 @@ from prismo.align.pooling import pool
 from prismo.align.vggt import VGGTAggregator, infer_config, resize
 from tests import golden
 
+pytestmark = pytest.mark.slow  # the teacher sees pictures of the published size
 VLA_PATCH = 14
 
 

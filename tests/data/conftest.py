@@ -20,6 +20,12 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tensorflow" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")  # it runs in one of its own
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data root with a small LIBERO dataset of 64 pixels in several shards; read-only."""

@@ -106,6 +106,7 @@ def workspace(folder: Path, downloaded: Path | None, published: dict[str, Path])
 
 
 @pytest.mark.parametrize("block", run_here(SHELL))
+@pytest.mark.processes
 def test_a_shell_block_runs(
     block: Block, tmp_path: Path, published: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
