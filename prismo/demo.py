@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,12 +19,14 @@ import torch
 from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
 from prismo.training.curves import CURVES, draw_curves
 from prismo.util.cli import BrokenOffError
+from prismo.util.reaper import end_descendants_of_this_process
 from prismo.util.schema import JsonObject, read_json, read_json_lines
 
 if TYPE_CHECKING:
     from prismo.commands.demo import DemoConfig
 
 DATASET = "libero_object_no_noops"
+_SILENCE_S = 20  # after which a stage that works says how far it is
 MARKER = ".made_by_prismo_demo"
 
 
@@ -57,17 +60,11 @@ class Demo:
         log = self.folder / "logs" / f"{len(self.stages) + 1}-{name.replace(' ', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        with log.open("w") as file:
-            done = subprocess.run(
-                [sys.executable, "-m", "prismo", *command.split(), *flags],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if done.returncode:
+        code = _run([sys.executable, "-m", "prismo", *command.split(), *flags], log)
+        if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
             print(tail, file=sys.stderr)
-            raise BrokenOffError(f"stage '{name}' failed with exit code {done.returncode}; all it said is in {log}")
+            raise BrokenOffError(f"stage '{name}' failed with exit code {code}; all it said is in {log}")
         self.stages.append(Stage(name, time.monotonic() - start, ""))
         print(f"    {self.stages[-1].seconds:.0f} s", flush=True)
 
@@ -78,6 +75,7 @@ class Demo:
         print(f"    {text}", flush=True)
 
     def run(self) -> None:
+        end_descendants_of_this_process()
         self.demonstrations()
         self.dataset()
         self.checkpoints()
@@ -109,6 +107,7 @@ class Demo:
 
     def checkpoints(self) -> None:
         """Random weights in the official layouts, in place of openvla-7b and VGGT-1B."""
+        print(f"\n[{len(self.stages) + 1}] small checkpoints: random weights in the official layouts", flush=True)
         start = time.monotonic()
         make_tiny_openvla(self.folder / "ckpts" / "openvla-small", hidden_size=128, dtype=torch.float32)
         make_tiny_vggt(self.folder / "ckpts" / "vggt.pt", image_size=224)
@@ -177,6 +176,21 @@ class Demo:
         for video in sorted((self.folder / "videos").rglob("*.mp4"))[:1]:
             print(f"A roll-out:     {video}")
         print(f"Look around in: {self.folder}")
+
+
+def _run(command: list[str], log: Path) -> int:
+    """Run a command with its output in a file; from time to time, the last line of it goes to the screen."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while True:
+            try:
+                return process.wait(_SILENCE_S)
+            except subprocess.TimeoutExpired:
+                last = re.split(r"[\r\n]+", log.read_text(errors="replace").rstrip())[-1]
+                print(f"    {last[:110]}", flush=True)
+    finally:
+        process.kill()
 
 
 def training_rows(run: Path) -> list[dict[str, float]]:

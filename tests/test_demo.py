@@ -20,7 +20,7 @@ def test_only_its_own_folder_is_overwritten(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     (theirs / "logs").mkdir(parents=True)
     (theirs / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match=r"theirs was not made by the demo; name another with --output"):
+    with pytest.raises(FileExistsError, match=r"theirs was not made by the demo; name another folder with --output"):
         fresh_folder(theirs, overwrite=True)
     assert (theirs / "thesis.tex").read_text() == "precious"
     ours = tmp_path / "new" / "ours"
@@ -60,7 +60,7 @@ def test_smallest_demo(tmp_path: Path) -> None:
 
     rows = [json.loads(line) for line in (folder / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["align_loss"] for row in rows if row["split"] == "train"]
-    assert len(losses) == 12
+    assert len(losses) == 2  # every five updates
     assert all(0 < loss < 2.5 for loss in losses)  # that they fall is for tests/training/test_run.py to prove
 
     checkpoint = folder / "runs" / "demo--12_chkpt"
