@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.util.cli import run_command
-from prismo.util.flags import at_least, ends_in
+from prismo.util.flags import at_least, at_most, ends_in
 
 
 @dataclass
@@ -33,6 +33,7 @@ class ShowConfig:
 
 def run(cfg: ShowConfig) -> None:
     at_least(cfg, episode=0, frames=1)
+    at_most(cfg, frames=1000)
     ends_in(cfg, "output", ".png", ".pdf", ".svg", ".mp4")
     output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
     from prismo.data.show import show_episode

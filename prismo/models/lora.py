@@ -96,7 +96,7 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.flo
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:  # peft found nothing to adapt
-        raise ValueError(f"target_modules {spec.target_modules!r} of the adapter: {error}") from error
+        raise ValueError(f"target_modules {spec.target_modules!r} of adapter_config.json: {error}") from error
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(dtype)
     for parameter in saved_parameters(model, spec).values():

@@ -47,13 +47,14 @@ def other_weights(folder: Path) -> Any:
 
     def judge(mutation: Mutation, before: Any, after: Any) -> bool:
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        changed -= {"README.md"}  # the card, which says what the other files say
         name = Path(mutation.file).name
         if mutation.file.endswith(".safetensors"):
             in_data = mutation.at >= data_starts(folder / mutation.file)
             whole = mutation.file.startswith("base/") and _in_fingerprint(folder / mutation.file, mutation.at)
             return {"model"} == {name.partition("-")[0] for name in changed} and in_data and not whole
         if name == "dataset_statistics.json":  # its numbers have no checksum, and the merged config.json repeats them
-            return changed <= {name, "config.json"} and mutation.kind.startswith("bit")
+            return changed <= {name, "config.json"} and mutation.kind == "flip"
         return changed <= {name}
 
     return judge
