@@ -295,7 +295,7 @@ def test_a_folder_without_a_dataset_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds: other"):
         resolve(tmp_path, NAME)
     (tmp_path / NAME).mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no RLDS dataset.*build_rlds_dataset"):
+    with pytest.raises(FileNotFoundError, match=r"no RLDS dataset.*prismo data build"):
         resolve(tmp_path, NAME)
 
 
