@@ -160,8 +160,8 @@ def test_vggt_file_has_the_published_names(tiny_vggt):
 
 
 @pytest.mark.processes
-def test_one_command_writes_all_three(tmp_path):
+def test_one_command_writes_them_all(tmp_path):
     script = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_checkpoint.py"
     subprocess.run([sys.executable, script, "--output", tmp_path], check=True, capture_output=True, timeout=300)
-    assert {p.name for p in tmp_path.iterdir()} == {"base", "policy", "vggt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "policy", "spatialvla", "vggt"}
     assert (tmp_path / "vggt" / "model.pt").is_file()
