@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from prismo.data.features import Feature, features_to_json
+from prismo.data.features import features_to_json
+from prismo.data.specs import Feature
 from prismo.data.tfrecord import encode_example, frame_record
 from prismo.util.files import atomic_folder, write_json
 

@@ -123,7 +123,7 @@ def test_published_variants_are_read() -> None:
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="compute_norm_stats"):
+    with pytest.raises(FileNotFoundError, match="prismo data stats"):
         load_statistics(tmp_path / "dataset_statistics.json")
     path = tmp_path / "s.json"
     for content, message in (
@@ -179,7 +179,7 @@ def test_only_a_chosen_entry_must_be_usable(value: float | None) -> None:
     content["good"]["action"]["std"] = [value]
     stats = parse_statistics(json.loads(json.dumps(content)))
     assert resolve_unnorm_key(stats, "good") == "good"
-    with pytest.raises(ValueError, match=r"statistics of 'bad'.*action q99\[0\] is (nan|inf).*compute_norm_stats"):
+    with pytest.raises(ValueError, match=r"statistics of 'bad'.*action q99\[0\] is (nan|inf).*prismo data stats"):
         resolve_unnorm_key(stats, "bad")
     with pytest.raises(ValueError, match=r"statistics of 'proprio'.*proprio q99\[1\] is (nan|inf)"):
         resolve_unnorm_key(stats, "proprio")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from prismo.data.dataset import open_dataset
-from prismo.data.features import Feature
-from prismo.data.index import open_index
+from prismo.data.index import open_store
+from prismo.data.resolve import resolve
 from prismo.data.rlds import EpisodeIndex
-from prismo.data.specs import resolve
+from prismo.data.specs import Feature
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.data.tfrecord import masked_crc
 from prismo.data.writer import libero_features, write_rlds
@@ -27,7 +27,7 @@ NAME = "libero_spatial_no_noops"
 
 def index_of(root: Path, name: str = NAME) -> EpisodeIndex:
     entry = resolve(root, name)[0]
-    return open_index(entry.info, entry.spec)
+    return open_store(entry.folder, entry.spec)
 
 
 @pytest.fixture
@@ -132,26 +132,26 @@ def test_an_empty_image_is_black(tmp_path: Path) -> None:
 
 def test_the_index_is_built_once(copy: Path) -> None:
     first = index_of(copy)
-    written = (first.path / "rows.bin").stat().st_mtime_ns
+    written = (first.cache / "rows.bin").stat().st_mtime_ns
     second = index_of(copy)
-    assert second.path == first.path
-    assert (second.path / "rows.bin").stat().st_mtime_ns == written
+    assert second.cache == first.cache
+    assert (second.cache / "rows.bin").stat().st_mtime_ns == written
     np.testing.assert_array_equal(second.episodes, first.episodes)
     # A folder that was copied elsewhere keeps its index.
     moved = copy.parent / "moved"
     shutil.copytree(copy, moved)
-    assert index_of(moved).path.name == first.path.name
+    assert index_of(moved).cache.name == first.cache.name
 
 
 def test_other_shards_get_another_index(copy: Path, tmp_path: Path) -> None:
     before = index_of(copy)
     shutil.rmtree(copy / NAME)
     write_synthetic_libero(copy, episodes=6, steps=20, seed=1, image_size=64, shard_bytes=100_000)
-    assert index_of(copy).path.name != before.path.name
+    assert index_of(copy).cache.name != before.cache.name
 
 
 IMPORTS = "import os, sys; from prismo.data.dataset import open_dataset\n"
-PROGRAM = f"dataset = open_dataset(sys.argv[1], {NAME!r}); print(len(dataset), dataset.sources[0].index.path)"
+PROGRAM = f"dataset = open_dataset(sys.argv[1], {NAME!r}); print(len(dataset), dataset.sources[0].store.cache)"
 
 
 def start_opening(root: Path, **environment: str) -> subprocess.Popen[str]:
@@ -295,7 +295,7 @@ def test_a_folder_without_a_dataset_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds: other"):
         resolve(tmp_path, NAME)
     (tmp_path / NAME).mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no RLDS dataset.*build_rlds_dataset"):
+    with pytest.raises(FileNotFoundError, match=r"is no dataset: .*holds dataset_info\.json.*prismo data build"):
         resolve(tmp_path, NAME)
 
 
@@ -308,12 +308,12 @@ def test_other_file_formats_are_refused(copy: Path) -> None:
 
 def test_the_dataset_folder_itself_and_other_versions_are_found(copy: Path) -> None:
     (copy / NAME / "1.0.0").rename(copy / NAME / "2.1.0")
-    root = resolve(copy, NAME)[0].info.path
+    root = resolve(copy, NAME)[0].folder
     assert root.name == "2.1.0"
-    assert resolve(copy / NAME, NAME)[0].info.path == root
-    assert resolve(root, NAME)[0].info.path == root
+    assert resolve(copy / NAME, NAME)[0].folder == root
+    assert resolve(root, NAME)[0].folder == root
     named = resolve(copy, f"{NAME}/2.1.0")[0]
-    assert (named.info.path, named.spec.name) == (root, f"{NAME}/2.1.0")
+    assert (named.folder, named.spec.name) == (root, f"{NAME}/2.1.0")
 
 
 def test_the_writer_refuses_episodes_that_do_not_fit(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from prismo.commands import data_build, data_show, data_stats, main
 from prismo.data.dataset import open_dataset
 from prismo.data.hdf5 import Demonstration
 from prismo.data.images import jpeg_round_trip
-from prismo.data.index import open_index
-from prismo.data.specs import resolve
+from prismo.data.index import open_store
+from prismo.data.resolve import resolve
 from tests.data.conftest import run_script
 
 pytestmark = pytest.mark.processes
@@ -31,7 +31,7 @@ def test_built_datasets_hold_the_demonstrations(rebuilt: Path, demonstrations: P
     import h5py  # noqa: PLC0415
 
     entry = resolve(rebuilt, "libero_90_no_noops")[0]
-    index = open_index(entry.info, entry.spec)
+    index = open_store(entry.folder, entry.spec)
     assert len(index.episodes) == 5
     assert set(index.instructions) == {"pick up the bowl", "turn on the stove"}
     left = {
@@ -72,7 +72,7 @@ def test_built_datasets_hold_the_demonstrations(rebuilt: Path, demonstrations: P
 def test_tfds_reads_what_we_write(number: int, name: str, rebuilt: Path, synthetic: Path, tensorflow: Path) -> None:
     """`builder_from_directory` loads both datasets of our writer and gives equal values, pixels included."""
     entry = resolve(rebuilt if number == 0 else synthetic, name)[0]
-    index = open_index(entry.info, entry.spec)
+    index = open_store(entry.folder, entry.spec)
     read = np.load(tensorflow / f"read_{number}.npz")
     compared = 0
     for episode in range(len(index.episodes)):
@@ -158,7 +158,7 @@ def test_contact_sheet_and_film(synthetic: Path, tmp_path: Path) -> None:
     options = ("--data_root_dir", synthetic, "--dataset_name", NAME, "--episode", 2)
     done = run_script("show_dataset.py", *options, "--output", tmp_path / "sheet.png")
     dataset = open_dataset(synthetic, NAME)
-    index = dataset.sources[0].index
+    index = dataset.sources[0].store
     assert "6 episodes" in done.stdout
     assert index.instructions[index.rows(2, 0, 1)["instruction"][0]] in done.stdout
     assert colors(tmp_path / "sheet.png") > 1000
