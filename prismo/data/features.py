@@ -1,6 +1,6 @@
 """What an RLDS folder says of itself: `features.json` and `dataset_info.json`, read and written without TensorFlow.
 
-`rlds.py` reads them, `writer.py` writes them in the form that `tfds.builder_from_directory` loads.
+`rlds.py` reads them, `rlds_writer.py` writes them in the form that `tfds.builder_from_directory` loads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardedSplit:
     """One split: its shard files in order and how many episodes each holds."""
 
     name: str
@@ -39,7 +39,7 @@ class DatasetInfo:
 
     path: Path
     name: str
-    splits: tuple[Split, ...]
+    splits: tuple[ShardedSplit, ...]
     features: dict[str, Feature]
 
 
@@ -135,7 +135,7 @@ def read_dataset_info(path: Path) -> DatasetInfo:
     return DatasetInfo(path, info.name, splits, features)
 
 
-def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> Split:
+def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> ShardedSplit:
     count = len(entry.shardLengths)
     template = entry.filepathTemplate or _DEFAULT_TEMPLATE
     files = tuple(path / _shard_name(template, dataset, entry.name, number, count) for number in range(count))
@@ -148,7 +148,7 @@ def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> Split:
         raise FileNotFoundError(
             f"{path} lacks {len(missing)} of {count} shards, the first is {missing[0]}; download them again"
         )
-    return Split(entry.name, files, tuple(entry.shardLengths))
+    return ShardedSplit(entry.name, files, tuple(entry.shardLengths))
 
 
 def _shard_name(template: str, dataset: str, split: str, index: int, count: int) -> str:

@@ -43,7 +43,7 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
     dump_statistics(dataset.statistics, output / "dataset_statistics.json")
     print(f"wrote {output / 'dataset_statistics.json'}")
     if other:
-        compare(dataset.sources, other)
+        print_differences(dataset.sources, other)
 
 
 def print_table(title: str, stats: FieldStats, names: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def plot_histograms(source: Source, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def compare(sources: tuple[Source, ...], path: Path) -> None:
+def print_differences(sources: tuple[Source, ...], path: Path) -> None:
     """Print how far another statistics file is from the data, in units of each dimension's 1 %..99 % range."""
     others = load_statistics(path)
     for source in sources:

@@ -1,8 +1,8 @@
 """Random access to the frames and episodes of an RLDS folder.
 
-`index.py` finds out where everything lies; training reads a few hundred bytes of index rows and the encoded images
-of one frame per sample; `prismo data show` reads whole episodes. Nothing grows with the dataset: rows and images
-are read by position when they are needed (`os.pread`), so neither a shuffle buffer nor a memory map fills the host.
+`index.py` finds out where everything lies; training reads a few hundred bytes of index rows and the encoded images of
+one frame per sample. Nothing grows with the dataset: rows and images are read by position when they are needed
+(`os.pread`), so neither a shuffle buffer nor a memory map fills the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prismo.data.features import DatasetInfo
 from prismo.data.images import decode_image
 from prismo.data.index_files import ROWS_PER_PIECE
 from prismo.data.specs import DatasetSpec, Feature, find_feature, number_type, step_size
-from prismo.data.tfrecord import crc32c, parse_example
+from prismo.data.tfrecord import crc32c
 
 _MAX_OPEN_FILES = 64
 
@@ -186,42 +186,6 @@ class EpisodeIndex:
             return decode_image(data, out)
         except ValueError as error:
             raise ValueError(f"{path}: {self.spec.cameras[camera]} at byte {offset}: {error}") from error
-
-    def read_episode(self, episode: int) -> dict[str, Any]:
-        """Everything stored of one episode: numbers [T, ...], images uint8 [T, H, W, 3], texts as lists of str.
-
-        Keys are the entry names ("steps/action", "episode_metadata/file_path"); values of the whole episode come
-        without the first dimension.
-        """
-        entry = self.episodes[episode]
-        data = self._files.read(self.shard(episode), int(entry["offset"]), int(entry["length"]))
-        if crc32c(data) != entry["crc"]:
-            raise ValueError(f"{self.shard(episode)}: episode {episode} is damaged; fetch the file again")
-        try:
-            entries = parse_example(data)
-            values = {
-                name: _decode(name, f, data, entries[name]) for name, f in self.info.features.items() if name in entries
-            }
-            return {name: value if name.startswith("steps/") else _only(name, value) for name, value in values.items()}
-        except ValueError as error:
-            raise ValueError(f"{self.shard(episode)}: episode {episode}: {error}") from error
-
-
-def _only(name: str, values: np.ndarray | list[Any]) -> Any:
-    """The value of an entry of the whole episode."""
-    if not len(values):
-        raise ValueError(f"{name} is empty")
-    return values[0]
-
-
-def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray | list[Any]:
-    """All values of one entry, one per step."""
-    if feature.kind == "tensor":
-        return numbers(name, feature, data, entry)
-    if feature.kind == "text":
-        return [data[a:b].decode() for a, b in byte_strings(name, entry)]
-    images = [decode_image(data[a:b]) for a, b in byte_strings(name, entry)]
-    return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def byte_strings(name: str, entry: Any) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ NO_OP = 1e-4  # movement (norm of the first six action numbers) below which a st
 
 
 @dataclass(frozen=True)
-class Episode:
+class ShownEpisode:
     """What is drawn: actions [T, A] and proprio [T, P] in physical units, frames uint8 [T][V][H, W, 3]."""
 
     source: Source
@@ -62,7 +62,7 @@ def show_episode(name: str, root: Path, number: int, output: Path, frames: int) 
         need(module, "data")
     dataset = open_dataset(root, name, use_tail=True)
     for source in dataset.sources:
-        summarize(source)
+        print_summary(source)
     episode = pick(dataset.sources, number)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".mp4":
@@ -72,7 +72,7 @@ def show_episode(name: str, root: Path, number: int, output: Path, frames: int) 
     return f"episode {number}, {episode.steps} steps, {episode.instruction!r}"
 
 
-def summarize(source: Source) -> None:
+def print_summary(source: Source) -> None:
     store, spec = source.store, source.store.spec
     steps = store.episodes["steps"]
     idle = float((np.linalg.norm(store.column("action", slice(0, 6)), axis=1) < NO_OP).mean())
@@ -85,14 +85,14 @@ def summarize(source: Source) -> None:
     print(f"  {len(store.instructions)} instructions, such as {store.instructions[0]!r}")
 
 
-def pick(sources: tuple[Source, ...], number: int) -> Episode:
+def pick(sources: tuple[Source, ...], number: int) -> ShownEpisode:
     total = sum(len(source.episodes) for source in sources)
     if not 0 <= number < total:
         raise ValueError(f"episode {number} asked for, the dataset has {total} (0 to {total - 1})")
     for source in sources:
         if number < len(source.episodes):
-            stored = int(source.episodes[number])
-            return Episode(source, stored, source.store.rows(stored, 0, int(source.store.episodes["steps"][stored])))
+            stored, store = int(source.episodes[number]), source.store
+            return ShownEpisode(source, stored, store.rows(stored, 0, int(store.episodes["steps"][stored])))
         number -= len(source.episodes)
     raise AssertionError("unreachable: the number was checked")
 
@@ -102,7 +102,7 @@ def new_figure(width: float, height: float) -> Figure:
     return need("matplotlib.figure", "data").Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def write_sheet(episode: Episode, path: Path, frames: int) -> None:
+def write_sheet(episode: ShownEpisode, path: Path, frames: int) -> None:
     shown = np.unique(np.linspace(0, episode.steps - 1, frames).astype(int))
     spec = episode.source.store.spec
     cameras, groups = len(spec.cameras), proprio_groups(spec.embodiment)
@@ -141,7 +141,7 @@ def plot(panel: Axes, title: str, values: np.ndarray, names: Sequence[str], mark
     panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def write_film(episode: Episode, path: Path) -> None:
+def write_film(episode: ShownEpisode, path: Path) -> None:
     """All cameras side by side with the actions below and a moving cursor, at the robot's control rate."""
     rate = max(1, round(episode.source.store.spec.embodiment.control_hz))
     with need("imageio.v2", "data").get_writer(path, fps=rate, macro_block_size=2) as film:
@@ -149,7 +149,7 @@ def write_film(episode: Episode, path: Path) -> None:
             film.append_data(picture)
 
 
-def film_frames(episode: Episode) -> Iterator[np.ndarray]:
+def film_frames(episode: ShownEpisode) -> Iterator[np.ndarray]:
     cameras = len(episode.source.store.spec.cameras)
     figure = new_figure(3.2 * cameras, 5.2)
     canvas = need("matplotlib.backends.backend_agg", "data").FigureCanvasAgg(figure)

@@ -1,6 +1,6 @@
 """Datasets on disk, whatever their format: what training, statistics and pictures ask of one (`EpisodeStore`).
 
-A format is a module with the two functions of `Format` and a line in `FORMATS`. RLDS is one: `index.py` and what it
+A format is a module with `read_features` and `open_store`, and a line in `FORMATS`. RLDS is one: `index.py` and what it
 imports.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 
@@ -68,19 +69,8 @@ class EpisodeStore(Protocol):
         ...
 
 
-class Format(Protocol):
-    """What the module of a format offers."""
-
-    def read_features(self, folder: Path) -> Mapping[str, Feature]:
-        """The features of a dataset, without reading episodes; ValueError or OSError where files are wrong."""
-        ...
-
-    def open_store(self, folder: Path, spec: DatasetSpec) -> EpisodeStore:
-        """The episodes of a dataset that has the features of `spec`; ValueError or OSError where files are wrong."""
-        ...
-
-
-# The file in a dataset's folder by which a format is recognised, and the module that reads it.
+# The file in a dataset's folder by which a format is recognised, and the module that reads it: with `read_features` and
+# `open_store` as below, which find the module.
 FORMATS = {"dataset_info.json": "prismo.data.index"}
 
 
@@ -114,7 +104,11 @@ def find_folder(path: Path) -> Path:
 
 
 def read_features(folder: Path) -> Mapping[str, Feature]:
-    """The features of the dataset in `folder` (as `find_folder` gives it) by name, in the words of its format."""
+    """The features of the dataset in `folder` (as `find_folder` gives it) by name; no episode is read.
+
+    Raises:
+        ValueError, OSError: a file that describes the dataset is damaged or missing.
+    """
     return _format(folder).read_features(folder)
 
 
@@ -137,6 +131,5 @@ def open_store(folder: Path, spec: DatasetSpec) -> EpisodeStore:
     return _format(folder).open_store(folder, spec)
 
 
-def _format(folder: Path) -> Format:
-    module = next(module for file, module in FORMATS.items() if (folder / file).is_file())
-    return cast("Format", import_module(module))
+def _format(folder: Path) -> ModuleType:
+    return import_module(next(module for file, module in FORMATS.items() if (folder / file).is_file()))

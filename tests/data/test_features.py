@@ -12,7 +12,7 @@ import pytest
 
 from prismo.data.dataset import open_dataset
 from prismo.data.features import read_dataset_info
-from prismo.data.writer import libero_features, write_rlds
+from prismo.data.rlds_writer import libero_features, write_rlds
 from tests.data.conftest import made_up_episode, write_episodes
 
 NAME = "libero_spatial_no_noops"

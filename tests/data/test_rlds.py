@@ -16,11 +16,11 @@ from prismo.data.dataset import open_dataset
 from prismo.data.index import open_store
 from prismo.data.resolve import resolve
 from prismo.data.rlds import EpisodeIndex
+from prismo.data.rlds_writer import libero_features, write_rlds
 from prismo.data.specs import Feature
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.data.tfrecord import masked_crc
-from prismo.data.writer import libero_features, write_rlds
-from tests.data.conftest import made_up_episode, quiet_environment, write_episodes
+from tests.data.conftest import quiet_environment, read_episode
 
 NAME = "libero_spatial_no_noops"
 
@@ -55,7 +55,7 @@ def test_episodes_equal_tfds(tensorflow: Path) -> None:
     for number, entry in enumerate(index.episodes):
         split = splits[entry["split"]]
         first = int(np.argmax(index.episodes["split"] == entry["split"]))
-        for name, value in index.read_episode(number).items():
+        for name, value in read_episode(index, number).items():
             key = f"{split}/{number - first}/{name}"
             if key in expected:
                 compared.add(key)
@@ -81,7 +81,7 @@ def test_random_access_equals_the_episode(tensorflow: Path) -> None:
     index = index_of(tensorflow / "data", "libero_10_no_noops")
     assert len(index.info.splits[0].files) == 4
     for number in (0, 4, 8):
-        episode = index.read_episode(number)
+        episode = read_episode(index, number)
         rows = index.rows(number, 0, 10**6)
         assert len(rows) == index.episodes["steps"][number]
         for t in range(len(rows)):
@@ -113,7 +113,7 @@ def test_png_cameras_of_another_size_are_resized_only_when_they_differ(tensorflo
 def test_an_empty_image_is_black(tmp_path: Path) -> None:
     """Mixed datasets store an empty string where an episode lacks a camera."""
     folder = write_synthetic_libero(tmp_path, episodes=1, steps=9, image_size=16)
-    episode = index_of(tmp_path).read_episode(0)
+    episode = read_episode(index_of(tmp_path), 0)
     values: dict[str, object] = {name: episode[name] for name in libero_features(16, 16)}
     for name, value in values.items():
         if isinstance(value, str):
@@ -236,18 +236,6 @@ def test_a_record_that_claims_to_be_huge_is_named(copy: Path, length: int) -> No
         index_of(copy)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [([b"\xff\xfe"], "can't decode byte 0xff"), ([], "episode_metadata/file_path is empty")]
-)
-def test_an_entry_that_cannot_be_read_is_named(tmp_path: Path, value: list[bytes], message: str) -> None:
-    """An entry that training does not use, so that only the viewer finds it."""
-    write_episodes(tmp_path, [made_up_episode(0), made_up_episode(1) | {"episode_metadata/file_path": value}])
-    index = index_of(tmp_path)
-    assert index.read_episode(0)["episode_metadata/file_path"] == "demo_0.hdf5"
-    with pytest.raises(ValueError, match=rf"tfrecord-00000-of-00001: episode 1: .*{message}"):
-        index.read_episode(1)
-
-
 def test_damage_after_indexing_is_named(copy: Path) -> None:
     index = index_of(copy)
     row = index.rows(1, 3, 4)[0]
@@ -272,7 +260,7 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
 def test_a_record_without_a_promised_feature_is_named(copy: Path) -> None:
     folder = copy / NAME / "1.0.0"
     features = libero_features(64, 64)
-    episode = index_of(copy).read_episode(0)
+    episode = read_episode(index_of(copy), 0)
     del features["steps/observation/wrist_image"]
     values = {"steps/observation/image": [b"x"] * len(episode["steps/action"])}
     for name in features:

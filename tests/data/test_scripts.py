@@ -17,7 +17,7 @@ from prismo.data.hdf5 import Demonstration
 from prismo.data.images import jpeg_round_trip
 from prismo.data.index import open_store
 from prismo.data.resolve import resolve
-from tests.data.conftest import run_script
+from tests.data.conftest import read_episode, run_script
 
 pytestmark = pytest.mark.processes
 
@@ -38,7 +38,7 @@ def test_built_datasets_hold_the_demonstrations(rebuilt: Path, demonstrations: P
         (path, f"data/{name}") for path in sorted(demonstrations.glob("*.hdf5")) for name in h5py.File(path)["data"]
     }
     for number in range(5):
-        episode = index.read_episode(number)
+        episode = read_episode(index, number)
         path = demonstrations / episode["episode_metadata/file_path"]
         with h5py.File(path) as file:
             steps = len(episode["steps/action"])
@@ -76,7 +76,7 @@ def test_tfds_reads_what_we_write(number: int, name: str, rebuilt: Path, synthet
     read = np.load(tensorflow / f"read_{number}.npz")
     compared = 0
     for episode in range(len(index.episodes)):
-        for entry_name, value in index.read_episode(episode).items():
+        for entry_name, value in read_episode(index, episode).items():
             theirs = read[f"train/{episode}/{entry_name}"]
             if isinstance(value, str):
                 assert theirs.item().decode() == value

@@ -12,6 +12,7 @@ from prismo.data.dataset import open_dataset
 from prismo.data.resolve import resolve
 from prismo.data.specs import MIXTURES, SPECS, Feature, find_feature, split_slice, standardize
 from prismo.data.synthetic import write_synthetic_libero
+from tests.data.conftest import read_episode
 
 YAML = """
 name: my_robot
@@ -107,7 +108,7 @@ def test_a_yaml_file_describes_own_data(synthetic: Path, tmp_path: Path) -> None
     assert (robot.name, robot.action_dim, robot.proprio_dim, robot.chunk, robot.control_hz) == ("my_robot", 7, 8, 4, 10)
     assert list(dataset.statistics) == ["my_robot"]
     source = dataset.sources[0]
-    episode = source.store.read_episode(0)
+    episode = read_episode(source.store, 0)
     rows = source.store.rows(0, 0, 100)
     np.testing.assert_array_equal(rows["proprio"][:, :7], episode["steps/observation/joint_state"])
     np.testing.assert_array_equal(rows["proprio"][:, 7], episode["steps/observation/state"][:, 6])

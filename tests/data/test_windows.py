@@ -15,7 +15,7 @@ from prismo.data.dataset import WindowDataset, _windows, held_out, open_dataset
 from prismo.data.normalize import DatasetStats, dump_statistics, normalize
 from prismo.data.rlds import EPISODE, EpisodeIndex
 from prismo.data.synthetic import write_synthetic_libero
-from tests.data.conftest import quiet_environment
+from tests.data.conftest import quiet_environment, read_episode
 from tests.data.tensorflow_lengths import LENGTHS, UNNAMED
 
 NAME = "libero_spatial_no_noops"
@@ -70,7 +70,7 @@ def test_a_sample_holds_the_frame_and_the_next_actions(written: WindowDataset) -
     index, stats = written.sources[0].store, written.sources[0].statistics
     for i in range(0, len(written), 7):
         sample = written[i]
-        episode = index.read_episode(sample.episode)
+        episode = read_episode(index, sample.episode)
         steps = slice(sample.step, sample.step + 8)
         actions = episode["steps/action"][steps].copy()
         actions[:, 6] = 1 - np.clip(actions[:, 6], 0, 1)
