@@ -108,9 +108,9 @@ def main(args: BenchConfig) -> None:
 
 
 def version_folder(root: Path, name: str) -> Path:
-    from prismo.data.features import find_version_folder  # noqa: PLC0415  (each side imports only its own libraries)
+    from prismo.data.store import find_folder  # noqa: PLC0415  (each side imports only its own libraries)
 
-    return find_version_folder(root / name)
+    return find_folder(root / name)
 
 
 def generate(args: BenchConfig) -> Path:
@@ -215,16 +215,16 @@ def memory() -> float:
 
 
 def measure_index(args: BenchConfig) -> dict[str, Any]:
-    from prismo.data.index import open_index  # noqa: PLC0415
-    from prismo.data.specs import resolve  # noqa: PLC0415
+    from prismo.data.resolve import resolve  # noqa: PLC0415
     from prismo.data.statistics import dataset_statistics  # noqa: PLC0415
+    from prismo.data.store import open_store  # noqa: PLC0415
 
     entry = resolve(args.data_root_dir, args.dataset_name)[0]
     start = time.perf_counter()
-    index = open_index(entry.info, entry.spec)
+    store = open_store(entry.folder, entry.spec)
     seconds = time.perf_counter() - start
-    dataset_statistics(index)
-    return {"seconds": seconds, "statistics": str(index.path / "statistics.json")}
+    dataset_statistics(store)
+    return {"seconds": seconds, "statistics": str(store.cache / "statistics.json")}
 
 
 def measure_prismo(args: BenchConfig) -> dict[str, float]:

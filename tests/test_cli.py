@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from prismo.commands import COMMANDS, main
-from prismo.data.specs import resolve
+from prismo.data.resolve import resolve
 from prismo.sim import SimWorker
 from prismo.sim.assets import Assets
 from prismo.util.cli import run_command

@@ -33,8 +33,8 @@ class BuildConfig:
 def run(cfg: BuildConfig) -> None:
     from tqdm import tqdm
 
-    from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
-    from prismo.data.writer import libero_features, write_rlds
+    from prismo.data.hdf5 import convert_episodes, find_demonstrations, image_size
+    from prismo.data.rlds_writer import libero_features, write_rlds
 
     at_least(cfg, shard_mb=1)
     folder = cfg.data_root_dir / cfg.dataset_name / "1.0.0"
@@ -42,7 +42,7 @@ def run(cfg: BuildConfig) -> None:
         raise FileExistsError(f"{folder} exists; give --overwrite true to replace it")
     demonstrations = find_demonstrations(cfg.hdf5_dir)
     features = libero_features(*image_size(demonstrations[0]))
-    episodes = tqdm(read_episodes(demonstrations), total=len(demonstrations), unit="episode", desc=cfg.dataset_name)
+    episodes = tqdm(convert_episodes(demonstrations), total=len(demonstrations), unit="episode", desc=cfg.dataset_name)
     write_rlds(folder, cfg.dataset_name, features, episodes, shard_bytes=cfg.shard_mb << 20)
     tasks = len({demo.instruction for demo in demonstrations})
     print(f"{folder}: {len(demonstrations)} episodes of {tasks} tasks")

@@ -20,7 +20,7 @@ from prismo.util.flags import ends_in
 
 @dataclass
 class FitConfig:
-    # Folder of the RLDS datasets
+    # Folder of the dataset folders
     data_root_dir: Path
     # Dataset, mixture or YAML file (data/README.md)
     dataset_name: str
@@ -36,10 +36,10 @@ def run(cfg: FitConfig) -> None:
 
     dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name)
     gaussians = fit_gaussians(
-        normalize(source.index.column("action"), source.statistics.action, "bounds_q99") for source in dataset.sources
+        normalize(source.store.column("action"), source.statistics.action, "bounds_q99") for source in dataset.sources
     )
     save_gaussians(gaussians, cfg.output)
-    frames = sum(source.index.num_rows for source in dataset.sources)
+    frames = sum(source.statistics.num_transitions for source in dataset.sources)
     print(f"{frames} actions of {cfg.dataset_name} -> {cfg.output}\n")
     print(f"{'':6} {'mu':>9} {'sigma':>8}   published bins")
     for name, fitted in gaussians.items():

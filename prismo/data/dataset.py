@@ -1,4 +1,4 @@
-"""Training windows of one or several RLDS datasets (`open_dataset`): a frame, its proprio and the next K actions.
+"""Training windows of one or several datasets (`open_dataset`): a frame, its proprio and the next K actions.
 
 The trainer opens a dataset, `loader.py` turns it into batches. Samples hold images as they are stored; resizing and
 augmenting happen for whole batches on the training device (`images.prepare_images`).
@@ -18,11 +18,10 @@ from torch.utils.data import Dataset
 
 from prismo.data.hashing import mix, uniform
 from prismo.data.images import resize_lanczos3
-from prismo.data.index import open_index
 from prismo.data.normalize import DatasetStats, load_statistics, normalize, resolve_unnorm_key
-from prismo.data.rlds import EpisodeIndex
-from prismo.data.specs import check_features, resolve
+from prismo.data.resolve import resolve
 from prismo.data.statistics import dataset_statistics
+from prismo.data.store import EpisodeStore, open_store
 from prismo.embodiment import Embodiment
 
 SplitName = Literal["train", "val"]
@@ -59,14 +58,14 @@ class Source:
     """One dataset of a mixture.
 
     Attributes:
-        index: where its frames are.
+        store: its episodes.
         statistics: for normalisation.
         weight: how often each window is seen per epoch.
         episodes: int64 [E], the episodes of this split that give at least one window.
         ends: int64 [E], running count of their windows.
     """
 
-    index: EpisodeIndex
+    store: EpisodeStore
     statistics: DatasetStats
     weight: float
     episodes: np.ndarray
@@ -74,7 +73,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return self.index.spec.name
+        return self.store.spec.name
 
     @property
     def num_windows(self) -> int:
@@ -126,7 +125,7 @@ class WindowDataset(Dataset[Sample]):
         """The window `index`, decoded into `pixels` uint8 [V, H, W, 3], of which `Sample.images` becomes a view."""
         source, episode, step = self.locate(index)
         robot, statistics = self.embodiment, source.statistics
-        rows = source.index.rows(episode, step, step + robot.chunk)
+        rows = source.store.rows(episode, step, step + robot.chunk)
         present = np.arange(robot.chunk) < len(rows)
         actions = rows["action"][np.minimum(np.arange(robot.chunk), len(rows) - 1)]
         for view in range(self.num_images):
@@ -136,7 +135,7 @@ class WindowDataset(Dataset[Sample]):
             actions=torch.from_numpy(normalize(actions, statistics.action, robot.normalization)),
             action_mask=torch.from_numpy(present),
             proprio=torch.from_numpy(normalize(rows["proprio"][0], statistics.of_proprio(), robot.normalization)),
-            instruction=source.index.instructions[rows["instruction"][0]],
+            instruction=source.store.instructions[rows["instruction"][0]],
             dataset_name=source.name,
             index=index,
             episode=episode,
@@ -145,9 +144,9 @@ class WindowDataset(Dataset[Sample]):
 
     def _decode(self, source: Source, episode: int, row: np.void, camera: int, out: np.ndarray) -> None:
         if not self.resize:
-            source.index.image(episode, row, camera, out)
+            source.store.image(episode, row, camera, out)
             return
-        stored = torch.from_numpy(source.index.image(episode, row, camera)).permute(2, 0, 1)
+        stored = torch.from_numpy(source.store.image(episode, row, camera)).permute(2, 0, 1)
         out[...] = resize_lanczos3(stored, self.image_size, exact=False).permute(1, 2, 0).numpy()
 
 
@@ -189,43 +188,41 @@ def open_dataset(
     sources = []
     for entry in entries:
         spec = entry.spec if embodiment is None else replace(entry.spec, embodiment=embodiment)
-        check_features(spec, entry.info)
-        index = open_index(entry.info, spec)
+        store = open_store(entry.folder, spec)
         length = chunk or spec.embodiment.chunk
-        episodes, ends = _windows(index, split, val_fraction, length, use_tail)
-        sources.append(Source(index, _statistics(index, statistics), entry.weight, episodes, ends))
+        episodes, ends = _windows(store, split, val_fraction, length, use_tail)
+        sources.append(Source(store, _statistics(store, statistics), entry.weight, episodes, ends))
     robot = _common_robot(sources, chunk)
     views = _common_views(sources, num_images)
-    sizes = {source.index.image_size(camera) for source in sources for camera in range(views)}
+    sizes = {source.store.image_size(camera) for source in sources for camera in range(views)}
     stored = sizes.pop() if len(sizes) == 1 else None
     return WindowDataset(sources, robot, views, stored or (size, size), resize=stored is None)
 
 
-def _statistics(index: EpisodeIndex, given: Mapping[str, DatasetStats] | None) -> DatasetStats:
+def _statistics(store: EpisodeStore, given: Mapping[str, DatasetStats] | None) -> DatasetStats:
     if given is None:
-        return dataset_statistics(index)
-    robot = index.spec.embodiment
-    found = given[resolve_unnorm_key(given, index.spec.name, robot.normalization)]
+        return dataset_statistics(store)
+    robot = store.spec.embodiment
+    found = given[resolve_unnorm_key(given, store.spec.name, robot.normalization)]
     dims = (found.action.dim, found.proprio.dim if found.proprio else None)
     if dims != (robot.action_dim, robot.proprio_dim):
         raise ValueError(
-            f"the statistics given for {index.spec.name} have (action, proprio) sizes {dims}, the robot {robot.name!r} "
+            f"the statistics given for {store.spec.name} have (action, proprio) sizes {dims}, the robot {robot.name!r} "
             f"has {(robot.action_dim, robot.proprio_dim)}; leave them out to compute them from the data"
         )
     return found
 
 
 def _windows(
-    index: EpisodeIndex, split: SplitName, val_fraction: float, chunk: int, use_tail: bool
+    store: EpisodeStore, split: SplitName, val_fraction: float, chunk: int, use_tail: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Episodes of a split with an instruction and at least one window, and the running count of their windows."""
-    table = index.episodes
-    stored = [entry.name for entry in index.info.splits]
+    table, stored = store.episodes, store.splits
     own = split if split in stored and (split == "train" or val_fraction == 0) else "train"
     if own not in stored:
-        raise ValueError(f"{index.info.path} has no split {own!r}, only {', '.join(stored)}")
+        raise ValueError(f"{store.root} has no split {own!r}, only {', '.join(stored)}")
     if split == "val" and own == "train" and val_fraction <= 0:
-        raise ValueError(f"{index.spec.name} has no 'val' split; keep episodes back with a val_fraction such as 0.05")
+        raise ValueError(f"{store.spec.name} has no 'val' split; keep episodes back with a val_fraction such as 0.05")
     counts = np.maximum(table["steps"].astype(np.int64) - (0 if use_tail else chunk - 1), 0)
     chosen = (table["split"] == stored.index(own)) & table["named"] & (counts > 0)
     if own == "train" and val_fraction > 0:
@@ -233,7 +230,7 @@ def _windows(
     episodes = np.flatnonzero(chosen)
     if not len(episodes):
         raise ValueError(
-            f"{index.info.path}: no episode of split {split!r} (val_fraction {val_fraction}) has an instruction and at "
+            f"{store.root}: no episode of split {split!r} (val_fraction {val_fraction}) has an instruction and at "
             f"least {1 if use_tail else chunk} steps"
         )
     return episodes, np.cumsum(counts[episodes])
@@ -248,7 +245,7 @@ def held_out(crc: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _common_robot(sources: Sequence[Source], chunk: int | None) -> Embodiment:
-    robots = [source.index.spec.embodiment for source in sources]
+    robots = [source.store.spec.embodiment for source in sources]
     robots = robots if chunk is None else [replace(robot, chunk=chunk) for robot in robots]
     first = robots[0]
     for source, robot in zip(sources, robots, strict=True):
@@ -262,7 +259,7 @@ def _common_robot(sources: Sequence[Source], chunk: int | None) -> Embodiment:
 
 
 def _common_views(sources: Sequence[Source], wanted: int | None) -> int:
-    available = {source.name: len(source.index.spec.cameras) for source in sources}
+    available = {source.name: len(source.store.spec.cameras) for source in sources}
     fewest = min(available, key=lambda name: available[name])
     if wanted is None:
         return available[fewest]

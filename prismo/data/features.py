@@ -1,53 +1,28 @@
 """What an RLDS folder says of itself: `features.json` and `dataset_info.json`, read and written without TensorFlow.
 
-`rlds.py` reads them, `writer.py` writes them in the form that `tfds.builder_from_directory` loads.
+`rlds.py` reads them, `rlds_writer.py` writes them in the form that `tfds.builder_from_directory` loads.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator
 
+from prismo.data.specs import Feature
 from prismo.util.schema import read_json
 
-DOWNLOAD_DATA = (
-    "fetch LIBERO with: hf download openvla/modified_libero_rlds --repo-type dataset --local-dir data; "
-    "data/README.md lists more"
-)
 _PACKAGE = "tensorflow_datasets.core.features"
-_NUMBERS = (
-    "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"
-)  # fmt: skip
 _DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @dataclass(frozen=True)
-class Feature:
-    """One leaf of the feature tree.
-
-    Attributes:
-        kind: "image" (encoded bytes), "text" (UTF-8 bytes) or "tensor" (numbers).
-        shape: of one step (images: height, width, channels); -1 where it is not fixed.
-        dtype: numpy name of the numbers, e.g. "float32".
-        encoding: "jpeg" or "png" for images, "none", "bytes" or "zlib" for tensors, "" where the file does not say.
-    """
-
-    kind: Literal["image", "text", "tensor"]
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    encoding: str = ""
-
-
-@dataclass(frozen=True)
-class Split:
+class ShardedSplit:
     """One split: its shard files in order and how many episodes each holds."""
 
     name: str
@@ -64,32 +39,8 @@ class DatasetInfo:
 
     path: Path
     name: str
-    splits: tuple[Split, ...]
+    splits: tuple[ShardedSplit, ...]
     features: dict[str, Feature]
-
-
-def find_version_folder(path: Path) -> Path:
-    """The folder with `dataset_info.json`: `path` itself or its highest version sub-folder (`1.0.0`, ...).
-
-    Raises:
-        FileNotFoundError: naming what was looked for.
-    """
-    if (path / "dataset_info.json").is_file():
-        return path
-    if not path.is_dir():
-        beside = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"no dataset folder {path}"
-            + (f"; {path.parent} holds: {', '.join(beside)}" if beside else f"; {path.parent} is empty or missing")
-            + f". Check --data_root_dir ({DOWNLOAD_DATA})"
-        )
-    versions = [p for p in path.iterdir() if (p / "dataset_info.json").is_file()]
-    if not versions:
-        raise FileNotFoundError(
-            f"{path} is no RLDS dataset: neither it nor a version folder in it (such as 1.0.0) holds "
-            "dataset_info.json. Finish the download, or build it with `prismo data build`"
-        )
-    return max(versions, key=lambda p: [int(part) if part.isdecimal() else -1 for part in p.name.split(".")])
 
 
 def _from_text(value: Any) -> Any:
@@ -164,12 +115,11 @@ class _Node:
 
 
 def read_dataset_info(path: Path) -> DatasetInfo:
-    """Describe the RLDS folder `path` (dataset or version folder).
+    """Describe the RLDS dataset in the version folder `path`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, a format is not TFRecord, shards are absent.
     """
-    path = find_version_folder(path)
     if not (path / "features.json").is_file():
         raise FileNotFoundError(f"{path} has no features.json; the download is not complete")
     info = read_json(path / "dataset_info.json", _Info)
@@ -185,7 +135,7 @@ def read_dataset_info(path: Path) -> DatasetInfo:
     return DatasetInfo(path, info.name, splits, features)
 
 
-def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> Split:
+def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> ShardedSplit:
     count = len(entry.shardLengths)
     template = entry.filepathTemplate or _DEFAULT_TEMPLATE
     files = tuple(path / _shard_name(template, dataset, entry.name, number, count) for number in range(count))
@@ -198,7 +148,7 @@ def _parse_split(path: Path, dataset: str, entry: _SplitInfo) -> Split:
         raise FileNotFoundError(
             f"{path} lacks {len(missing)} of {count} shards, the first is {missing[0]}; download them again"
         )
-    return Split(entry.name, files, tuple(entry.shardLengths))
+    return ShardedSplit(entry.name, files, tuple(entry.shardLengths))
 
 
 def _shard_name(template: str, dataset: str, split: str, index: int, count: int) -> str:
@@ -231,20 +181,6 @@ def _collect(node: _Node, prefix: str, found: dict[str, Feature]) -> None:
             found[prefix] = Feature("text", shape)
         else:
             found[prefix] = Feature("tensor", shape, node.tensor.dtype, node.tensor.encoding)
-
-
-def number_type(name: str, feature: Feature) -> np.dtype:
-    """Type of the numbers of a tensor feature; ValueError where it has none that numpy knows."""
-    if feature.dtype not in _NUMBERS:
-        raise ValueError(f"features.json gives {name} the type {feature.dtype!r}, not one of {', '.join(_NUMBERS)}")
-    return np.dtype(feature.dtype)
-
-
-def step_size(name: str, feature: Feature) -> int:
-    """Numbers of a tensor feature in one step; ValueError where they vary."""
-    if min(feature.shape, default=1) < 0:
-        raise ValueError(f"{name} has the open shape {list(feature.shape)} and cannot be read step by step")
-    return math.prod(feature.shape)
 
 
 def features_to_json(features: Mapping[str, Feature]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from prismo.data.images import encode_jpeg
-from prismo.data.writer import Episode, libero_episode
+from prismo.data.rlds_writer import EpisodeEntries, libero_episode
 from prismo.util.extras import need
 
 _VECTORS = {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2, "obs/joint_states": 7}
@@ -72,7 +72,7 @@ def image_size(demonstration: Demonstration) -> tuple[int, int]:
     return height, width
 
 
-def read_episodes(demonstrations: list[Demonstration]) -> Iterator[Episode]:
+def convert_episodes(demonstrations: list[Demonstration]) -> Iterator[EpisodeEntries]:
     """RLDS episodes; pictures are turned upright (by 180 degrees) and encoded as JPEG (quality 95).
 
     Raises:
@@ -84,7 +84,7 @@ def read_episodes(demonstrations: list[Demonstration]) -> Iterator[Episode]:
         yield _read(demo, size)
 
 
-def _read(demo: Demonstration, size: tuple[int, int]) -> Episode:
+def _read(demo: Demonstration, size: tuple[int, int]) -> EpisodeEntries:
     with _opened(demo.file) as file:
         stored = {name: _dataset(file, demo, name, width) for name, width in _VECTORS.items()}
         stored |= {name: _dataset(file, demo, name, *size, 3) for name in _CAMERAS}

@@ -34,7 +34,7 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
     for source in dataset.sources:
         stats = source.statistics
         print(f"\n{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps")
-        robot = source.index.spec.embodiment
+        robot = source.store.spec.embodiment
         print_table("action", stats.action, action_names(robot))
         print_table("proprio", stats.of_proprio(), proprio_names(robot))
         picture = output / f"{source.name.replace('/', '_')}.png"
@@ -43,7 +43,7 @@ def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> 
     dump_statistics(dataset.statistics, output / "dataset_statistics.json")
     print(f"wrote {output / 'dataset_statistics.json'}")
     if other:
-        compare(dataset.sources, other)
+        print_differences(dataset.sources, other)
 
 
 def print_table(title: str, stats: FieldStats, names: Sequence[str]) -> None:
@@ -58,7 +58,7 @@ def print_table(title: str, stats: FieldStats, names: Sequence[str]) -> None:
 def plot_histograms(source: Source, path: Path) -> None:
     """One histogram per dimension with its 1 % and 99 % quantiles."""
     fields = {"action": source.statistics.action, "proprio": source.statistics.of_proprio()}
-    robot = source.index.spec.embodiment
+    robot = source.store.spec.embodiment
     names = {"action": action_names(robot), "proprio": proprio_names(robot)}
     width = max(stats.dim for stats in fields.values())
     figure = need("matplotlib.figure", "data").Figure(figsize=(2.2 * width, 4.6), layout="constrained")
@@ -69,7 +69,7 @@ def plot_histograms(source: Source, path: Path) -> None:
             if dim >= stats.dim:
                 panel.axis("off")
                 continue
-            values = source.index.column(name, slice(dim, dim + 1)).ravel()
+            values = source.store.column(name, slice(dim, dim + 1)).ravel()
             # An open or closed gripper would be two lines of a pixel.
             bins = _FEW if len(np.unique(values)) <= _FEW else 80
             panel.hist(values, bins=bins, color="tab:blue")
@@ -83,11 +83,11 @@ def plot_histograms(source: Source, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def compare(sources: tuple[Source, ...], path: Path) -> None:
+def print_differences(sources: tuple[Source, ...], path: Path) -> None:
     """Print how far another statistics file is from the data, in units of each dimension's 1 %..99 % range."""
     others = load_statistics(path)
     for source in sources:
-        other = others[resolve_unnorm_key(others, source.name, source.index.spec.embodiment.normalization)]
+        other = others[resolve_unnorm_key(others, source.name, source.store.spec.embodiment.normalization)]
         pairs = [("action", source.statistics.action, other.action)]
         if other.proprio:
             pairs.append(("proprio", source.statistics.of_proprio(), other.proprio))

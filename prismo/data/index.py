@@ -1,4 +1,4 @@
-"""Builds, caches and opens the index of an RLDS folder (`open_index`, called by `dataset.py`).
+"""RLDS as a format of `store.py`: builds, caches and opens the index of a folder (`open_store`).
 
 The index lies in `.prismo_index/` inside the dataset's version folder, or in the user's cache where that folder cannot
 be written. Its name is a digest of the shards' identity and of the spec, so a changed dataset or description gets
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from prismo.data.features import DatasetInfo
+from prismo.data.features import DatasetInfo, read_dataset_info
 from prismo.data.index_files import (
     ROWS_PER_PIECE,
     FileCheck,
@@ -30,7 +30,7 @@ from prismo.data.index_files import (
     write_sealed,
 )
 from prismo.data.rlds import EPISODE, EpisodeIndex, byte_strings, numbers, row_type
-from prismo.data.specs import DatasetSpec, Trajectory, find_feature, split_slice, standardize
+from prismo.data.specs import DatasetSpec, Feature, Trajectory, find_feature, split_slice, standardize
 from prismo.data.tfrecord import FOOTER, HEADER, Record, crc32c, parse_example, read_records
 from prismo.util.files import atomic_folder
 from prismo.util.locks import exclusive
@@ -53,7 +53,12 @@ class _Contents:
     files: dict[str, FileCheck]
 
 
-def open_index(info: DatasetInfo, spec: DatasetSpec) -> EpisodeIndex:
+def read_features(folder: Path) -> dict[str, Feature]:
+    """What features.json lists; the names of a step's begin with `steps/`."""
+    return read_dataset_info(folder).features
+
+
+def open_store(folder: Path, spec: DatasetSpec) -> EpisodeIndex:
     """The index of a dataset, built by one scan of all shards if it is not there yet or is damaged.
 
     Any number of processes may call this at once: one builds, the others wait for it.
@@ -62,20 +67,21 @@ def open_index(info: DatasetInfo, spec: DatasetSpec) -> EpisodeIndex:
         ValueError: a shard is damaged, or a record lacks a feature; the message names the file.
         OSError: nothing can be written where an index may lie, or a damaged one cannot be replaced.
     """
+    info = read_dataset_info(folder)
     digest = _digest(info, spec)
     for root in _roots(info):
         if (found := _load(info, spec, root / digest)) is not None:
             return found
-    folder = _writable_root(info) / digest
-    with exclusive(folder.with_name(f"{digest}.lock")):
+    index = _writable_root(info) / digest
+    with exclusive(index.with_name(f"{digest}.lock")):
         # Somebody else may have built it while we waited; and where there are no locks, while we build: the first wins,
         # because on a network disk its readers would lose the files that we replace.
-        if (found := _load(info, spec, folder, logging.DEBUG)) is not None:
+        if (found := _load(info, spec, index, logging.DEBUG)) is not None:
             return found
-        _remove(folder)
-        with atomic_folder(folder, keep_existing=True) as temporary:
+        _remove(index)
+        with atomic_folder(index, keep_existing=True) as temporary:
             _build(info, spec, temporary)
-    return _read(info, spec, folder)
+    return _read(info, spec, index)
 
 
 def _load(info: DatasetInfo, spec: DatasetSpec, path: Path, level: int = logging.WARNING) -> EpisodeIndex | None:
@@ -232,7 +238,7 @@ def _check_finite(trajectory: Trajectory) -> None:
 
 def _find(name: str, kind: str, info: DatasetInfo, entries: Mapping[str, Any]) -> Any:
     """Entry of the feature `name` in a record."""
-    key, _ = find_feature(name, kind, info)
+    key, _ = find_feature(name, kind, info.features)
     if key not in entries:
         raise ValueError(f"it has no {key!r}, which features.json promises")
     return entries[key]
@@ -244,6 +250,6 @@ def _vectors(names: tuple[str, ...], info: DatasetInfo, record: Record, entries:
     for name in names:
         key, part = split_slice(name)
         entry = _find(key, "tensor", info, entries)
-        vectors = numbers(key, find_feature(key, "tensor", info)[1], record.data, entry)
+        vectors = numbers(key, find_feature(key, "tensor", info.features)[1], record.data, entry)
         columns.append(vectors.reshape(len(vectors), -1)[:, part].astype(np.float32))
     return np.concatenate(columns, axis=1)

@@ -10,7 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -166,6 +166,7 @@ def _as_fetched(fetched: T) -> T:
     return fetched
 
 
+@dataclass(eq=False)
 class Loader:
     """Iterates over this rank's batches from the current position on; see `make_loader`.
 
@@ -174,23 +175,17 @@ class Loader:
     ranks x batch size stay the same (with another product the samples are the same, cut into other batches).
     """
 
-    def __init__(
-        self,
-        dataset: WindowDataset,
-        order: EpochOrder,
-        batch_size: int,
-        *,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        collate_text: CollateText | None,
-        epochs: int | None,
-        pin_memory: bool,
-    ) -> None:
-        self.dataset, self.order, self.batch_size = dataset, order, batch_size
-        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
-        self.collate_text, self.epochs, self.pin_memory = collate_text, epochs, pin_memory
-        self._position = Position()
+    dataset: WindowDataset
+    order: EpochOrder
+    batch_size: int
+    _: KW_ONLY
+    rank: int
+    world_size: int
+    num_workers: int
+    collate_text: CollateText | None
+    epochs: int | None
+    pin_memory: bool
+    _position: Position = field(default=Position(), init=False)
 
     @property
     def samples_per_epoch(self) -> int:

@@ -80,23 +80,20 @@ class EpochOrder:
         return Position(epoch, sample)
 
 
+@dataclass(frozen=True)
 class RankSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, global window index) for one rank, from `start` on; endless, or up to the end of `epochs`."""
 
-    def __init__(
-        self,
-        order: EpochOrder,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        start: Position | None = None,
-        epochs: int | None = None,
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not below the world size {world_size}")
-        self.order, self.batch_size, self.rank, self.world_size = order, batch_size, rank, world_size
-        self.start, self.epochs = start or Position(), epochs
+    order: EpochOrder
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    start: Position = Position()
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not below the world size {self.world_size}")
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         size = self.order.size

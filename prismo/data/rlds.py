@@ -1,8 +1,8 @@
 """Random access to the frames and episodes of an RLDS folder.
 
-`index.py` finds out where everything lies; `dataset.py` reads a few hundred bytes of index rows and the encoded images
-of one frame per sample; `prismo data show` reads whole episodes. Nothing grows with the dataset: rows and images
-are read by position when they are needed (`os.pread`), so neither a shuffle buffer nor a memory map fills the host.
+`index.py` finds out where everything lies; training reads a few hundred bytes of index rows and the encoded images of
+one frame per sample. Nothing grows with the dataset: rows and images are read by position when they are needed
+(`os.pread`), so neither a shuffle buffer nor a memory map fills the host.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from prismo.data.features import DatasetInfo, Feature, number_type, step_size
+from prismo.data.features import DatasetInfo
 from prismo.data.images import decode_image
 from prismo.data.index_files import ROWS_PER_PIECE
-from prismo.data.specs import DatasetSpec, find_feature
-from prismo.data.tfrecord import crc32c, parse_example
+from prismo.data.specs import DatasetSpec, Feature, find_feature, number_type, step_size
+from prismo.data.tfrecord import crc32c
 
 _MAX_OPEN_FILES = 64
 
@@ -85,11 +85,11 @@ class PositionedFiles:
 
 @dataclass(frozen=True, eq=False)
 class EpisodeIndex:
-    """Where every frame of a dataset lies, with its standardised action and proprio.
+    """Where every frame of a dataset lies, with its standardised action and proprio: an `EpisodeStore`.
 
     Attributes:
         info, spec: the folder and its meaning.
-        path: folder of the index.
+        cache: folder of the index.
         episodes: structured array `EPISODE`, one entry per stored episode of every split.
         instructions: distinct instruction texts, by number.
         checksums: uint32, of every `ROWS_PER_PIECE` rows.
@@ -99,7 +99,7 @@ class EpisodeIndex:
 
     info: DatasetInfo
     spec: DatasetSpec
-    path: Path
+    cache: Path
     episodes: np.ndarray
     instructions: list[str]
     checksums: np.ndarray
@@ -110,6 +110,14 @@ class EpisodeIndex:
     def __post_init__(self) -> None:
         object.__setattr__(self, "row_type", row_type(self.spec))
         object.__setattr__(self, "num_rows", int(self.episodes["steps"].sum()))
+
+    @property
+    def root(self) -> Path:
+        return self.info.path
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(split.name for split in self.info.splits)
 
     def rows(self, episode: int, start: int, stop: int) -> np.ndarray:
         """Rows (`row_type`) of the steps `start` to `stop` of an episode, fewer at its end."""
@@ -129,13 +137,13 @@ class EpisodeIndex:
         pieces = range(first // ROWS_PER_PIECE, -(-(first + count) // ROWS_PER_PIECE))
         start, stop = pieces.start * ROWS_PER_PIECE, min(pieces.stop * ROWS_PER_PIECE, self.num_rows)
         size = self.row_type.itemsize
-        path = self.path / "rows.bin"
+        path = self.cache / "rows.bin"
         data = self._files.read(path, start * size, (stop - start) * size)
         for number, piece in enumerate(pieces):
             at = number * ROWS_PER_PIECE * size
             if crc32c(data[at : at + ROWS_PER_PIECE * size]) != self.checksums[piece]:
                 raise ValueError(
-                    f"{path} is damaged at byte {start * size + at}; delete the folder {self.path}, the next start "
+                    f"{path} is damaged at byte {start * size + at}; delete the folder {self.cache}, the next start "
                     "builds it again"
                 )
         return np.frombuffer(data, self.row_type)[first - start : first - start + count]
@@ -147,7 +155,7 @@ class EpisodeIndex:
 
     def image_size(self, camera: int) -> tuple[int, int] | None:
         """(height, width) of a camera as features.json declares it, None if it may vary."""
-        shape = find_feature(self.spec.cameras[camera], "image", self.info)[1].shape
+        shape = find_feature(self.spec.cameras[camera], "image", self.info.features)[1].shape
         return (shape[0], shape[1]) if len(shape) > 1 and min(shape[:2]) > 0 else None
 
     def image(self, episode: int, row: np.void, camera: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -178,42 +186,6 @@ class EpisodeIndex:
             return decode_image(data, out)
         except ValueError as error:
             raise ValueError(f"{path}: {self.spec.cameras[camera]} at byte {offset}: {error}") from error
-
-    def read_episode(self, episode: int) -> dict[str, Any]:
-        """Everything stored of one episode: numbers [T, ...], images uint8 [T, H, W, 3], texts as lists of str.
-
-        Keys are the entry names ("steps/action", "episode_metadata/file_path"); values of the whole episode come
-        without the first dimension.
-        """
-        entry = self.episodes[episode]
-        data = self._files.read(self.shard(episode), int(entry["offset"]), int(entry["length"]))
-        if crc32c(data) != entry["crc"]:
-            raise ValueError(f"{self.shard(episode)}: episode {episode} is damaged; fetch the file again")
-        try:
-            entries = parse_example(data)
-            values = {
-                name: _decode(name, f, data, entries[name]) for name, f in self.info.features.items() if name in entries
-            }
-            return {name: value if name.startswith("steps/") else _only(name, value) for name, value in values.items()}
-        except ValueError as error:
-            raise ValueError(f"{self.shard(episode)}: episode {episode}: {error}") from error
-
-
-def _only(name: str, values: np.ndarray | list[Any]) -> Any:
-    """The value of an entry of the whole episode."""
-    if not len(values):
-        raise ValueError(f"{name} is empty")
-    return values[0]
-
-
-def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray | list[Any]:
-    """All values of one entry, one per step."""
-    if feature.kind == "tensor":
-        return numbers(name, feature, data, entry)
-    if feature.kind == "text":
-        return [data[a:b].decode() for a, b in byte_strings(name, entry)]
-    images = [decode_image(data[a:b]) for a, b in byte_strings(name, entry)]
-    return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def byte_strings(name: str, entry: Any) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ NO_OP = 1e-4  # movement (norm of the first six action numbers) below which a st
 
 
 @dataclass(frozen=True)
-class Episode:
+class ShownEpisode:
     """What is drawn: actions [T, A] and proprio [T, P] in physical units, frames uint8 [T][V][H, W, 3]."""
 
     source: Source
@@ -35,11 +35,11 @@ class Episode:
 
     @property
     def instruction(self) -> str:
-        return self.source.index.instructions[self.rows["instruction"][0]]
+        return self.source.store.instructions[self.rows["instruction"][0]]
 
     def views(self, step: int) -> list[np.ndarray]:
-        cameras = range(len(self.source.index.spec.cameras))
-        return [self.source.index.image(self.number, self.rows[step], camera) for camera in cameras]
+        cameras = range(len(self.source.store.spec.cameras))
+        return [self.source.store.image(self.number, self.rows[step], camera) for camera in cameras]
 
 
 def show_episode(name: str, root: Path, number: int, output: Path, frames: int) -> str:
@@ -62,7 +62,7 @@ def show_episode(name: str, root: Path, number: int, output: Path, frames: int) 
         need(module, "data")
     dataset = open_dataset(root, name, use_tail=True)
     for source in dataset.sources:
-        summarize(source)
+        print_summary(source)
     episode = pick(dataset.sources, number)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".mp4":
@@ -72,27 +72,27 @@ def show_episode(name: str, root: Path, number: int, output: Path, frames: int) 
     return f"episode {number}, {episode.steps} steps, {episode.instruction!r}"
 
 
-def summarize(source: Source) -> None:
-    index, spec = source.index, source.index.spec
-    steps = index.episodes["steps"]
-    idle = float((np.linalg.norm(index.column("action", slice(0, 6)), axis=1) < NO_OP).mean())
-    sizes = [index.image_size(camera) for camera in range(len(spec.cameras))]
-    print(f"{source.name} ({index.info.path})")
+def print_summary(source: Source) -> None:
+    store, spec = source.store, source.store.spec
+    steps = store.episodes["steps"]
+    idle = float((np.linalg.norm(store.column("action", slice(0, 6)), axis=1) < NO_OP).mean())
+    sizes = [store.image_size(camera) for camera in range(len(spec.cameras))]
+    print(f"{source.name} ({store.root})")
     print(f"  {len(steps)} episodes of {steps.min()} to {steps.max()} steps, {steps.sum()} in all, {idle:.1%} idle")
     print(f"  cameras {', '.join(f'{c} {s}' for c, s in zip(spec.cameras, sizes, strict=True))}")
     robot = spec.embodiment
     print(f"  {robot.action_dim} action and {robot.proprio_dim} proprio numbers, gripper {spec.gripper}")
-    print(f"  {len(index.instructions)} instructions, such as {index.instructions[0]!r}")
+    print(f"  {len(store.instructions)} instructions, such as {store.instructions[0]!r}")
 
 
-def pick(sources: tuple[Source, ...], number: int) -> Episode:
+def pick(sources: tuple[Source, ...], number: int) -> ShownEpisode:
     total = sum(len(source.episodes) for source in sources)
     if not 0 <= number < total:
         raise ValueError(f"episode {number} asked for, the dataset has {total} (0 to {total - 1})")
     for source in sources:
         if number < len(source.episodes):
-            stored = int(source.episodes[number])
-            return Episode(source, stored, source.index.rows(stored, 0, int(source.index.episodes["steps"][stored])))
+            stored, store = int(source.episodes[number]), source.store
+            return ShownEpisode(source, stored, store.rows(stored, 0, int(store.episodes["steps"][stored])))
         number -= len(source.episodes)
     raise AssertionError("unreachable: the number was checked")
 
@@ -102,9 +102,9 @@ def new_figure(width: float, height: float) -> Figure:
     return need("matplotlib.figure", "data").Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def write_sheet(episode: Episode, path: Path, frames: int) -> None:
+def write_sheet(episode: ShownEpisode, path: Path, frames: int) -> None:
     shown = np.unique(np.linspace(0, episode.steps - 1, frames).astype(int))
-    spec = episode.source.index.spec
+    spec = episode.source.store.spec
     cameras, groups = len(spec.cameras), proprio_groups(spec.embodiment)
     rows = cameras + 1 + len(groups)
     figure = new_figure(max(1.9 * len(shown), 8), 1.9 * cameras + 1.9 + 1.3 * len(groups))
@@ -141,16 +141,16 @@ def plot(panel: Axes, title: str, values: np.ndarray, names: Sequence[str], mark
     panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def write_film(episode: Episode, path: Path) -> None:
+def write_film(episode: ShownEpisode, path: Path) -> None:
     """All cameras side by side with the actions below and a moving cursor, at the robot's control rate."""
-    rate = max(1, round(episode.source.index.spec.embodiment.control_hz))
+    rate = max(1, round(episode.source.store.spec.embodiment.control_hz))
     with need("imageio.v2", "data").get_writer(path, fps=rate, macro_block_size=2) as film:
         for picture in tqdm(film_frames(episode), total=episode.steps, unit="frame"):
             film.append_data(picture)
 
 
-def film_frames(episode: Episode) -> Iterator[np.ndarray]:
-    cameras = len(episode.source.index.spec.cameras)
+def film_frames(episode: ShownEpisode) -> Iterator[np.ndarray]:
+    cameras = len(episode.source.store.spec.cameras)
     figure = new_figure(3.2 * cameras, 5.2)
     canvas = need("matplotlib.backends.backend_agg", "data").FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, cameras, height_ratios=[3, 1.6])
@@ -159,7 +159,7 @@ def film_frames(episode: Episode) -> Iterator[np.ndarray]:
         picture.axes.set_axis_off()
         picture.axes.set_title(view_name(camera), fontsize=8)
     panel = figure.add_subplot(grid[1, :])
-    names = action_names(episode.source.index.spec.embodiment)
+    names = action_names(episode.source.store.spec.embodiment)
     plot(panel, "action", episode.rows["action"], names, [])
     panel.set_xlabel("step", fontsize=8)
     cursor = panel.axvline(0, color="black", linewidth=1)

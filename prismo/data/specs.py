@@ -1,47 +1,51 @@
-"""Which features of an RLDS dataset are the cameras, the action, the proprio and the instruction, and what they mean.
+"""Which features of a dataset are the cameras, the action, the proprio and the instruction, and what they mean.
 
-`dataset.py` resolves a dataset name, a mixture name or a YAML file to specs; `rlds.py` applies them once, while it
-builds the index. A new public dataset is one entry of `SPECS`; own data need only a YAML file (data/README.md).
+`resolve.py` finds the spec of a name, a store applies it (`standardize`). A new public dataset is one entry of `SPECS`;
+own data need only a YAML file (data/README.md).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
-from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import BeforeValidator
 
-from prismo.data.features import DOWNLOAD_DATA, DatasetInfo, Feature, number_type, read_dataset_info, step_size
-from prismo.embodiment import (
-    BRIDGE,
-    EMBODIMENTS,
-    FRACTAL,
-    FRANKA,
-    LIBERO,
-    Count,
-    Embodiment,
-    Normalization,
-    Rate,
-    Sign,
-)
-from prismo.util.problems import check_all
-from prismo.util.schema import JsonObject, check, own_keys, read_yaml
+from prismo.embodiment import BRIDGE, FRACTAL, FRANKA, LIBERO, Embodiment
 from prismo.util.text import did_you_mean
 
 Gripper = Literal["open_low", "open_high", "binarize", "relative", "as_stored"]
+_NUMBERS = (
+    "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"
+)  # fmt: skip
 _MOVEMENT = 6  # numbers of an action that `actions_from_state` derives
 
 
 @dataclass(frozen=True)
-class DatasetSpec:
-    """How one RLDS dataset becomes training samples.
+class Feature:
+    """One feature of a dataset.
 
-    Features are named as in `features.json` below `steps/`; `name[a:b]` takes a part of a vector.
+    Attributes:
+        kind: "image" (encoded bytes), "text" (UTF-8 bytes) or "tensor" (numbers).
+        shape: of one step (images: height, width, channels); -1 where it is not fixed.
+        dtype: numpy name of the numbers, e.g. "float32".
+        encoding: "jpeg" or "png" for images, "none", "bytes" or "zlib" for tensors, "" where the file does not say.
+    """
+
+    kind: Literal["image", "text", "tensor"]
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    encoding: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """How one dataset becomes training samples.
+
+    Features are named as in the dataset, RLDS's without `steps/`; `name[a:b]` takes a part of a vector.
 
     Attributes:
         name: key in dataset_statistics.json, and the unnorm_key at evaluation.
@@ -193,173 +197,6 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
-@dataclass(frozen=True)
-class MixtureEntry:
-    """A dataset of a mixture: its spec, what its folder says, and how often each window is seen per epoch."""
-
-    spec: DatasetSpec
-    info: DatasetInfo
-    weight: float = 1.0
-
-
-def resolve(data_root: str | Path, name: str | Path) -> list[MixtureEntry]:
-    """The datasets that `name` means: a known dataset or mixture, or a YAML file (one dataset or a mixture).
-
-    `data_root / name` is the folder, with or without a version below it; a known name may carry the version
-    ("bridge_orig/1.0.0"). `data_root` may also be the dataset's own folder.
-
-    Raises:
-        ValueError, FileNotFoundError: unknown name, absent folder, feature or file; one sentence on what to do.
-    """
-    return _resolve(Path(data_root), str(name), ())
-
-
-def _resolve(data_root: Path, name: str, within: tuple[Path, ...]) -> list[MixtureEntry]:
-    """As `resolve`; `within` are the mixture files around this name."""
-    if name.endswith((".yaml", ".yml")):
-        return _resolve_yaml(data_root, Path(name), within)
-    if name in MIXTURES:
-        return _resolve_mixture(data_root, MIXTURES[name], within)
-    base = name.split("/", maxsplit=1)[0]
-    if base not in SPECS:
-        check_all(lambda: _unknown(name, within), lambda: _check_root(data_root))
-    info = read_dataset_info(_folder(data_root, name))
-    spec = replace(SPECS[base], name=name)
-    check_features(spec, info)
-    return [MixtureEntry(spec, info)]
-
-
-def _unknown(name: str, within: tuple[Path, ...]) -> NoReturn:
-    raise ValueError(
-        (f"{within[-1]}: " if within else "")
-        + did_you_mean("dataset", name, [*SPECS, *MIXTURES])
-        + ". Describe your own data in a YAML file and give its path (data/README.md)"
-    )
-
-
-def _check_root(data_root: Path) -> None:
-    if not data_root.is_dir():
-        raise FileNotFoundError(f"there is no folder {data_root}. Check --data_root_dir ({DOWNLOAD_DATA})")
-
-
-def _folder(data_root: Path, name: str) -> Path:
-    """The dataset's folder below the root, or the root where that is the dataset's own (or its version) folder."""
-    base = name.split("/", maxsplit=1)[0]
-    root = data_root.absolute()
-    is_dataset = (root / "dataset_info.json").is_file() or any(root.glob("*/dataset_info.json"))
-    if is_dataset and not (root / name).is_dir() and base in (root.name, root.parent.name):
-        return root
-    return data_root / name
-
-
-def _resolve_mixture(data_root: Path, weights: Mapping[str, float], within: tuple[Path, ...]) -> list[MixtureEntry]:
-    """Datasets by their weights; files are named relative to the mixture file, the last of `within`."""
-    entries = []
-    for name, weight in weights.items():
-        is_file = name.endswith((".yaml", ".yml"))
-        found = _resolve(data_root, str(within[-1].parent / name) if is_file else name, within)
-        entries += [replace(entry, weight=entry.weight * weight) for entry in found]
-    names = [entry.spec.name for entry in entries]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the mixture holds {', '.join(repeated)} more than once; give each dataset one weight")
-    return entries
-
-
-def _listed(value: Any) -> Any:
-    """Features of a description: one name, several, or names by role."""
-    if isinstance(value, str):
-        return [value]
-    return list(value.values()) if isinstance(value, dict) else value
-
-
-_Features = Annotated[list[str], MinLen(1), BeforeValidator(_listed)]
-_Name = Annotated[str, MinLen(1)]
-
-
-@own_keys
-@dataclass(frozen=True)
-class _Description:
-    """A YAML file about own data (data/README.md); None takes the default of the robot `embodiment`."""
-
-    name: _Name
-    cameras: _Features
-    action: _Features
-    proprio: _Features
-    gripper: Gripper
-    control_hz: Rate
-    path: _Name | None = None
-    instruction: _Name = "language_instruction"
-    embodiment: str | None = None
-    chunk: Count | None = None
-    normalization: Normalization | None = None
-    gripper_dims: list[int] | None = None
-    gripper_env_sign: Sign | None = None
-    actions_from_state: bool = False
-    skip_first: Annotated[int, Ge(0)] = 0
-
-
-@own_keys
-@dataclass(frozen=True)
-class _Mixture:
-    """A YAML file with datasets, by known name or file, and how often each of their windows is seen per epoch."""
-
-    datasets: Annotated[dict[str, Annotated[float, Gt(0), Le(10_000)]], MinLen(1)]
-
-
-def _resolve_yaml(data_root: Path, file: Path, within: tuple[Path, ...]) -> list[MixtureEntry]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no dataset description {file}")
-    if file.resolve() in [other.resolve() for other in within]:
-        raise ValueError(f"{file} includes itself: {' -> '.join(map(str, (*within, file)))}")
-    advice = "correct it (data/README.md shows a complete one)"
-    content = read_yaml(file, JsonObject, advice=advice)
-    if "datasets" in content:
-        weights = check(content, _Mixture, str(file), advice=advice).datasets
-        return _resolve_mixture(data_root, weights, (*within, file))
-    description = check(content, _Description, str(file), advice=advice)
-    folder = Path(description.path or description.name)
-    folder = folder if folder.is_absolute() else _folder(data_root, str(folder))
-    check_all(lambda: _check_robot(description, file), lambda: read_dataset_info(folder))
-    info = read_dataset_info(folder)
-    try:
-        spec = _described(description, info)
-        check_features(spec, info)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    return [MixtureEntry(spec, info)]
-
-
-def _check_robot(text: _Description, file: Path) -> None:
-    if text.embodiment is not None and text.embodiment not in EMBODIMENTS:
-        raise ValueError(f"{file}: {did_you_mean('embodiment', text.embodiment, EMBODIMENTS)}")
-
-
-def _described(text: _Description, info: DatasetInfo) -> DatasetSpec:
-    """The spec that a description means for a dataset."""
-    base = EMBODIMENTS[text.embodiment] if text.embodiment else LIBERO
-    embodiment = Embodiment(
-        name=text.embodiment or text.name,
-        action_dim=_total_width(text.action, info),
-        proprio_dim=_total_width(text.proprio, info),
-        chunk=text.chunk or base.chunk,
-        normalization=text.normalization or base.normalization,
-        control_hz=float(text.control_hz),
-        gripper_dims=base.gripper_dims if text.gripper_dims is None else tuple(text.gripper_dims),
-        gripper_env_sign=text.gripper_env_sign or base.gripper_env_sign,
-    )
-    return DatasetSpec(
-        name=text.name,
-        embodiment=embodiment,
-        cameras=tuple(text.cameras),
-        action=tuple(text.action),
-        proprio=tuple(text.proprio),
-        instruction=text.instruction,
-        gripper=text.gripper,
-        actions_from_state=text.actions_from_state,
-        skip_first=text.skip_first,
-    )
-
-
 # --- features of a spec -----------------------------------------------------------------------------------------------
 
 
@@ -373,27 +210,41 @@ def split_slice(name: str) -> tuple[str, slice]:
     return name, slice(None)
 
 
-def find_feature(name: str, kind: str, info: DatasetInfo) -> tuple[str, Feature]:
-    """Entry name and feature of `name`, below `steps/` or of the whole episode.
+def find_feature(name: str, kind: str, features: Mapping[str, Feature]) -> tuple[str, Feature]:
+    """Full name and feature of `name`, which may leave out `steps/`.
 
     Raises:
         ValueError: absent or of another kind; the message lists those that there are.
     """
     for entry in (f"steps/{name}", name):
-        if entry in info.features and info.features[entry].kind == kind:
-            return entry, info.features[entry]
-    known = [key.removeprefix("steps/") for key, feature in info.features.items() if feature.kind == kind]
-    raise ValueError(f"{info.path / 'features.json'}: {did_you_mean(f'{kind} feature', name, known)}")
+        if entry in features and features[entry].kind == kind:
+            return entry, features[entry]
+    known = [key.removeprefix("steps/") for key, feature in features.items() if feature.kind == kind]
+    raise ValueError(did_you_mean(f"{kind} feature", name, known))
 
 
-def _total_width(names: Sequence[str], info: DatasetInfo) -> int:
+def number_type(name: str, feature: Feature) -> np.dtype:
+    """Type of the numbers of a tensor feature; ValueError where it has none that numpy knows."""
+    if feature.dtype not in _NUMBERS:
+        raise ValueError(f"{name} has the type {feature.dtype!r}, not one of {', '.join(_NUMBERS)}")
+    return np.dtype(feature.dtype)
+
+
+def step_size(name: str, feature: Feature) -> int:
+    """Numbers of a tensor feature in one step; ValueError where they vary."""
+    if min(feature.shape, default=1) < 0:
+        raise ValueError(f"{name} has the open shape {list(feature.shape)} and cannot be read step by step")
+    return math.prod(feature.shape)
+
+
+def total_width(names: Sequence[str], features: Mapping[str, Feature]) -> int:
     """Numbers per step of concatenated vector features; ValueError for a part that a vector does not have."""
-    return sum(_width(name, info) for name in names)
+    return sum(_width(name, features) for name in names)
 
 
-def _width(name: str, info: DatasetInfo) -> int:
+def _width(name: str, features: Mapping[str, Feature]) -> int:
     key, part = split_slice(name)
-    feature = find_feature(key, "tensor", info)[1]
+    feature = find_feature(key, "tensor", features)[1]
     number_type(key, feature)
     count = step_size(key, feature)
     if any(not -count <= bound <= count for bound in (part.start, part.stop) if bound is not None):
@@ -404,20 +255,18 @@ def _width(name: str, info: DatasetInfo) -> int:
     return width
 
 
-def check_features(spec: DatasetSpec, info: DatasetInfo) -> None:
+def check_features(spec: DatasetSpec, features: Mapping[str, Feature]) -> None:
     """Every feature of `spec` exists, the widths are the embodiment's and suffice; else ValueError."""
     for camera in spec.cameras:
-        find_feature(camera, "image", info)
-    find_feature(spec.instruction, "text", info)
+        find_feature(camera, "image", features)
+    find_feature(spec.instruction, "text", features)
     robot = spec.embodiment
     for what, names, expected in (
         ("action", spec.action, robot.action_dim),
         ("proprio", spec.proprio, robot.proprio_dim),
     ):
-        if (found := _total_width(names, info)) != expected:
-            raise ValueError(
-                f"{info.path}: {what} ({' + '.join(names)}) has {found} numbers, {robot.name} has {expected}"
-            )
+        if (found := total_width(names, features)) != expected:
+            raise ValueError(f"{what} ({' + '.join(names)}) has {found} numbers, {robot.name} has {expected}")
     size = robot.action_dim
     if any(not -size <= dim < size for dim in robot.gripper_dims):
         raise ValueError(f"gripper_dims lie outside the {size} numbers of an action")

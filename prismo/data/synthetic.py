@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from prismo.data.images import encode_jpeg
-from prismo.data.writer import Episode, libero_episode, libero_features, write_rlds
+from prismo.data.rlds_writer import EpisodeEntries, libero_episode, libero_features, write_rlds
 
 _OBJECTS = ("black bowl", "cream cheese", "wine bottle", "moka pot", "tomato sauce")
 
@@ -37,7 +37,7 @@ def write_synthetic_libero(
     return folder
 
 
-def _episodes(count: int, steps: int, seed: int, size: int) -> Iterator[Episode]:
+def _episodes(count: int, steps: int, seed: int, size: int) -> Iterator[EpisodeEntries]:
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         length = int(steps + rng.integers(-(steps // 4), steps // 4 + 1))

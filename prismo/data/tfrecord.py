@@ -1,7 +1,7 @@
 """TFRecord files of tf.train.Example messages, read and written without TensorFlow.
 
-`rlds.py` scans shards with it, `writer.py` produces them. Framing of one record: uint64 length, masked CRC32C of those
-eight bytes, the message, masked CRC32C of the message (little-endian throughout).
+`index.py` scans shards with it, `rlds_writer.py` produces them. Framing of one record: uint64 length, masked CRC32C of
+those eight bytes, the message, masked CRC32C of the message (little-endian throughout).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Generic
 
 from prismo.align import outline_teacher
 from prismo.align.recipe import layer_index
-from prismo.data.specs import resolve
+from prismo.data.resolve import resolve
 from prismo.models.merge import resolve_base
 from prismo.models.spatialvla.action_tokenizer import load_gaussians
 from prismo.models.weight_files import fingerprint, stored_tensors

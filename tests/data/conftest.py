@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from prismo.data.dataset import WindowDataset, open_dataset
-from prismo.data.images import encode_jpeg
+from prismo.data.images import decode_image, encode_jpeg
+from prismo.data.rlds import EpisodeIndex, byte_strings, numbers
+from prismo.data.rlds_writer import libero_episode, libero_features, write_rlds
+from prismo.data.specs import Feature
 from prismo.data.synthetic import write_synthetic_libero
-from prismo.data.writer import libero_episode, libero_features, write_rlds
+from prismo.data.tfrecord import crc32c, parse_example
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -46,9 +49,9 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     h5py = pytest.importorskip("h5py", reason="h5py (extra data) is not installed")
     folder = tmp_path_factory.mktemp("hdf5")
     tasks = {"pick_up_the_bowl": (0, 2), "KITCHEN_SCENE3_turn_on_the_stove": (1, 10, 3)}
-    for task, numbers in tasks.items():
+    for task, chosen in tasks.items():
         with h5py.File(folder / f"{task}_demo.hdf5", "w") as file:
-            for number in numbers:
+            for number in chosen:
                 rng = np.random.default_rng([len(task), number])
                 steps = int(rng.integers(4, 15))
                 demo = file.create_group(f"data/demo_{number}")
@@ -95,6 +98,33 @@ def write_episodes(root: Path, episodes: list[dict[str, Any]], shard_bytes: int 
     folder = root / "libero_spatial_no_noops" / "1.0.0"
     write_rlds(folder, "libero_spatial_no_noops", libero_features(16, 16), episodes, shard_bytes=shard_bytes)
     return folder
+
+
+def read_episode(store: EpisodeIndex, number: int) -> dict[str, Any]:
+    """Everything stored of one episode: numbers [T, ...], images uint8 [T, H, W, 3], texts as lists of str.
+
+    Keys are the entry names ("steps/action", "episode_metadata/file_path"); values of the whole episode come without
+    the first dimension.
+    """
+    entry = store.episodes[number]
+    data = store.shard(number).read_bytes()[entry["offset"] :][: entry["length"]]
+    assert crc32c(data) == entry["crc"]
+    entries, values = parse_example(data), {}
+    for name, feature in store.info.features.items():
+        if name in entries:
+            steps = _decode(name, feature, data, entries[name])
+            values[name] = steps if name.startswith("steps/") else steps[0]
+    return values
+
+
+def _decode(name: str, feature: Feature, data: bytes, entry: Any) -> np.ndarray | list[Any]:
+    """All values of one entry, one per step."""
+    if feature.kind == "tensor":
+        return numbers(name, feature, data, entry)
+    if feature.kind == "text":
+        return [data[a:b].decode() for a, b in byte_strings(name, entry)]
+    images = [decode_image(data[a:b]) for a, b in byte_strings(name, entry)]
+    return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def run_script(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

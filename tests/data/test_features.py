@@ -12,7 +12,7 @@ import pytest
 
 from prismo.data.dataset import open_dataset
 from prismo.data.features import read_dataset_info
-from prismo.data.writer import libero_features, write_rlds
+from prismo.data.rlds_writer import libero_features, write_rlds
 from tests.data.conftest import made_up_episode, write_episodes
 
 NAME = "libero_spatial_no_noops"
@@ -105,7 +105,7 @@ def test_mistakes_in_features(folder: Path, place: str, value: Any, message: str
     [
         ("action.tensor.dtype", "int64", "action holds float32 numbers, features.json says int64"),
         ("action.tensor.dtype", "bool", "action holds float32 numbers, features.json says bool"),
-        ("action.tensor.dtype", "f4,f4", "gives action the type 'f4,f4', not one of bool, float16"),
+        ("action.tensor.dtype", "f4,f4", "action has the type 'f4,f4', not one of bool, float16"),
         ("action.tensor.shape.dimensions", ["-1"], "action has the open shape"),
         ("language_instruction", {"tensor": {"dtype": "string"}}, None),
         ("is_first", {"text": {}}, None),

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
-from prismo.data.writer import libero_features, write_rlds
+from prismo.data.hdf5 import convert_episodes, find_demonstrations, image_size
+from prismo.data.rlds_writer import libero_features, write_rlds
 
 h5py = pytest.importorskip("h5py", reason="h5py (extra data) is not installed")
 
@@ -31,7 +31,7 @@ def copy(demonstrations: Path, tmp_path: Path) -> Path:
 
 def build(folder: Path) -> None:
     found = find_demonstrations(folder)
-    write_rlds(folder.parent / "out" / "1.0.0", "x", libero_features(*image_size(found[0])), read_episodes(found))
+    write_rlds(folder.parent / "out" / "1.0.0", "x", libero_features(*image_size(found[0])), convert_episodes(found))
 
 
 def edit(folder: Path, change: Callable[[h5py.File], None]) -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from prismo.data import index as index_module
 from prismo.data.dataset import open_dataset
-from prismo.data.index import open_index
+from prismo.data.index import open_store
+from prismo.data.resolve import resolve
 from prismo.data.rlds import EpisodeIndex, PositionedFiles
-from prismo.data.specs import resolve
 from prismo.data.statistics import dataset_statistics
 from prismo.embodiment import ALOHA
 from prismo.util.files import atomic_folder
@@ -29,7 +29,7 @@ NAME = "libero_spatial_no_noops"
 
 def index_of(root: Path) -> EpisodeIndex:
     entry = resolve(root, NAME)[0]
-    return open_index(entry.info, entry.spec)
+    return open_store(entry.folder, entry.spec)
 
 
 def content(index: EpisodeIndex) -> tuple[bytes, bytes, list[str]]:
@@ -66,9 +66,9 @@ def test_a_damaged_index_is_built_again(
     root, fresh = indexed
     before = content(fresh)
     if how == "missing":
-        (fresh.path / name).unlink()
+        (fresh.cache / name).unlink()
     else:
-        damage(fresh.path / name, how)
+        damage(fresh.cache / name, how)
     caplog.clear()
     assert content(index_of(root)) == before
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -81,14 +81,14 @@ def test_a_damaged_index_is_built_again(
 def test_every_flipped_bit_of_the_text_file_is_noticed(indexed: tuple[Path, EpisodeIndex]) -> None:
     """Also one that changes a letter of an instruction or a digit of a checksum."""
     _, index = indexed
-    path = index.path / "index.json"
+    path = index.cache / "index.json"
     original = path.read_bytes()
     rng = random.Random(0)
     for _ in range(300):
         data = bytearray(original)
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(7)
         path.write_bytes(data)
-        found = index_module._load(index.info, index.spec, index.path)
+        found = index_module._load(index.info, index.spec, index.cache)
         assert found is None or found.instructions == index.instructions, bytes(data)
 
 
@@ -96,12 +96,12 @@ def test_damage_while_reading_is_an_error(indexed: tuple[Path, EpisodeIndex]) ->
     """A large index is not read through when it is opened; no row is used unchecked."""
     _, index = indexed
     before = content(index)
-    damage(index.path / "rows.bin", "flip")
+    damage(index.cache / "rows.bin", "flip")
     with pytest.raises(ValueError, match=r"rows.bin is damaged at byte \d+.*delete the folder"):
         content(index)
     with pytest.raises(ValueError, match="delete the folder"):
         index.column("action")
-    damage(index.path / "rows.bin", "flip")
+    damage(index.cache / "rows.bin", "flip")
     assert content(index) == before
 
 
@@ -110,11 +110,11 @@ def test_a_large_index_opens_without_reading_its_rows(
 ) -> None:
     root, index = indexed
     monkeypatch.setattr(index_module, "_CHECKED_AT_OPEN", 1000)
-    damage(index.path / "rows.bin", "flip")
+    damage(index.cache / "rows.bin", "flip")
     opened = index_of(root)
     with pytest.raises(ValueError, match=r"rows\.bin is damaged"):
         opened.column("proprio")
-    damage(index.path / "rows.bin", "cut")
+    damage(index.cache / "rows.bin", "cut")
     assert content(index_of(root)) == content(index_of(root)), "its size is checked"
 
 
@@ -123,7 +123,7 @@ def test_damaged_statistics_are_computed_again(
 ) -> None:
     _, index = indexed
     before = dataset_statistics(index)
-    path = index.path / "statistics.json"
+    path = index.cache / "statistics.json"
     original = path.read_text()
     digit = original.index("0.") + 3
     for damaged in (original[:50], original[:digit] + "77" + original[digit + 2 :], "{}", "[1]", ""):
@@ -140,20 +140,20 @@ def test_the_first_builder_wins(indexed: tuple[Path, EpisodeIndex], monkeypatch:
     """Without file locks two nodes build at once; the second must not take the files from under the first's readers."""
     root, index = indexed
     opened = index.rows(0, 0, 8)
-    inode = (index.path / "rows.bin").stat().st_ino
-    aside = index.path.with_name("aside")
-    index.path.rename(aside)
+    inode = (index.cache / "rows.bin").stat().st_ino
+    aside = index.cache.with_name("aside")
+    index.cache.rename(aside)
     build = index_module._build
 
     def slow_build(info: object, spec: object, folder: Path) -> None:
         build(info, spec, folder)  # type: ignore[arg-type]
-        aside.rename(index.path)  # the other node is done first
+        aside.rename(index.cache)  # the other node is done first
 
     monkeypatch.setattr(index_module, "_build", slow_build)
     second = index_of(root)
-    assert (second.path / "rows.bin").stat().st_ino == inode, "the other node's index stays"
+    assert (second.cache / "rows.bin").stat().st_ino == inode, "the other node's index stays"
     np.testing.assert_array_equal(second.rows(0, 0, 8), opened)
-    assert len([p for p in index.path.parent.iterdir() if p.is_dir()]) == 1, "nothing is left behind"
+    assert len([p for p in index.cache.parent.iterdir() if p.is_dir()]) == 1, "nothing is left behind"
 
 
 def test_a_folder_may_be_written_only_once(tmp_path: Path) -> None:
@@ -168,13 +168,13 @@ def test_an_index_that_cannot_be_replaced_is_named(
     indexed: tuple[Path, EpisodeIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, index = indexed
-    damage(index.path / "rows.bin", "flip")
+    damage(index.cache / "rows.bin", "flip")
 
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(OSError, match=f"{index.path.name} is damaged and cannot be replaced.*delete it"):
+    with pytest.raises(OSError, match=f"{index.cache.name} is damaged and cannot be replaced.*delete it"):
         index_of(root)
 
 
@@ -213,9 +213,9 @@ def test_a_shard_that_is_the_copy_of_another_is_named(tmp_path: Path) -> None:
 def test_another_robot_gets_another_index(synthetic: Path) -> None:
     """Sizes are part of the identity: a cached index of another layout was read as this one's."""
     entry = resolve(synthetic, NAME)[0]
-    first = open_index(entry.info, entry.spec)
+    first = open_store(entry.folder, entry.spec)
     chunked = replace(entry.spec, embodiment=replace(entry.spec.embodiment, chunk=4))
-    assert open_index(entry.info, chunked).path == first.path
+    assert open_store(entry.folder, chunked).cache == first.cache
     with pytest.raises(ValueError, match=r"action \(action\) has 7 numbers, aloha has 14"):
         open_dataset(synthetic, NAME, ALOHA)
 
@@ -249,6 +249,6 @@ def test_files_are_read_from_many_threads(tmp_path: Path) -> None:
 
 
 def test_the_text_file_says_what_it_describes(indexed: tuple[Path, EpisodeIndex]) -> None:
-    stored = json.loads((indexed[1].path / "index.json").read_text())
+    stored = json.loads((indexed[1].cache / "index.json").read_text())
     assert stored["content"]["dataset"] == NAME
     assert stored["content"]["spec"]["action_dim"] == 7

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 
 from prismo.data.dataset import open_dataset
-from prismo.data.features import Feature
-from prismo.data.index import open_index
+from prismo.data.index import open_store
+from prismo.data.resolve import resolve
 from prismo.data.rlds import EpisodeIndex
-from prismo.data.specs import resolve
+from prismo.data.rlds_writer import libero_features, write_rlds
+from prismo.data.specs import Feature
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.data.tfrecord import masked_crc
-from prismo.data.writer import libero_features, write_rlds
-from tests.data.conftest import made_up_episode, quiet_environment, write_episodes
+from tests.data.conftest import quiet_environment, read_episode
 
 NAME = "libero_spatial_no_noops"
 
 
 def index_of(root: Path, name: str = NAME) -> EpisodeIndex:
     entry = resolve(root, name)[0]
-    return open_index(entry.info, entry.spec)
+    return open_store(entry.folder, entry.spec)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_episodes_equal_tfds(tensorflow: Path) -> None:
     for number, entry in enumerate(index.episodes):
         split = splits[entry["split"]]
         first = int(np.argmax(index.episodes["split"] == entry["split"]))
-        for name, value in index.read_episode(number).items():
+        for name, value in read_episode(index, number).items():
             key = f"{split}/{number - first}/{name}"
             if key in expected:
                 compared.add(key)
@@ -81,7 +81,7 @@ def test_random_access_equals_the_episode(tensorflow: Path) -> None:
     index = index_of(tensorflow / "data", "libero_10_no_noops")
     assert len(index.info.splits[0].files) == 4
     for number in (0, 4, 8):
-        episode = index.read_episode(number)
+        episode = read_episode(index, number)
         rows = index.rows(number, 0, 10**6)
         assert len(rows) == index.episodes["steps"][number]
         for t in range(len(rows)):
@@ -113,7 +113,7 @@ def test_png_cameras_of_another_size_are_resized_only_when_they_differ(tensorflo
 def test_an_empty_image_is_black(tmp_path: Path) -> None:
     """Mixed datasets store an empty string where an episode lacks a camera."""
     folder = write_synthetic_libero(tmp_path, episodes=1, steps=9, image_size=16)
-    episode = index_of(tmp_path).read_episode(0)
+    episode = read_episode(index_of(tmp_path), 0)
     values: dict[str, object] = {name: episode[name] for name in libero_features(16, 16)}
     for name, value in values.items():
         if isinstance(value, str):
@@ -132,26 +132,26 @@ def test_an_empty_image_is_black(tmp_path: Path) -> None:
 
 def test_the_index_is_built_once(copy: Path) -> None:
     first = index_of(copy)
-    written = (first.path / "rows.bin").stat().st_mtime_ns
+    written = (first.cache / "rows.bin").stat().st_mtime_ns
     second = index_of(copy)
-    assert second.path == first.path
-    assert (second.path / "rows.bin").stat().st_mtime_ns == written
+    assert second.cache == first.cache
+    assert (second.cache / "rows.bin").stat().st_mtime_ns == written
     np.testing.assert_array_equal(second.episodes, first.episodes)
     # A folder that was copied elsewhere keeps its index.
     moved = copy.parent / "moved"
     shutil.copytree(copy, moved)
-    assert index_of(moved).path.name == first.path.name
+    assert index_of(moved).cache.name == first.cache.name
 
 
 def test_other_shards_get_another_index(copy: Path, tmp_path: Path) -> None:
     before = index_of(copy)
     shutil.rmtree(copy / NAME)
     write_synthetic_libero(copy, episodes=6, steps=20, seed=1, image_size=64, shard_bytes=100_000)
-    assert index_of(copy).path.name != before.path.name
+    assert index_of(copy).cache.name != before.cache.name
 
 
 IMPORTS = "import os, sys; from prismo.data.dataset import open_dataset\n"
-PROGRAM = f"dataset = open_dataset(sys.argv[1], {NAME!r}); print(len(dataset), dataset.sources[0].index.path)"
+PROGRAM = f"dataset = open_dataset(sys.argv[1], {NAME!r}); print(len(dataset), dataset.sources[0].store.cache)"
 
 
 def start_opening(root: Path, **environment: str) -> subprocess.Popen[str]:
@@ -236,18 +236,6 @@ def test_a_record_that_claims_to_be_huge_is_named(copy: Path, length: int) -> No
         index_of(copy)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [([b"\xff\xfe"], "can't decode byte 0xff"), ([], "episode_metadata/file_path is empty")]
-)
-def test_an_entry_that_cannot_be_read_is_named(tmp_path: Path, value: list[bytes], message: str) -> None:
-    """An entry that training does not use, so that only the viewer finds it."""
-    write_episodes(tmp_path, [made_up_episode(0), made_up_episode(1) | {"episode_metadata/file_path": value}])
-    index = index_of(tmp_path)
-    assert index.read_episode(0)["episode_metadata/file_path"] == "demo_0.hdf5"
-    with pytest.raises(ValueError, match=rf"tfrecord-00000-of-00001: episode 1: .*{message}"):
-        index.read_episode(1)
-
-
 def test_damage_after_indexing_is_named(copy: Path) -> None:
     index = index_of(copy)
     row = index.rows(1, 3, 4)[0]
@@ -272,7 +260,7 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
 def test_a_record_without_a_promised_feature_is_named(copy: Path) -> None:
     folder = copy / NAME / "1.0.0"
     features = libero_features(64, 64)
-    episode = index_of(copy).read_episode(0)
+    episode = read_episode(index_of(copy), 0)
     del features["steps/observation/wrist_image"]
     values = {"steps/observation/image": [b"x"] * len(episode["steps/action"])}
     for name in features:
@@ -295,7 +283,7 @@ def test_a_folder_without_a_dataset_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds: other"):
         resolve(tmp_path, NAME)
     (tmp_path / NAME).mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no RLDS dataset.*prismo data build"):
+    with pytest.raises(FileNotFoundError, match=r"is no dataset: .*holds dataset_info\.json.*prismo data build"):
         resolve(tmp_path, NAME)
 
 
@@ -308,12 +296,12 @@ def test_other_file_formats_are_refused(copy: Path) -> None:
 
 def test_the_dataset_folder_itself_and_other_versions_are_found(copy: Path) -> None:
     (copy / NAME / "1.0.0").rename(copy / NAME / "2.1.0")
-    root = resolve(copy, NAME)[0].info.path
+    root = resolve(copy, NAME)[0].folder
     assert root.name == "2.1.0"
-    assert resolve(copy / NAME, NAME)[0].info.path == root
-    assert resolve(root, NAME)[0].info.path == root
+    assert resolve(copy / NAME, NAME)[0].folder == root
+    assert resolve(root, NAME)[0].folder == root
     named = resolve(copy, f"{NAME}/2.1.0")[0]
-    assert (named.info.path, named.spec.name) == (root, f"{NAME}/2.1.0")
+    assert (named.folder, named.spec.name) == (root, f"{NAME}/2.1.0")
 
 
 def test_the_writer_refuses_episodes_that_do_not_fit(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from prismo.commands import data_build, data_show, data_stats, main
 from prismo.data.dataset import open_dataset
 from prismo.data.hdf5 import Demonstration
 from prismo.data.images import jpeg_round_trip
-from prismo.data.index import open_index
-from prismo.data.specs import resolve
-from tests.data.conftest import run_script
+from prismo.data.index import open_store
+from prismo.data.resolve import resolve
+from tests.data.conftest import read_episode, run_script
 
 pytestmark = pytest.mark.processes
 
@@ -31,14 +31,14 @@ def test_built_datasets_hold_the_demonstrations(rebuilt: Path, demonstrations: P
     import h5py  # noqa: PLC0415
 
     entry = resolve(rebuilt, "libero_90_no_noops")[0]
-    index = open_index(entry.info, entry.spec)
+    index = open_store(entry.folder, entry.spec)
     assert len(index.episodes) == 5
     assert set(index.instructions) == {"pick up the bowl", "turn on the stove"}
     left = {
         (path, f"data/{name}") for path in sorted(demonstrations.glob("*.hdf5")) for name in h5py.File(path)["data"]
     }
     for number in range(5):
-        episode = index.read_episode(number)
+        episode = read_episode(index, number)
         path = demonstrations / episode["episode_metadata/file_path"]
         with h5py.File(path) as file:
             steps = len(episode["steps/action"])
@@ -72,11 +72,11 @@ def test_built_datasets_hold_the_demonstrations(rebuilt: Path, demonstrations: P
 def test_tfds_reads_what_we_write(number: int, name: str, rebuilt: Path, synthetic: Path, tensorflow: Path) -> None:
     """`builder_from_directory` loads both datasets of our writer and gives equal values, pixels included."""
     entry = resolve(rebuilt if number == 0 else synthetic, name)[0]
-    index = open_index(entry.info, entry.spec)
+    index = open_store(entry.folder, entry.spec)
     read = np.load(tensorflow / f"read_{number}.npz")
     compared = 0
     for episode in range(len(index.episodes)):
-        for entry_name, value in index.read_episode(episode).items():
+        for entry_name, value in read_episode(index, episode).items():
             theirs = read[f"train/{episode}/{entry_name}"]
             if isinstance(value, str):
                 assert theirs.item().decode() == value
@@ -158,7 +158,7 @@ def test_contact_sheet_and_film(synthetic: Path, tmp_path: Path) -> None:
     options = ("--data_root_dir", synthetic, "--dataset_name", NAME, "--episode", 2)
     done = run_script("show_dataset.py", *options, "--output", tmp_path / "sheet.png")
     dataset = open_dataset(synthetic, NAME)
-    index = dataset.sources[0].index
+    index = dataset.sources[0].store
     assert "6 episodes" in done.stdout
     assert index.instructions[index.rows(2, 0, 1)["instruction"][0]] in done.stdout
     assert colors(tmp_path / "sheet.png") > 1000

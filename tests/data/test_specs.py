@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from prismo.data.dataset import open_dataset
-from prismo.data.features import DatasetInfo, Feature
-from prismo.data.specs import MIXTURES, SPECS, find_feature, resolve, split_slice, standardize
+from prismo.data.resolve import resolve
+from prismo.data.specs import MIXTURES, SPECS, Feature, find_feature, split_slice, standardize
 from prismo.data.synthetic import write_synthetic_libero
+from tests.data.conftest import read_episode
 
 YAML = """
 name: my_robot
@@ -77,10 +78,6 @@ def test_a_gripper_that_is_not_a_number_stays_one() -> None:
             assert np.delete(result, 1).tolist() == np.delete(gripper(convention, [1, 0.5, 0, 1]), 1).tolist()
 
 
-def made_up_info(features: dict[str, Feature]) -> DatasetInfo:
-    return DatasetInfo(Path("nowhere"), "x", (), features)
-
-
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_every_spec_has_a_robot_and_cameras(name: str) -> None:
     spec = SPECS[name]
@@ -111,8 +108,8 @@ def test_a_yaml_file_describes_own_data(synthetic: Path, tmp_path: Path) -> None
     assert (robot.name, robot.action_dim, robot.proprio_dim, robot.chunk, robot.control_hz) == ("my_robot", 7, 8, 4, 10)
     assert list(dataset.statistics) == ["my_robot"]
     source = dataset.sources[0]
-    episode = source.index.read_episode(0)
-    rows = source.index.rows(0, 0, 100)
+    episode = read_episode(source.store, 0)
+    rows = source.store.rows(0, 0, 100)
     np.testing.assert_array_equal(rows["proprio"][:, :7], episode["steps/observation/joint_state"])
     np.testing.assert_array_equal(rows["proprio"][:, 7], episode["steps/observation/state"][:, 6])
     np.testing.assert_array_equal(rows["action"][:, :6], episode["steps/action"][:, :6])
@@ -139,7 +136,7 @@ def test_a_yaml_file_may_be_a_mixture(synthetic: Path, tmp_path: Path) -> None:
         (("chunk: 4", "gripper_dims: [7]"), "gripper_dims lie outside the 7 numbers"),
         (("chunk: 4", "chunks: 4"), "unknown key 'chunks'. Did you mean 'chunk'"),
         (("observation/image", "observation/imag"), "unknown image feature 'observation/imag'. Did you mean"),
-        (("observation/joint_state", "observation/joints"), "features.json: unknown tensor feature"),
+        (("observation/joint_state", "observation/joints"), r"robot.yaml: .*/1\.0\.0: unknown tensor feature"),
         (("path: libero_spatial_no_noops", "path: nothing"), "no dataset folder .*nothing.*libero_spatial_no_noops"),
         (
             ("state[6:7]", "state[6:12]"),
@@ -241,9 +238,9 @@ def test_unknown_names(synthetic: Path, tmp_path: Path) -> None:
         open_dataset(synthetic, "libero_spacial_no_noops")
     with pytest.raises(FileNotFoundError, match="no dataset description"):
         open_dataset(synthetic, tmp_path / "none.yaml")
-    info = made_up_info({"steps/action": Feature("tensor", (7,), "float32")})
+    features = {"steps/action": Feature("tensor", (7,), "float32")}
     with pytest.raises(ValueError, match=r"unknown tensor feature 'actoin'. Did you mean 'action'"):
-        find_feature("actoin", "tensor", info)
+        find_feature("actoin", "tensor", features)
 
 
 def test_robots_that_do_not_fit_are_refused(tmp_path: Path) -> None:

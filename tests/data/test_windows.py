@@ -15,7 +15,7 @@ from prismo.data.dataset import WindowDataset, _windows, held_out, open_dataset
 from prismo.data.normalize import DatasetStats, dump_statistics, normalize
 from prismo.data.rlds import EPISODE, EpisodeIndex
 from prismo.data.synthetic import write_synthetic_libero
-from tests.data.conftest import quiet_environment
+from tests.data.conftest import quiet_environment, read_episode
 from tests.data.tensorflow_lengths import LENGTHS, UNNAMED
 
 NAME = "libero_spatial_no_noops"
@@ -28,7 +28,7 @@ def written(tensorflow: Path) -> WindowDataset:
 
 
 def stored_lengths(dataset: WindowDataset) -> list[int]:
-    index = dataset.sources[0].index
+    index = dataset.sources[0].store
     return index.episodes["steps"][index.episodes["split"] == 0].tolist()
 
 
@@ -38,7 +38,7 @@ def test_every_episode_of_t_steps_gives_t_minus_7_windows(written: WindowDataset
     assert len(written) == sum(max(0, length - 7) for length in named)
     seen = [(written.locate(i)[1], written.locate(i)[2]) for i in range(len(written))]
     assert len(set(seen)) == len(seen)
-    assert all(step <= written.sources[0].index.episodes["steps"][episode] - 8 for episode, step in seen)
+    assert all(step <= written.sources[0].store.episodes["steps"][episode] - 8 for episode, step in seen)
 
 
 def test_the_tail_gives_the_last_seven_frames_with_a_mask(tensorflow: Path, written: WindowDataset) -> None:
@@ -47,7 +47,7 @@ def test_the_tail_gives_the_last_seven_frames_with_a_mask(tensorflow: Path, writ
     assert written[0].action_mask.all()
     for i in range(len(tail)):
         sample = tail[i]
-        left = int(tail.sources[0].index.episodes["steps"][sample.episode]) - sample.step
+        left = int(tail.sources[0].store.episodes["steps"][sample.episode]) - sample.step
         assert sample.action_mask.tolist() == [k < left for k in range(8)]
         assert torch.equal(sample.actions[left:], sample.actions[left - 1 :][:1].expand(max(0, 8 - left), 7))
 
@@ -58,7 +58,7 @@ def test_the_published_size_of_libero_spatial(small: WindowDataset) -> None:
     lengths = rng.multinomial(52_970 - 432 * 60, np.ones(432) / 432) + 60
     table = np.zeros(432, EPISODE)
     table["steps"], table["named"] = lengths, True
-    source = small.sources[0].index
+    source = small.sources[0].store
     index = EpisodeIndex(
         replace(source.info, splits=source.info.splits[:1]), source.spec, Path(), table, ["x"], np.zeros(0)
     )
@@ -67,10 +67,10 @@ def test_the_published_size_of_libero_spatial(small: WindowDataset) -> None:
 
 
 def test_a_sample_holds_the_frame_and_the_next_actions(written: WindowDataset) -> None:
-    index, stats = written.sources[0].index, written.sources[0].statistics
+    index, stats = written.sources[0].store, written.sources[0].statistics
     for i in range(0, len(written), 7):
         sample = written[i]
-        episode = index.read_episode(sample.episode)
+        episode = read_episode(index, sample.episode)
         steps = slice(sample.step, sample.step + 8)
         actions = episode["steps/action"][steps].copy()
         actions[:, 6] = 1 - np.clip(actions[:, 6], 0, 1)
@@ -130,7 +130,7 @@ def test_statistics_do_not_depend_on_how_much_is_read_at_once(
     from prismo.data import statistics  # noqa: PLC0415
 
     monkeypatch.setattr(statistics, "_BYTES_AT_ONCE", 1)  # one dimension at a time, as for DROID
-    again = statistics.compute_statistics(small.sources[0].index)
+    again = statistics.compute_statistics(small.sources[0].store)
     np.testing.assert_allclose(again.action.q01, small.sources[0].statistics.action.q01, rtol=1e-12)
     np.testing.assert_allclose(again.proprio.std, small.sources[0].statistics.proprio.std, rtol=1e-12)
 
@@ -160,7 +160,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def episodes_of(dataset: WindowDataset) -> set[int]:
-    return {int(crc) for source in dataset.sources for crc in source.index.episodes["crc"][source.episodes]}
+    return {int(crc) for source in dataset.sources for crc in source.store.episodes["crc"][source.episodes]}
 
 
 def test_train_and_validation_share_no_episode(many: Path) -> None:
@@ -189,6 +189,6 @@ def test_the_split_depends_on_content_only(many: Path, tmp_path: Path) -> None:
 
 def test_an_own_val_split_is_used(tensorflow: Path, synthetic: Path) -> None:
     val = open_dataset(tensorflow / "data", "libero_10_no_noops", split="val")
-    assert set(val.sources[0].index.episodes["split"][val.sources[0].episodes]) == {1}
+    assert set(val.sources[0].store.episodes["split"][val.sources[0].episodes]) == {1}
     with pytest.raises(ValueError, match="no 'val' split; keep episodes back with a val_fraction"):
         open_dataset(synthetic, NAME, split="val")

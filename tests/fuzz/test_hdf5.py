@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from prismo.data.hdf5 import find_demonstrations, image_size, read_episodes
-from prismo.data.writer import libero_features, write_rlds
+from prismo.data.hdf5 import convert_episodes, find_demonstrations, image_size
+from prismo.data.rlds_writer import libero_features, write_rlds
 from tests.fuzz.conftest import DATASET
 from tests.fuzz.harness import Fuzzer
 from tests.fuzz.mutate import Draw, Mutation, damage
@@ -46,7 +46,7 @@ def build(folder: Path) -> Any:
     """The RLDS dataset that scripts/build_rlds_dataset.py makes of a folder, as training sees it."""
     demonstrations = find_demonstrations(folder)
     features = libero_features(*image_size(demonstrations[0]))
-    write_rlds(folder / "rlds" / DATASET / "1.0.0", DATASET, features, read_episodes(demonstrations))
+    write_rlds(folder / "rlds" / DATASET / "1.0.0", DATASET, features, convert_episodes(demonstrations))
     return read_samples(folder / "rlds")
 
 

@@ -70,7 +70,7 @@ def read_specs(root: Path) -> Any:
         data = open_dataset(root, root / name, chunk=None if name == "robot.yaml" else 4)
         samples = [data[index] for index in (0, len(data) - 1)]
         found[name] = {
-            "specs": [asdict(source.index.spec) for source in data.sources],
+            "specs": [asdict(source.store.spec) for source in data.sources],
             "weights": [source.weight for source in data.sources],
             "numbers": [(sample.actions.tolist(), sample.proprio.tolist()) for sample in samples],
             "texts": [(sample.instruction, tuple(sample.images.shape)) for sample in samples],

@@ -13,7 +13,7 @@ import torch
 from prismo.data.dataset import open_dataset
 from prismo.data.images import center_crop, encode_jpeg, prepare_images
 from prismo.data.normalize import dump_statistics, normalize
-from prismo.data.writer import libero_episode, libero_features, write_rlds
+from prismo.data.rlds_writer import libero_episode, libero_features, write_rlds
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import read_component, save_component
 from prismo.models.film import add_film

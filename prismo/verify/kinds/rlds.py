@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from prismo.data.dataset import open_dataset
-from prismo.data.features import DatasetInfo, find_version_folder, read_dataset_info
-from prismo.data.index import open_index
+from prismo.data.features import DatasetInfo, read_dataset_info
 from prismo.data.normalize import DatasetStats
-from prismo.data.rlds import EpisodeIndex
-from prismo.data.specs import SPECS, check_features, resolve
+from prismo.data.resolve import resolve
+from prismo.data.specs import SPECS
 from prismo.data.statistics import dataset_statistics
+from prismo.data.store import EpisodeStore, find_folder, open_store
 from prismo.data.tfrecord import read_records
 from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed
 from prismo.verify.facts import DatasetFacts, Published
@@ -28,7 +28,7 @@ class RLDSFolder:
 
     def __init__(self, subject: Subject, path: Path) -> None:
         self.subject = subject
-        self.version = find_version_folder(path)
+        self.version = find_folder(path)
         self.name = dataset_name(self.version)
 
     @cached_property
@@ -57,16 +57,15 @@ class RLDSFolder:
         return self.subject.facts.dataset(self.known.keys[0]) if self.known and self.known.keys else None
 
     @cached_property
-    def index(self) -> EpisodeIndex:
+    def store(self) -> EpisodeStore:
         if self.name not in SPECS:
             raise SkippedError(f"no description of a dataset `{self.name}` here (data/README.md, 'Your own data')")
         (entry,) = resolve(self.version, self.name)
-        check_features(entry.spec, entry.info)
-        return open_index(entry.info, entry.spec)
+        return open_store(entry.folder, entry.spec)
 
     @cached_property
     def statistics(self) -> DatasetStats:
-        return dataset_statistics(needed(lambda: self.index, "features"))
+        return dataset_statistics(needed(lambda: self.store, "features"))
 
     def checks(self, prefix: str) -> Iterator[Check]:
         for name, run, needs in (
@@ -108,14 +107,14 @@ class RLDSFolder:
         return judge(f"{total:,} episodes in {in_bytes(size)}, all checksums right", lines)
 
     def _features(self) -> Finding:
-        index, robot = self.index, self.index.spec.embodiment
-        sizes = {index.image_size(camera) for camera in range(len(index.spec.cameras))}
+        store, robot = self.store, self.store.spec.embodiment
+        sizes = {store.image_size(camera) for camera in range(len(store.spec.cameras))}
         pixels = ", ".join("any" if size is None else f"{size[0]} x {size[1]}" for size in sizes)
-        text = f"{len(index.spec.cameras)} cameras ({pixels}), action {robot.action_dim}, state {robot.proprio_dim}"
-        return Finding("ok", f"{text}, {index.num_rows:,} steps")
+        text = f"{len(store.spec.cameras)} cameras ({pixels}), action {robot.action_dim}, state {robot.proprio_dim}"
+        return Finding("ok", f"{text}, {store.episodes['steps'].sum():,} steps")
 
     def _instructions(self) -> Finding:
-        texts, unnamed = self.index.instructions, int((~self.index.episodes["named"]).sum())
+        texts, unnamed = self.store.instructions, int((~self.store.episodes["named"]).sum())
         given = [text for text in texts if text]
         lines = [difference("episodes without an instruction", 0, unnamed)] if unnamed else []
         if self.facts and self.facts.tasks not in (None, len(given)):
@@ -130,11 +129,11 @@ class RLDSFolder:
         return judge(f"{text} and quantiles as published", compare(self.name, stats, self.facts))
 
     def _images(self) -> Finding:
-        index, lines = self.index, []
-        for episode in sorted({0, len(index.episodes) - 1}):
-            row = index.rows(episode, 0, 1)[0]
-            for camera, name in enumerate(index.spec.cameras):
-                if index.image(episode, row, camera).std() < 1:
+        store, lines = self.store, []
+        for episode in sorted({0, len(store.episodes) - 1}):
+            row = store.rows(episode, 0, 1)[0]
+            for camera, name in enumerate(store.spec.cameras):
+                if store.image(episode, row, camera).std() < 1:
                     lines.append(difference(f"`{name}` of episode {episode}", "a picture", "one colour"))
         return judge("first frames of the first and the last episode are pictures", lines)
 

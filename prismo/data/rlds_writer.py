@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from prismo.data.features import Feature, features_to_json
+from prismo.data.features import features_to_json
+from prismo.data.specs import Feature
 from prismo.data.tfrecord import encode_example, frame_record
 from prismo.util.files import atomic_folder, write_json
 
-Episode = Mapping[str, "np.ndarray | Sequence[bytes]"]
+EpisodeEntries = Mapping[str, "np.ndarray | Sequence[bytes]"]
 
 
 def libero_features(height: int = 256, width: int = 256) -> dict[str, Feature]:
@@ -47,7 +48,7 @@ def libero_episode(
     action: np.ndarray,
     instruction: str,
     file_path: str,
-) -> Episode:
+) -> EpisodeEntries:
     """One LIBERO demonstration as RLDS entries.
 
     Args:
@@ -78,7 +79,7 @@ def write_rlds(
     folder: Path,
     name: str,
     features: Mapping[str, Feature],
-    episodes: Iterable[Episode],
+    episodes: Iterable[EpisodeEntries],
     *,
     shard_bytes: int = 128 << 20,
     description: str = "",
@@ -110,7 +111,7 @@ def write_rlds(
 
 
 def _write_shards(
-    folder: Path, features: Mapping[str, Feature], episodes: Iterable[Episode], shard_bytes: int
+    folder: Path, features: Mapping[str, Feature], episodes: Iterable[EpisodeEntries], shard_bytes: int
 ) -> tuple[list[int], int]:
     """Write `0.part`, `1.part`, ...; returns the episodes in each and the bytes in all."""
     lengths: list[int] = []
@@ -132,7 +133,7 @@ def _write_shards(
     return lengths, total
 
 
-def _check_episode(features: Mapping[str, Feature], episode: Episode) -> None:
+def _check_episode(features: Mapping[str, Feature], episode: EpisodeEntries) -> None:
     if set(episode) != set(features):
         wrong = sorted(set(episode) ^ set(features))
         raise ValueError(f"the episode's entries do not match the features; missing or unexpected: {', '.join(wrong)}")
