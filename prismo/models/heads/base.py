@@ -43,11 +43,18 @@ class Run(Protocol):
         labels: text with the action tokens [B, L].
         tokens: the model's action tokens.
         shape: K and A.
+        steps: passes of a prediction that starts from noise.
     """
 
     labels: Tensor
     tokens: ActionTokenizer
     shape: tuple[int, int]
+    steps: int
+
+    @property
+    def noise(self) -> Tensor:
+        """Standard normal numbers [B, K, A] for a prediction to start from; the same at every call."""
+        ...
 
     def __call__(self, action_embeddings: Tensor | None = None, time_token: Tensor | None = None) -> Tensor:
         """Hidden states of the action slots [B, K*A, D].
@@ -94,7 +101,7 @@ class ActionHead:
         mark: how names of tensors in its `action_head` file begin, and only there; None for a head without modules.
         flag: the published flag that chooses it beside `--action_head NAME`.
         uses_lm_head: the language model's own output layer takes part, and adapters in it are trained.
-        from_noise: `predict` starts from noise and makes several passes.
+        from_noise: `predict` starts from `run.noise` and makes `run.steps` passes.
     """
 
     title: ClassVar[str]
@@ -145,14 +152,8 @@ class ActionHead:
         """
         raise NotImplementedError
 
-    def predict(self, run: Run, steps: int, start: Tensor | None) -> Tensor:
-        """Normalised actions [B, K, A].
-
-        Args:
-            run: the model on the batch.
-            steps: passes, of a head that starts from noise.
-            start: that noise [B, K, A]; None = drawn here.
-        """
+    def predict(self, run: Run) -> Tensor:
+        """Normalised actions [B, K, A]."""
         raise NotImplementedError
 
 

@@ -171,9 +171,7 @@ class DiffusionHead(ActionHead):
         noise = self.action_head(states).float()
         return HeadLoss(masked_mean((noise - noisy.noise.float()) ** 2, action_mask))
 
-    def predict(self, run: Run, steps: int, start: Tensor | None) -> Tensor:
-        if start is None:
-            start = torch.randn(len(run.labels), *run.shape, device=run.labels.device)
+    def predict(self, run: Run) -> Tensor:
         return self.action_head.sample(
-            lambda noisy, time_token: run(self.noisy_action_projector(noisy), time_token), start, steps
+            lambda noisy, time_token: run(self.noisy_action_projector(noisy), time_token), run.noise, run.steps
         )

@@ -67,5 +67,5 @@ class L1Head(ActionHead):
         }
         return HeadLoss(masked_mean(errors, action_mask), metrics, predicted)
 
-    def predict(self, run: Run, steps: int, start: Tensor | None) -> Tensor:
+    def predict(self, run: Run) -> Tensor:
         return self.action_head.predict(run())

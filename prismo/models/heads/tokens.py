@@ -47,7 +47,7 @@ class TokenHead(ActionHead):
             metrics[f"{name}_l1_loss"] = _mean_where(error, where).detach()
         return HeadLoss(loss, metrics)
 
-    def predict(self, run: Run, steps: int, start: Tensor | None) -> Tensor:
+    def predict(self, run: Run) -> Tensor:
         return decode(run.tokens, run.logits(run()).argmax(dim=-1)).unflatten(1, run.shape)
 
 

@@ -51,6 +51,8 @@ class OpenVLARun:
         shape: actions per chunk K and numbers per action A.
         proprio: normalised state [B, proprio_dim]; required with a proprio projector, an error without one.
         hidden_layers: states that `output` keeps.
+        steps: passes of a head that starts from noise.
+        noise: that noise [B, K, A]; drawn from N(0, 1) by default.
 
     Attributes:
         output: of the latest pass.
@@ -68,11 +70,20 @@ class OpenVLARun:
         *,
         proprio: Tensor | None = None,
         hidden_layers: Sequence[int] = (),
+        steps: int = 50,
+        noise: Tensor | None = None,
     ) -> None:
         self.labels, self.tokens, self.shape = text.labels, vla.action_tokenizer, shape
         self._vla, self._text, self._pixels, self._layers = vla, text, pixel_values, hidden_layers
+        self.steps, self._noise = steps, noise
         self._mask = self.tokens.mask(text.labels)
         self._proprio = _proprio_token(modules, proprio)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        if self._noise is not None:
+            return self._noise
+        return torch.randn(len(self.labels), *self.shape, device=self.labels.device)
 
     @cached_property
     def _vision(self) -> Tensor:
@@ -133,8 +144,9 @@ def predict_actions(
     if vla.config.attention == "causal":
         ids = vla.generate_action_tokens(text.input_ids, text.attention_mask, pixel_values, embodiment.action_dim)
         return decode(vla.action_tokenizer, ids).unflatten(1, (1, embodiment.action_dim))
-    run = OpenVLARun(vla, modules, text, pixel_values, (embodiment.chunk, embodiment.action_dim), proprio=proprio)
-    return modules.head.predict(run, diffusion_steps, start).float()
+    shape = (embodiment.chunk, embodiment.action_dim)
+    run = OpenVLARun(vla, modules, text, pixel_values, shape, proprio=proprio, steps=diffusion_steps, noise=start)
+    return modules.head.predict(run).float()
 
 
 def _proprio_token(modules: ActionModules, proprio: Tensor | None) -> Tensor | None:
