@@ -132,12 +132,15 @@ class ActionHead:
 
     @classmethod
     def action_dim(cls, shapes: Shapes) -> int | None:
-        """Numbers per action, as the tensors in its `action_head` file say; None = they do not.
+        """Numbers per action: rows of the last layer (`fc2`) in its `action_head` file; None = there is none.
 
         Raises:
-            ValueError: they cannot be a head's.
+            ValueError: that is no matrix.
         """
-        return None
+        last = next((name for name in shapes if name.endswith("fc2.weight")), None)
+        if last is not None and len(shapes[last]) != 2:
+            raise ValueError(f"{last} is no matrix, its shape is {list(shapes[last])}")
+        return None if last is None else shapes[last][0]
 
     def check_steps(self, steps: int) -> None:
         """Raise ValueError for a number of steps that `predict` cannot take."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes, masked_mean
-from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width, output_dim
+from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width
 from prismo.models.projectors import NoisyActionProjector, TimeEmbedding
 
 
@@ -157,10 +157,6 @@ class DiffusionHead(ActionHead):
         hidden = hidden_width(shapes)
         head = DiffusionActionHead(sizes.width, hidden, sizes.action_dim, sizes.chunk, sizes.noise_steps)
         return cls(head, NoisyActionProjector(sizes.width))
-
-    @classmethod
-    def action_dim(cls, shapes: Shapes) -> int | None:
-        return output_dim(shapes)
 
     def check_steps(self, steps: int) -> None:
         self.action_head.ddim.timesteps(steps)

@@ -8,7 +8,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes, masked_mean
-from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width, output_dim
+from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width
 
 
 class L1RegressionActionHead(nn.Module):
@@ -50,10 +50,6 @@ class L1Head(ActionHead):
     @classmethod
     def build(cls, sizes: HeadSizes, shapes: Shapes | None = None) -> Self:
         return cls(L1RegressionActionHead(sizes.width, hidden_width(shapes), sizes.action_dim, sizes.chunk))
-
-    @classmethod
-    def action_dim(cls, shapes: Shapes) -> int | None:
-        return output_dim(shapes)
 
     def loss(self, run: Run, actions: Tensor, action_mask: Tensor | None) -> HeadLoss:
         predicted = self.action_head(run()).float()

@@ -51,16 +51,4 @@ def group_by_action(action_hidden: Tensor, chunk: int, action_dim: int) -> Tenso
 
 def hidden_width(shapes: Shapes | None) -> int | None:
     """Width of the MLP in a file; None without one."""
-    return next((shape[0] for name, shape in (shapes or {}).items() if name.endswith("fc1.weight")), None)
-
-
-def output_dim(shapes: Shapes) -> int | None:
-    """Rows of the last layer.
-
-    Raises:
-        ValueError: it is no matrix.
-    """
-    name, shape = next(((name, shape) for name, shape in shapes.items() if name.endswith("fc2.weight")), ("", ()))
-    if name and len(shape) != 2:
-        raise ValueError(f"{name} is no matrix, its shape is {list(shape)}")
-    return shape[0] if name else None
+    return next((shape[0] for name, shape in (shapes or {}).items() if name.endswith("fc1.weight") and shape), None)
