@@ -32,10 +32,6 @@ class L1RegressionActionHead(nn.Module):
         """Hidden states of the action slots [B, K*A, D] -> normalised actions [B, K, A], nominally in [-1, 1]."""
         return self.model(group_by_action(action_hidden, self.chunk, self.action_dim))
 
-    def predict(self, action_hidden: Tensor) -> Tensor:
-        """Same as calling the head."""
-        return self(action_hidden)
-
 
 @dataclass(frozen=True)
 class L1Head(ActionHead):
@@ -64,4 +60,4 @@ class L1Head(ActionHead):
         return HeadLoss(masked_mean(errors, action_mask), metrics, predicted)
 
     def predict(self, run: Run) -> Tensor:
-        return self.action_head.predict(run())
+        return self.action_head(run())
