@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from prismo.embodiment import LIBERO
-from prismo.models.heads import L1RegressionActionHead
+from prismo.models.heads import L1Head, L1RegressionActionHead
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.processing import SPACE_ID, query
@@ -56,7 +56,7 @@ def build(tiny: bool) -> tuple[OpenVLAForActionPrediction, ActionModules]:
     for module in (vla, head, projector):
         fill_random(module, 0)
         module.eval()
-    return vla, ActionModules(head, projector)
+    return vla, ActionModules(L1Head(head), projector)
 
 
 def latencies(vla: OpenVLAForActionPrediction, modules: ActionModules, args: BenchConfig, batch: int) -> list[float]:

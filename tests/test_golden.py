@@ -23,7 +23,7 @@ from prismo.align.vggt import infer_config
 from prismo.data.normalize import parse_statistics, resolve_unnorm_key, unnormalize
 from prismo.embodiment import LIBERO
 from prismo.models.film import FiLMVisionBackbone
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.heads import DiffusionActionHead, DiffusionHead, L1Head, L1RegressionActionHead
 from prismo.models.lora import load_adapter
 from prismo.models.merge import merge
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
@@ -95,7 +95,7 @@ def inputs() -> Inputs:
 def modules(vla: OpenVLAForActionPrediction) -> ActionModules:
     head = golden.fill(L1RegressionActionHead(vla.llm_dim), golden.salt("action_head"))
     projector = golden.fill(ProprioProjector(vla.llm_dim), golden.salt("proprio_projector"))
-    return ActionModules(head=head, proprio_projector=projector)
+    return ActionModules(L1Head(head), projector)
 
 
 def to_environment(config: OpenVLAConfig, normalized: Tensor) -> Tensor:
@@ -157,14 +157,15 @@ def test_discrete(vla: OpenVLAForActionPrediction, inputs: Inputs, config: OpenV
 def diffusion_modules(vla: OpenVLAForActionPrediction, modules: ActionModules) -> Iterator[ActionModules]:
     head = golden.fill(DiffusionActionHead(vla.llm_dim), golden.salt("diffusion_head"))
     noisy = golden.fill(NoisyActionProjector(vla.llm_dim), golden.salt("noisy_action_projector"))
-    return ActionModules(head, modules.proprio_projector, noisy)
+    return ActionModules(DiffusionHead(head, noisy), modules.proprio_projector)
 
 
 def test_diffusion(
     vla: OpenVLAForActionPrediction, diffusion_modules: ActionModules, inputs: Inputs, config: OpenVLAConfig
 ) -> None:
     expected = golden.figures("diffusion.npz")
-    text, head = inputs.text, diffusion_modules.head
+    text, parts = inputs.text, diffusion_modules.by_stem()
+    head = parts["action_head"]
     noise = golden.normal_input("noise", 2, 8, 7)
     example = head.noisy_actions(inputs.target, noise, torch.tensor([3, 41]))
     close(example.actions, expected["noisy"])
@@ -175,7 +176,7 @@ def test_diffusion(
         text.attention_mask,
         inputs.pixels,
         action_mask=mask,
-        action_embeddings=diffusion_modules.noisy_action_projector(example.actions),
+        action_embeddings=parts["noisy_action_projector"](example.actions),
         extra_tokens=torch.cat([diffusion_modules.proprio_projector(inputs.proprio), example.time_embedding], 1),
     )
     close(head(out.action_states(mask)), expected["eps"])

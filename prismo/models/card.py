@@ -42,8 +42,8 @@ _LIBERO_EPISODES = {
 _RECIPE = (
     *("max_steps", "batch_size", "grad_accumulation_steps", "world_size", "learning_rate", "scheduler"),
     *("num_steps_before_decay", "lr_warmup_steps", "weight_decay", "max_grad_norm", "lora_rank", "lora_alpha"),
-    *("lora_dropout", "use_l1_regression", "use_diffusion", "use_film", "use_proprio", "num_images_in_input"),
-    *("chunk", "image_aug", "seed", "precision"),
+    *("lora_dropout", "use_l1_regression", "use_diffusion", "action_head", "use_film", "use_proprio"),
+    *("num_images_in_input", "chunk", "image_aug", "seed", "precision"),
 )
 
 

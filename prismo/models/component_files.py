@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from prismo.models.heads import HEADS
 from prismo.util.files import atomic_write
 from prismo.util.text import did_you_mean, first_line
 
-Stem = Literal["action_head", "proprio_projector", "noisy_action_projector", "align_projector", "vision_backbone"]
 Step = int | Literal["latest"]
 
 # The resolved flags of the run, beside every checkpoint of our trainer; the policy loader reads what it needs from it.
@@ -27,13 +27,13 @@ _DDP_PREFIX = "module."
 _WITHOUT_PREFIX = {"vision_backbone"}
 
 
-def component_path(folder: str | Path, stem: Stem, step: Step) -> Path:
+def component_path(folder: str | Path, stem: str, step: Step) -> Path:
     """Published path of one module's file."""
     _check_stem(stem)
     return Path(folder) / f"{stem}--{step}_checkpoint.pt"
 
 
-def find_component(folder: str | Path, stem: Stem, step: Step | None = None) -> Path:
+def find_component(folder: str | Path, stem: str, step: Step | None = None) -> Path:
     """The file of a module in a checkpoint folder.
 
     Without `step` the rule of the originals applies: exactly one `.pt` file whose name contains the stem and the word
@@ -68,7 +68,7 @@ def find_component(folder: str | Path, stem: Stem, step: Step | None = None) -> 
     return found[0]
 
 
-def has_component(folder: str | Path, stem: Stem) -> bool:
+def has_component(folder: str | Path, stem: str) -> bool:
     """Whether a checkpoint folder holds a file for the module; raises as `find_component` does for anything else."""
     try:
         find_component(folder, stem)
@@ -78,7 +78,7 @@ def has_component(folder: str | Path, stem: Stem) -> bool:
 
 
 def save_component(
-    module: nn.Module, folder: str | Path, stem: Stem, step: Step, *, dtype: torch.dtype | None = None
+    module: nn.Module, folder: str | Path, stem: str, step: Step, *, dtype: torch.dtype | None = None
 ) -> Path:
     """Write a module's weights atomically under the published name and key style.
 
@@ -101,7 +101,7 @@ def save_component(
     return path
 
 
-def load_component(module: nn.Module, folder: str | Path, stem: Stem, step: Step | None = None) -> Path:
+def load_component(module: nn.Module, folder: str | Path, stem: str, step: Step | None = None) -> Path:
     """Load a module's weights strictly; values are converted to the module's own dtype and device.
 
     Returns:
@@ -172,8 +172,10 @@ def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_stem(stem: str) -> None:
-    if stem not in get_args(Stem):
-        raise ValueError(did_you_mean("component", stem, get_args(Stem)))
+    of_heads = {stem for head in HEADS.values() for stem in head.stems()}
+    known = {"proprio_projector", "align_projector", "vision_backbone"} | of_heads
+    if stem not in known:
+        raise ValueError(did_you_mean("component", stem, sorted(known)))
 
 
 def _some(names: list[str]) -> str:
@@ -183,12 +185,9 @@ def _some(names: list[str]) -> str:
 
 def _hint(missing: list[str], unexpected: list[str]) -> str:
     """What the difference most likely means."""
-    for names, advice in (
-        (unexpected, "This is a diffusion head: pass --use_diffusion True --use_l1_regression False"),
-        (missing, "This is not a diffusion head: leave --use_diffusion at False"),
-    ):
-        if any(name.startswith("noise_predictor.") for name in names):
-            return advice
+    for kind, head in HEADS.items():
+        if head.mark is not None and any(name.startswith(head.mark) for name in unexpected):
+            return f"The file is of {head.title}: pass --action_head {kind} (or the flags of the training run)"
     if any(name.startswith("vlm_norm.") for name in missing + unexpected):
         return "The align projector was trained with another --use_vlm_norm"
     if any(".lora_" in name for name in missing + unexpected):

@@ -8,19 +8,19 @@ file formats are the same.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prismo.align.vggt import VGGTAggregator, VGGTConfig
 from prismo.data.normalize import DatasetStats, FieldStats, dump_statistics, statistics_to_json
 from prismo.embodiment import Embodiment, embodiment_for
-from prismo.models.component_files import Stem, save_component
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.component_files import save_component
+from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor
-from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.openvla.prediction import ActionModules
+from prismo.models.projectors import ProprioProjector
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny_tokenizer import write_tiny_tokenizer
 from prismo.models.vit import ViTConfig
@@ -107,7 +107,7 @@ def make_tiny_policy(
     seed: int = 0,
     *,
     dataset: str = "libero_spatial_no_noops",
-    head: Literal["l1", "diffusion", "discrete"] = "l1",
+    head: str = "l1",
     proprio: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     hidden_size: int = 32,
@@ -120,15 +120,9 @@ def make_tiny_policy(
     folder = make_tiny_openvla(folder, seed, dataset=dataset, dtype=dtype, hidden_size=hidden_size, layers=layers)
     robot = embodiment_for(dataset)
     dump_statistics({dataset: tiny_statistics(robot)}, folder / "dataset_statistics.json")
-    components: dict[Stem, nn.Module] = {}
-    if head == "l1":
-        components["action_head"] = L1RegressionActionHead(hidden_size, None, robot.action_dim, robot.chunk)
-    elif head == "diffusion":
-        components["action_head"] = DiffusionActionHead(hidden_size, None, robot.action_dim, robot.chunk)
-        components["noisy_action_projector"] = NoisyActionProjector(hidden_size)
-    if proprio:
-        components["proprio_projector"] = ProprioProjector(hidden_size, robot.proprio_dim)
-    for stem, module in components.items():
+    built = HEADS[head].build(HeadSizes(hidden_size, robot.action_dim, robot.chunk))
+    modules = ActionModules(built, ProprioProjector(hidden_size, robot.proprio_dim) if proprio else None)
+    for stem, module in modules.by_stem().items():
         fill_random(module, seed)
         save_component(module, folder, stem, "latest")
     return folder

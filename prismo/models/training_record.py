@@ -13,14 +13,16 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from prismo.embodiment import Embodiment
-from prismo.models.component_files import TRAINING_CONFIG, Stem, has_component
+from prismo.models.component_files import TRAINING_CONFIG, has_component
+from prismo.models.heads import HEADS, NO_HEAD
 from prismo.models.openvla.configuration import AttentionKind
 from prismo.util.schema import JsonObject, read_json
+from prismo.util.text import did_you_mean
 
 Count = Annotated[int, Ge(1)]
 Camera = Literal["checkpoint", "libero"]
 _CODE = "modeling_prismatic.py"
-_PARALLEL: tuple[Stem, ...] = ("action_head", "proprio_projector", "vision_backbone")
+_PARALLEL = ("action_head", "proprio_projector", "vision_backbone")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TrainingRecord:
         num_diffusion_steps_train: length of the diffusion schedule.
         intrinsics: camera of SpatialVLA's pictures.
         embodiment: the robot.
-        use_l1_regression, use_diffusion, use_film, use_proprio: modules beside an OpenVLA.
+        action_head, use_l1_regression, use_diffusion, use_film, use_proprio: modules beside an OpenVLA.
     """
 
     attention: AttentionKind = "bidirectional"
@@ -45,21 +47,23 @@ class TrainingRecord:
     num_diffusion_steps_train: Count | None = None
     intrinsics: Camera | None = None
     embodiment: Embodiment | None = None
+    action_head: str | None = None
     use_l1_regression: bool = False
     use_diffusion: bool = False
     use_film: bool = False
     use_proprio: bool = False
 
     @property
-    def modules(self) -> tuple[Stem, ...]:
+    def head(self) -> str:
+        """How actions are predicted, a key of `HEADS`, as far as a head of that name is here."""
+        flagged = (kind for kind, head in HEADS.items() if head.flag is not None and getattr(self, head.flag))
+        return self.action_head or next(flagged, NO_HEAD)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
         """Modules that an OpenVLA checkpoint of this run has files of."""
-        wanted: dict[Stem, bool] = {
-            "action_head": self.use_l1_regression or self.use_diffusion,
-            "noisy_action_projector": self.use_diffusion,
-            "proprio_projector": self.use_proprio,
-            "vision_backbone": self.use_film,
-        }
-        return tuple(stem for stem, is_wanted in wanted.items() if is_wanted)
+        others = {"proprio_projector": self.use_proprio, "vision_backbone": self.use_film}
+        return (*HEADS[self.head].stems(), *(stem for stem, is_wanted in others.items() if is_wanted))
 
 
 def read_training_record(folder: Path) -> TrainingRecord | None:
@@ -74,6 +78,8 @@ def read_training_record(folder: Path) -> TrainingRecord | None:
     record = read_json(path, TrainingRecord)
     if not read_json(path, JsonObject):
         raise ValueError(f"{path} is empty; restore it or fetch it again")
+    if record.head not in HEADS:
+        raise ValueError(f"{path}: {did_you_mean('action_head', record.head, HEADS)}")
     robot = record.embodiment
     if robot is not None and not all(-robot.action_dim <= dim < robot.action_dim for dim in robot.gripper_dims):
         raise ValueError(

@@ -17,8 +17,9 @@ from torch import Tensor
 from prismo.data.normalize import DatasetStats, load_statistics
 from prismo.embodiment import Embodiment
 from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_adapter_file
-from prismo.models.component_files import Stem, find_component, has_component, read_component
+from prismo.models.component_files import find_component, has_component, read_component
 from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished, missing_of_model
+from prismo.models.heads import HEADS, Shapes, recognise
 from prismo.models.openvla import AttentionKind
 from prismo.models.openvla.loading import read_config as read_openvla_config
 from prismo.models.spatialvla.modeling import read_config as read_spatialvla_config
@@ -34,7 +35,6 @@ from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.hub import is_hub_id, local_folder, no_such_folder
 from prismo.util.schema import JsonObject, read_json
 
-Head = Literal["l1", "diffusion", "discrete"]
 Family = Literal["openvla", "svla"]
 
 _BLOCK = 2**22
@@ -76,7 +76,7 @@ class Checkpoint:
         source: as the user named it.
         folder: where it lies (for a hub id, in the hub's cache).
         family: "openvla" or "svla" (SpatialVLA).
-        head: L1 head, diffusion head, or action tokens of the language model.
+        head: a key of `prismo.models.heads.HEADS`.
         attention: how its language model attends; see `attention_evidence` for what says so.
         film: its vision towers are modulated by the instruction.
         num_images: camera views it was trained with.
@@ -94,7 +94,7 @@ class Checkpoint:
     source: str
     folder: Path
     family: Family
-    head: Head
+    head: str
     attention: AttentionKind | None
     attention_evidence: str
     film: bool
@@ -134,7 +134,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     record = read_training_record(folder)
     if family == "openvla":
         check_modules(folder, record)
-    head_state = _component(folder, "action_head")
+    head, action_dim = _head(folder)
     proprio_state = _component(folder, "proprio_projector")
     attention, evidence = attention_kind(folder, record, config)
     said = record or TrainingRecord()
@@ -142,13 +142,13 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         source=str(source),
         folder=folder,
         family=family,
-        head=_head_kind(folder, head_state),
+        head=head,
         attention=attention,
         attention_evidence=evidence,
         film=has_component(folder, "vision_backbone"),
         num_images=said.num_images_in_input,
         proprio_dim=_matrix(folder, proprio_state, "fc1.weight").shape[1] if proprio_state else None,
-        action_dim=_action_dim(folder, head_state),
+        action_dim=action_dim,
         chunk=_chunk(folder, family, said),
         center_crop=_center_crop(folder, source, said),
         diffusion_steps=said.num_diffusion_steps_train,
@@ -231,7 +231,7 @@ def _read_adapter(folder: Path, base: str | None) -> AdapterInfo:
     return AdapterInfo(config.r, base)
 
 
-def _component(folder: Path, stem: Stem) -> dict[str, Tensor]:
+def _component(folder: Path, stem: str) -> dict[str, Tensor]:
     return read_component(find_component(folder, stem)) if has_component(folder, stem) else {}
 
 
@@ -255,23 +255,14 @@ def _family(folder: Path, config: Mapping[str, Any]) -> Family:
     return _FAMILIES[model_type]
 
 
-def _head_kind(folder: Path, state: Mapping[str, Tensor]) -> Head:
-    if not state:
-        return "discrete"
-    if any(name.startswith("noise_predictor.") for name in state):
-        return "diffusion"
-    if "model.fc1.weight" in state:
-        return "l1"
-    raise ValueError(
-        f"the action_head file in {folder} is of an unknown kind (first tensor: {min(state)}); expected model.* (L1) "
-        "or noise_predictor.* (diffusion)"
-    )
-
-
-def _action_dim(folder: Path, state: Mapping[str, Tensor]) -> int | None:
-    """The last layer's rows."""
-    last = [name for name in state if name.endswith("fc2.weight")]
-    return _matrix(folder, state, last[0]).shape[0] if last else None
+def _head(folder: Path) -> tuple[str, int | None]:
+    """Kind of the action head, and the numbers per action that its tensors tell."""
+    shapes: Shapes = {name: tuple(value.shape) for name, value in _component(folder, "action_head").items()}
+    try:
+        kind = recognise(shapes)
+        return kind, HEADS[kind].action_dim(shapes)
+    except ValueError as error:
+        raise ValueError(f"the action_head file in {folder}: {error}; copy it again") from error
 
 
 def _center_crop(folder: Path, source: str | Path, record: TrainingRecord) -> bool | None:

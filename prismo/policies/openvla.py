@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from prismo.data.images import observation_image
 from prismo.data.normalize import DatasetStats, normalize, unnormalize
 from prismo.embodiment import Embodiment
 from prismo.models.adapter_file import ADAPTER_FOLDER, open_adapter
-from prismo.models.component_files import find_component, load_component, load_state, read_component
+from prismo.models.component_files import find_component, load_component, read_component
 from prismo.models.folder import missing_of_processor
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.self_test import run_self_test
-from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.projectors import ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.policies.base import PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
@@ -135,8 +135,8 @@ class OpenVLAPolicy:
         return torch.from_numpy(scaled).to(self._vla.device, self._vla.dtype)
 
     def _start_noise(self, slots: Sequence[int]) -> Tensor | None:
-        """Noise [B, K, A] for a diffusion head, from each slot's own generator."""
-        if self._settings.head != "diffusion":
+        """Noise [B, K, A] for a head that takes some, from each slot's own generator."""
+        if not self._modules.head.from_noise:
             return None
         shape = (self._robot.chunk, self._robot.action_dim)
         draws = [torch.randn(shape, generator=self._noise[slot]) for slot in slots]
@@ -166,9 +166,8 @@ def load_openvla_policy(
     processor = PrismaticProcessor.from_pretrained(processor_folder(checkpoint))
     vla = _load_vla(checkpoint, settings, device, dtype)
     modules = _load_modules(checkpoint, settings, vla.llm_dim, robot)
-    for module in (modules.head, modules.proprio_projector, modules.noisy_action_projector):
-        if module is not None:
-            module.to(device, dtype).eval()
+    for module in modules.by_stem().values():
+        module.to(device, dtype).eval()
     vla.eval()
     run_self_test(vla)
     stats = checkpoint.statistics[settings.unnorm_key]
@@ -249,27 +248,16 @@ def _load_film(vla: OpenVLAForActionPrediction, checkpoint: Checkpoint) -> None:
 
 def _load_modules(checkpoint: Checkpoint, settings: PolicySettings, width: int, robot: Embodiment) -> ActionModules:
     """Action head and projectors, strictly."""
-    head = noisy = proprio = None
-    if settings.head != "discrete":
-        path = find_component(checkpoint.folder, "action_head")
-        state = read_component(path)
-        arguments = (width, _hidden_width(state), robot.action_dim, settings.chunk)
-        if settings.head == "l1":
-            head = L1RegressionActionHead(*arguments)
-        else:
-            head = DiffusionActionHead(*arguments, train_steps=settings.diffusion_steps_train)
-            head.ddim.timesteps(settings.diffusion_steps_inference)  # raises for an impossible number
-            noisy = NoisyActionProjector(width)
-            load_component(noisy, checkpoint.folder, "noisy_action_projector")
-        load_state(head, state, path)
-    if settings.proprio:
-        proprio = ProprioProjector(width, robot.proprio_dim)
-        load_component(proprio, checkpoint.folder, "proprio_projector")
-    return ActionModules(head, proprio, noisy)
-
-
-def _hidden_width(state: Mapping[str, Tensor]) -> int:
-    return next(value for name, value in state.items() if name.endswith("fc1.weight")).shape[0]
+    kind, shapes = HEADS[settings.head], None
+    if kind.mark is not None:
+        stored = read_component(find_component(checkpoint.folder, "action_head"))
+        shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    head = kind.build(HeadSizes(width, robot.action_dim, settings.chunk, settings.diffusion_steps_train), shapes)
+    head.check_steps(settings.diffusion_steps_inference)
+    modules = ActionModules(head, ProprioProjector(width, robot.proprio_dim) if settings.proprio else None)
+    for stem, module in modules.by_stem().items():
+        load_component(module, checkpoint.folder, stem)
+    return modules
 
 
 def processor_folder(checkpoint: Checkpoint) -> Path:

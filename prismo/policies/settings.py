@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from prismo.data.normalize import UnknownKeyError, resolve_unnorm_key
 from prismo.embodiment import Embodiment, Normalization
+from prismo.models.heads import HEADS, NO_HEAD
 from prismo.models.openvla import AttentionKind
-from prismo.policies.checkpoint import Checkpoint, Head
+from prismo.policies.checkpoint import Checkpoint
 from prismo.policies.flags import PolicyFlags
 from prismo.util.text import did_you_mean
 
@@ -31,7 +32,7 @@ _DIFFUSION_STEPS = 50
 class PolicySettings:
     """Resolved settings of an OpenVLA policy; see `PolicyFlags` for their meaning."""
 
-    head: Head
+    head: str
     attention: AttentionKind
     film: bool
     num_images: int
@@ -117,22 +118,23 @@ class Problem:
     fatal: bool = False
 
 
-def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, AttentionKind, list[Problem]]:
+def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[str, AttentionKind, list[Problem]]:
     """Head and attention, and what speaks against the ones asked for."""
     if flags.use_l1_regression and flags.use_diffusion:
         raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; a checkpoint has one")
     if flags.attention not in (None, "bidirectional", "causal"):
         raise ValueError(did_you_mean("attention", flags.attention, ("bidirectional", "causal")))
     head, problems = checkpoint.head, []
-    for flag, asked, kind in (
-        ("use_l1_regression", flags.use_l1_regression, "l1"),
-        ("use_diffusion", flags.use_diffusion, "diffusion"),
-    ):
+    found = f"its action_head file is {HEADS[head].title}"
+    if head == NO_HEAD:
+        found = "it has no action_head file: actions are tokens of the language model"
+    for kind, flag in ((kind, each.flag) for kind, each in HEADS.items() if each.flag is not None):
+        asked = getattr(flags, flag)
         if asked and head != kind:
-            problems.append(Problem(f"--{flag} True, but {_HEADS[checkpoint.head]}", fatal=True))
+            problems.append(Problem(f"--{flag} True, but {found}", fatal=True))
         elif asked is False and checkpoint.head == kind:
-            problems.append(Problem(f"--{flag} False, but {_HEADS[checkpoint.head]}"))
-            head = "discrete"
+            problems.append(Problem(f"--{flag} False, but {found}"))
+            head = NO_HEAD
     attention = flags.attention or checkpoint.attention or "causal"
     if checkpoint.attention is None and flags.attention is None:
         _LOG.warning(
@@ -142,16 +144,9 @@ def _resolve_head(flags: PolicyFlags, checkpoint: Checkpoint) -> tuple[Head, Att
         )
     if flags.attention and checkpoint.attention and flags.attention != checkpoint.attention:
         problems.append(Problem(f"--attention {flags.attention}, but {checkpoint.attention_evidence}"))
-    if attention == "causal" and head != "discrete":
+    if attention == "causal" and head != NO_HEAD:
         problems.append(Problem("causal attention cannot feed an action head (chunks are decoded in one pass)", True))
     return head, attention, problems
-
-
-_HEADS = {
-    "l1": "its action_head file is an L1 head",
-    "diffusion": "its action_head file is a diffusion head",
-    "discrete": "it has no action_head file: actions are tokens of the language model",
-}
 
 
 def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]:

@@ -14,26 +14,19 @@ from prismo.align import SpatialForcing
 from prismo.data.images import center_crop, prepare_images
 from prismo.embodiment import Embodiment
 from prismo.models.film import add_film
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.lora import add_lora, freeze_never_used
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
 from prismo.models.openvla.prediction import ActionModules
-from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.projectors import ProprioProjector
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
 from prismo.training.options import PolicyOptions
 
 
 def build_modules(llm_dim: int, robot: Embodiment, options: PolicyOptions) -> ActionModules:
     """New side modules in fp32 on the CPU, with the original's initialisation."""
-    head, noisy = None, None
-    sizes = (llm_dim, None, robot.action_dim, robot.chunk)
-    if options.head == "l1":
-        head = L1RegressionActionHead(*sizes)
-    elif options.head == "diffusion":
-        head = DiffusionActionHead(*sizes, options.diffusion_steps)
-        noisy = NoisyActionProjector(llm_dim)
-    proprio = ProprioProjector(llm_dim, robot.proprio_dim) if options.use_proprio else None
-    return ActionModules(head, proprio, noisy)
+    head = HEADS[options.head].build(HeadSizes(llm_dim, robot.action_dim, robot.chunk, options.diffusion_steps))
+    return ActionModules(head, ProprioProjector(llm_dim, robot.proprio_dim) if options.use_proprio else None)
 
 
 def build_objective(
@@ -56,7 +49,7 @@ def build_objective(
     if options.use_film:
         add_film(vla, identity_init=options.film_identity_init, exclude_padding=options.film_exclude_padding)
     add_lora(vla, options.lora)
-    freeze_never_used(vla, lm_head_used=options.head == "discrete")
+    freeze_never_used(vla, lm_head_used=HEADS[options.head].uses_lm_head)
     if autocast:
         for module in vla.modules():
             if isinstance(module, LoraLayer):

@@ -45,10 +45,10 @@ _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 # Flags that decide what the stored tensors mean or which sample comes next; a resumed run must agree on them.
 _FIXED = (
-    "use_l1_regression", "use_diffusion", "num_diffusion_steps_train", "use_film", "film_exclude_padding",
-    "num_images_in_input", "use_proprio", "use_lora", "lora_rank", "lora_alpha", "dataset_name", "seed", "use_tail",
-    "use_val_set", "val_fraction", "freeze_llm_embed", "freeze_vision_tower", "adapt_emb", "adpt_feature", "min_sigma",
-    "intrinsics", "teacher",
+    "use_l1_regression", "use_diffusion", "action_head", "num_diffusion_steps_train", "use_film",
+    "film_exclude_padding", "num_images_in_input", "use_proprio", "use_lora", "lora_rank", "lora_alpha",
+    "dataset_name", "seed", "use_tail", "use_val_set", "val_fraction", "freeze_llm_embed", "freeze_vision_tower",
+    "adapt_emb", "adpt_feature", "min_sigma", "intrinsics", "teacher",
 )  # fmt: skip
 # Flags that may change, after which the run is another one than the uninterrupted.
 _CHANGES_NUMBERS = (

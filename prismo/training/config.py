@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` needs none of the
 
     from prismo.align import AlignRecipe
     from prismo.training.optim import Schedule
-    from prismo.training.options import HeadKind, PolicyOptions
+    from prismo.training.options import PolicyOptions
 
 Precision = Literal["auto", "bfloat16", "float32"]
 PLACEHOLDER = "your-wandb-"  # the original's defaults of the two Weights & Biases names
@@ -53,6 +53,8 @@ class FinetuneConfig:
     use_l1_regression: bool = True
     # Denoise action chunks (DDIM); excludes use_l1_regression
     use_diffusion: bool = False
+    # Another action head by its name in prismo/models/heads. Default: as the two flags above say
+    action_head: str | None = None
     # Timesteps of the diffusion schedule
     num_diffusion_steps_train: int = 50
     # Let the instruction modulate the vision towers
@@ -222,9 +224,10 @@ class FinetuneConfig:
         return self.compile
 
     @property
-    def head(self) -> HeadKind:
-        """How actions are predicted."""
-        return "diffusion" if self.use_diffusion else "l1" if self.use_l1_regression else "discrete"
+    def head(self) -> str:
+        """How actions are predicted, a key of `prismo.models.heads.HEADS`."""
+        flags = "diffusion" if self.use_diffusion else "l1" if self.use_l1_regression else "discrete"
+        return self.action_head or flags
 
     @property
     def policy_options(self) -> PolicyOptions:
@@ -274,6 +277,12 @@ class FinetuneConfig:
         """
         if self.use_l1_regression and self.use_diffusion:
             raise ValueError("--use_l1_regression True and --use_diffusion True exclude each other; set one to False")
+        if self.use_diffusion and self.action_head not in (None, "diffusion"):
+            raise ValueError(f"--use_diffusion True and --action_head {self.action_head} exclude each other; drop one")
+        if self.action_head is not None:
+            from prismo.models.heads import HEADS
+
+            _check_choice("action_head", self.action_head, HEADS)
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
         for field in fields(self):

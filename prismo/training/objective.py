@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prismo.align import SpatialForcing, vision_tokens
-from prismo.models.openvla import IGNORE_INDEX, ActionTokenizer, OpenVLAForActionPrediction, OpenVLAOutput, TextBatch
-from prismo.models.openvla.prediction import ActionModules, join_tokens, proprio_token
+from prismo.models.openvla import OpenVLAForActionPrediction, OpenVLAOutput, TextBatch
+from prismo.models.openvla.prediction import ActionModules, OpenVLARun
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class OpenVLAObjective(nn.Module):
 
     Args:
         vla: the model, with adapters injected where it is fine-tuned by LoRA.
-        modules: action head and projectors; they become submodules.
+        modules: action head and projectors; they become submodules, named as their files.
         alignment: None trains without a teacher.
     """
 
@@ -73,83 +71,31 @@ class OpenVLAObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.vla = vla
-        self.action_head = modules.head
-        self.proprio_projector = modules.proprio_projector
-        self.noisy_action_projector = modules.noisy_action_projector
+        self.policy = modules
+        for stem, module in modules.by_stem().items():
+            self.add_module(stem, module)
         self.alignment = alignment
-
-    @property
-    def modules_of_policy(self) -> ActionModules:
-        """The side modules, for prediction."""
-        return ActionModules(self.action_head, self.proprio_projector, self.noisy_action_projector)
 
     def forward(self, batch: TrainingInputs, *, with_map: bool = False) -> Losses:
         """Loss of a micro-batch; see `Losses`. `with_map` adds the alignment's cosine map."""
-        mask = self.vla.action_tokenizer.mask(batch.text.labels)
-        modules = self.modules_of_policy
-        proprio = proprio_token(modules, batch.proprio)
-        noisy = slots = None
-        if modules.diffusion is not None:
-            head, noisy_action_projector = modules.diffusion
-            noisy = head.noisy_actions(batch.actions)
-            slots = noisy_action_projector(noisy.actions)
-        layers = () if self.alignment is None else (self.alignment.recipe.vla_layers_align,)
-        out = self.vla(
-            batch.text.input_ids,
-            batch.text.attention_mask,
+        run = OpenVLARun(
+            self.vla,
+            self.policy,
+            batch.text,
             batch.pixel_values,
-            action_mask=mask,
-            action_embeddings=slots,
-            extra_tokens=join_tokens(
-                proprio, None if noisy is None else noisy.time_embedding, dtype=batch.pixel_values.dtype
-            ),
-            hidden_layers=layers,
+            (batch.actions.shape[1], batch.actions.shape[2]),
+            proprio=batch.proprio,
+            hidden_layers=() if self.alignment is None else (self.alignment.recipe.vla_layers_align,),
         )
-        actions = None
-        if self.action_head is None:
-            action, metrics = self._token_loss(out, batch)
-        elif noisy is not None:
-            noise = self.action_head(out.action_states(mask)).float()
-            action, metrics = _masked_mean((noise - noisy.noise.float()) ** 2, batch.action_mask), {}
-        else:
-            actions = self.action_head(out.action_states(mask)).float()
-            action, metrics = _l1(actions, batch)
-        metrics["loss"] = action.detach()
-        total, align_map = action, None
+        action = self.policy.head.loss(run, batch.actions, batch.action_mask)
+        metrics = action.metrics | {"loss": action.loss.detach()}
+        total, align_map = action.loss, None
         if self.alignment is not None:
-            align, align_metrics = _align(self.alignment, out, batch, with_map)
+            align, align_metrics = _align(self.alignment, run.output, batch, with_map)
             align_map = align_metrics.pop("align_cosine_map", None)
-            total = action + align  # already times align_loss_coeff
+            total = action.loss + align  # already times align_loss_coeff
             metrics |= align_metrics
-        return Losses(total, metrics, actions, align_map)
-
-    def _token_loss(self, out: OpenVLAOutput, batch: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy over action tokens and stop token; the LM head sees these positions only."""
-        targets = batch.text.labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        if batch.action_mask is not None:
-            supervised = supervised & self._real_tokens(targets, batch.action_mask, batch.actions.shape[-1])
-        logits = self.vla.logits(out.last_hidden_state[:, out.inserted_tokens : -1][supervised])
-        wanted = targets[supervised]
-        loss = F.cross_entropy(logits, wanted)
-        tokenizer = self.vla.action_tokenizer
-        is_action = tokenizer.mask(wanted)
-        predicted = logits.argmax(dim=-1)
-        first = tokenizer.first_action_mask(batch.text.labels, batch.actions.shape[-1])[:, 1:][supervised]
-        right = (predicted == wanted).float()
-        centers = torch.as_tensor(tokenizer.centers, dtype=torch.float32, device=wanted.device)
-        error = (_center(centers, predicted, tokenizer) - _center(centers, wanted, tokenizer)).abs()
-        metrics = {}
-        for name, where in (("curr_action", is_action & first), ("next_actions", is_action & ~first)):
-            metrics[f"{name}_accuracy"] = _mean_where(right, where).detach()
-            metrics[f"{name}_l1_loss"] = _mean_where(error, where).detach()
-        return loss, metrics
-
-    def _real_tokens(self, targets: Tensor, action_mask: Tensor, action_dim: int) -> Tensor:
-        """False at tokens of padded actions [B, L-1]; the stop token stays."""
-        real = torch.ones_like(targets, dtype=torch.bool)
-        per_token = action_mask.repeat_interleave(action_dim, dim=1)
-        return real.masked_scatter(self.vla.action_tokenizer.mask(targets), per_token)
+        return Losses(total, metrics, action.actions, align_map)
 
 
 def _align(
@@ -159,33 +105,3 @@ def _align(
     hidden = out.hidden_states[recipe.vla_layers_align]
     tokens = vision_tokens(hidden, count=out.vision_tokens, shift=recipe.gain_feat_1move)
     return alignment(batch.images, tokens, view_mask=batch.view_mask, return_map=with_map)
-
-
-def _center(centers: Tensor, ids: Tensor, tokenizer: ActionTokenizer) -> Tensor:
-    """Bin centres of token ids; ids outside the action block give the nearest bin."""
-    return centers[(tokenizer.vocab_size - ids - 1).clamp(0, len(centers) - 1)]
-
-
-def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    return (values * where).sum() / where.sum().clamp(min=1)
-
-
-def _masked_mean(errors: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of [B, K, A] over the real actions."""
-    if mask is None:
-        return errors.mean()
-    weight = mask.unsqueeze(-1).to(errors.dtype)
-    return (errors * weight).sum() / (weight.sum() * errors.shape[-1]).clamp(min=1)
-
-
-def _l1(predicted: Tensor, batch: TrainingInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    # fp32: the original took the mean of bf16 differences, which resolves the loss to 0.4 %.
-    errors = (predicted - batch.actions.float()).abs()
-    detached = errors.detach()
-    mask = batch.action_mask
-    following = None if mask is None else mask[:, 1:]
-    metrics = {
-        "curr_action_l1_loss": detached[:, 0].mean(),  # the first action of a window is always real
-        "next_actions_l1_loss": _masked_mean(detached[:, 1:], following),
-    }
-    return _masked_mean(errors, mask), metrics

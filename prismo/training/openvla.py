@@ -16,7 +16,7 @@ from prismo.data.dataset import Sample
 from prismo.data.loader import Batch
 from prismo.data.normalize import DatasetStats, dump_statistics
 from prismo.embodiment import Embodiment
-from prismo.models.component_files import Stem, Step, load_component, save_component
+from prismo.models.component_files import Step, load_component, save_component
 from prismo.models.lora import save_adapter
 from prismo.models.merge import MergeReport, merge
 from prismo.models.openvla import (
@@ -170,7 +170,7 @@ class OpenVLATask:
     def predict(self, inputs: TrainingInputs) -> Tensor:
         return predict_actions(
             self.objective.vla,
-            self.objective.modules_of_policy,
+            self.objective.policy,
             inputs.text,
             inputs.pixel_values,
             self.robot,
@@ -212,15 +212,11 @@ class OpenVLATask:
         ]
         return [path.name for path in files]
 
-    def components(self) -> dict[Stem, nn.Module]:
+    def components(self) -> dict[str, nn.Module]:
         """Side modules by the stem of their files."""
-        modules: dict[Stem, nn.Module | None] = {
-            "action_head": self.objective.action_head,
-            "proprio_projector": self.objective.proprio_projector,
-            "noisy_action_projector": self.objective.noisy_action_projector,
-            "align_projector": None if self.objective.alignment is None else self.objective.alignment.projector,
-        }
-        return {stem: module for stem, module in modules.items() if module is not None}
+        alignment = self.objective.alignment
+        trained: dict[str, nn.Module] = {} if alignment is None else {"align_projector": alignment.projector}
+        return self.objective.policy.by_stem() | trained
 
 
 def build_task(

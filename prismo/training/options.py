@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from prismo.models.lora import LoraSpec
-
-HeadKind = Literal["l1", "diffusion", "discrete"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +12,7 @@ class PolicyOptions:
     """What is trained on top of the base model.
 
     Attributes:
-        head: how actions are predicted.
+        head: how actions are predicted, a key of `prismo.models.heads.HEADS`.
         use_proprio: feed the robot state as a token.
         use_film: modulate the vision towers by the instruction.
         lora: adapters of the base.
@@ -23,7 +20,7 @@ class PolicyOptions:
         film_identity_init, film_exclude_padding: see `prismo.models.film.FiLMVisionBackbone`.
     """
 
-    head: HeadKind = "l1"
+    head: str = "l1"
     use_proprio: bool = False
     use_film: bool = False
     lora: LoraSpec = field(default_factory=LoraSpec)

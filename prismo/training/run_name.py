@@ -76,7 +76,7 @@ def naming_flags(config: FinetuneConfig) -> list[str]:
     """Flags whose values are in the name."""
     original = ["vla_path", "dataset_name", "batch_size", "grad_accumulation_steps", "learning_rate", "use_lora"]
     original += ["lora_rank", "lora_dropout", "image_aug", "run_id_note", "run_id_override"]
-    head = [] if _is_spatialvla(config) else ["use_l1_regression", "use_diffusion"]
+    head = [] if _is_spatialvla(config) else ["use_l1_regression", "use_diffusion", "action_head"]
     return [*original, *head, *_words(config)]
 
 

@@ -69,6 +69,7 @@ def settle(config: C, base: Path, processes: int) -> C:
     wrong = [
         f"--{name} True" for name in ("use_diffusion", "use_film", "use_proprio", "compile") if getattr(config, name)
     ]
+    wrong += [f"--action_head {config.action_head}"] if config.action_head is not None else []
     wrong += [f"--num_images_in_input {config.num_images_in_input}"] if config.num_images_in_input != 1 else []
     if wrong:
         raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prismo.data.loader import Batch, Loader
+from prismo.models.heads import HEADS
 from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import (
     DataPosition,
@@ -244,7 +245,8 @@ class Trainer:
         result, batch = update.result, update.batches[-1]
         values = dict(result.metrics)
         actions = result.actions
-        if actions is None and update.number % self.config.diffusion_sample_freq == 0 and self.config.use_diffusion:
+        sampled_now = update.number % self.config.diffusion_sample_freq == 0
+        if actions is None and sampled_now and HEADS[self.config.head].from_noise:
             actions, sampled = self._sample(batch)
             values |= sampled
         if actions is not None:

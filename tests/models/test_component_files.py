@@ -95,7 +95,7 @@ def test_what_is_no_file(tmp_path):
 
 def test_modules_that_do_not_fit_are_named(tmp_path):
     save_component(small_head(), tmp_path, "action_head", 5)
-    with pytest.raises(ValueError, match="leave --use_diffusion at False"):
+    with pytest.raises(ValueError, match="of an L1 head: pass --action_head l1"):
         load_component(DiffusionActionHead(input_dim=8, action_dim=3, chunk=2), tmp_path, "action_head")
     with pytest.raises(ValueError, match=r"layer_norm1.weight has shape \[24\], expected \[32\]"):
         load_component(small_head(action_dim=4), tmp_path, "action_head")

@@ -49,23 +49,23 @@ def test_full_size_modules_have_the_published_names_and_parameter_counts():
 def test_l1_head_uses_only_the_slots_of_its_own_action():
     head = L1RegressionActionHead(input_dim=6, action_dim=3, chunk=4)
     hidden = torch.randn(2, 12, 6)
-    before = head.predict(hidden)
+    before = head(hidden)
     assert before.shape == (2, 4, 3)
     hidden[:, 3:6] += 1.0  # the slots of action 1
-    changed = (head.predict(hidden) != before).any(dim=(0, 2))
+    changed = (head(hidden) != before).any(dim=(0, 2))
     assert changed.tolist() == [False, True, False, False]
 
 
 def test_l1_head_runs_in_its_own_dtype():
     head = L1RegressionActionHead(input_dim=6, action_dim=3, chunk=4)
-    assert head.predict(torch.randn(1, 12, 6, dtype=torch.bfloat16)).dtype == torch.float32
-    assert head.bfloat16().predict(torch.randn(1, 12, 6)).dtype == torch.bfloat16
+    assert head(torch.randn(1, 12, 6, dtype=torch.bfloat16)).dtype == torch.float32
+    assert head.bfloat16()(torch.randn(1, 12, 6)).dtype == torch.bfloat16
 
 
 def test_wrong_slot_count_is_one_clear_error():
     head = L1RegressionActionHead(input_dim=6, action_dim=7, chunk=8)
     with pytest.raises(ValueError, match=r"8 \* 7 = 56"):
-        head.predict(torch.zeros(1, 40, 6))
+        head(torch.zeros(1, 40, 6))
     with pytest.raises(ValueError, match=r"expects \[batch, 8\], got \[2, 7\]"):
         ProprioProjector(16, 8)(torch.zeros(2, 7))
 
@@ -143,7 +143,7 @@ def test_l1_head_gives_the_golden_actions():
     chunk, action_dim = expected.shape[1:]
     head = L1RegressionActionHead(states.shape[-1], None, action_dim, chunk)
     fill(head, salt("action_head"))
-    close(head.predict(states), expected)
+    close(head(states), expected)
 
 
 def test_diffusion_gives_the_golden_noisy_actions_and_time_tokens():

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prismo.embodiment import LIBERO
-from prismo.models.heads import L1RegressionActionHead
+from prismo.models.heads import L1Head, L1RegressionActionHead
 from prismo.models.openvla import (
     ActionTokenizer,
     OpenVLAConfig,
@@ -56,7 +56,7 @@ def modules(vla: OpenVLAForActionPrediction) -> ActionModules:
     head, projector = L1RegressionActionHead(vla.llm_dim), ProprioProjector(vla.llm_dim)
     fill_random(head, 1)
     fill_random(projector, 2)
-    return ActionModules(head.eval(), projector.eval())
+    return ActionModules(L1Head(head.eval()), projector.eval())
 
 
 @pytest.fixture(scope="module")

@@ -344,6 +344,7 @@ def test_dry_run(svla, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"use_proprio": True, "num_images_in_input": 2}, "leave out --use_proprio True, --num_images_in_input 2"),
+        ({"action_head": "l1"}, "predicts action tokens; leave out --action_head l1"),
         ({"intrinsics": "libreo"}, "Did you mean 'libero'"),
         ({"adpt_feature": True}, "needs --adapt_emb"),
         ({"adapt_emb": "nowhere.json"}, "nowhere.json"),

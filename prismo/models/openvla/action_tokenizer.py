@@ -58,7 +58,11 @@ class ActionTokenizer:
         """
         return labels > self.first_id
 
+    def supervised(self, labels: Tensor) -> Tensor:
+        """True at the tokens that are to be predicted: action tokens and stop token."""
+        return labels != IGNORE_INDEX
+
     def first_action_mask(self, labels: Tensor, action_dim: int) -> Tensor:
         """True at the tokens of the first action of each chunk (for the "current action" metrics)."""
-        count = torch.cumsum(labels != IGNORE_INDEX, dim=-1)
+        count = torch.cumsum(self.supervised(labels), dim=-1)
         return self.mask(labels) & (count <= action_dim)

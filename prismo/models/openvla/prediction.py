@@ -7,16 +7,19 @@ Shape legend: B batch, K actions per chunk, A numbers per action, T = K * A acti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismo.embodiment import Embodiment
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
-from prismo.models.openvla.modeling import OpenVLAForActionPrediction
+from prismo.models.heads import ActionHead, TokenHead
+from prismo.models.heads.tokens import decode
+from prismo.models.openvla.modeling import OpenVLAForActionPrediction, OpenVLAOutput
 from prismo.models.openvla.processing import TextBatch
-from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.projectors import ProprioProjector
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,90 @@ class ActionModules:
     """What a checkpoint holds beside the VLA itself.
 
     Attributes:
-        head: regresses or denoises actions from hidden states; None = the LM head predicts action tokens.
+        head: makes actions of hidden states.
         proprio_projector: adds one token for the proprioceptive state.
-        noisy_action_projector: needed by a diffusion head.
     """
 
-    head: L1RegressionActionHead | DiffusionActionHead | None = None
+    head: ActionHead = field(default_factory=TokenHead)
     proprio_projector: ProprioProjector | None = None
-    noisy_action_projector: NoisyActionProjector | None = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.head, DiffusionActionHead) != (self.noisy_action_projector is not None):
-            raise ValueError("a diffusion head and a noisy-action projector belong together; one of them is missing")
+    def by_stem(self) -> dict[str, nn.Module]:
+        """The modules by the stems of their files."""
+        modules, state = self.head.modules, self.proprio_projector
+        first = {stem: modules.pop(stem) for stem in ("action_head",) if stem in modules}
+        return first | ({} if state is None else {"proprio_projector": state}) | modules
 
-    @property
-    def diffusion(self) -> tuple[DiffusionActionHead, NoisyActionProjector] | None:
-        """The two parts of a diffusion policy; None for others."""
-        if isinstance(self.head, DiffusionActionHead) and self.noisy_action_projector is not None:
-            return self.head, self.noisy_action_projector
-        return None
+
+class OpenVLARun:
+    """The VLA on one batch, see `prismo.models.heads.Run`; the pictures are encoded once for all passes.
+
+    Args:
+        vla, modules: the policy's parts.
+        text: with action slots.
+        pixel_values: [B, V * 6, H, W].
+        shape: actions per chunk K and numbers per action A.
+        proprio: normalised state [B, proprio_dim]; required with a proprio projector, an error without one.
+        hidden_layers: states that `output` keeps.
+        steps: passes of a head that starts from noise.
+        noise: that noise [B, K, A]; drawn from N(0, 1) by default.
+
+    Attributes:
+        output: of the latest pass.
+    """
+
+    output: OpenVLAOutput
+
+    def __init__(
+        self,
+        vla: OpenVLAForActionPrediction,
+        modules: ActionModules,
+        text: TextBatch,
+        pixel_values: Tensor,
+        shape: tuple[int, int],
+        *,
+        proprio: Tensor | None = None,
+        hidden_layers: Sequence[int] = (),
+        steps: int = 50,
+        noise: Tensor | None = None,
+    ) -> None:
+        self.labels, self.tokens, self.shape = text.labels, vla.action_tokenizer, shape
+        self._vla, self._text, self._pixels, self._layers = vla, text, pixel_values, hidden_layers
+        self.steps, self._noise = steps, noise
+        self._mask = self.tokens.mask(text.labels)
+        self._proprio = _proprio_token(modules, proprio)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        if self._noise is not None:
+            return self._noise
+        return torch.randn(len(self.labels), *self.shape, device=self.labels.device)
+
+    @cached_property
+    def _vision(self) -> Tensor:
+        text = self._text
+        embeddings = self._vla.get_input_embeddings()(text.input_ids)
+        condition = self._vla.language_condition(embeddings, self._mask, text.attention_mask)
+        return self._vla.project_vision(self._pixels, condition)
+
+    def __call__(self, action_embeddings: Tensor | None = None, time_token: Tensor | None = None) -> Tensor:
+        extra = [token.to(self._pixels.dtype) for token in (self._proprio, time_token) if token is not None]
+        self.output = self._vla(
+            self._text.input_ids,
+            self._text.attention_mask,
+            action_mask=self._mask,
+            action_embeddings=action_embeddings,
+            extra_tokens=torch.cat(extra, dim=1) if extra else None,
+            vision_tokens=self._vision,
+            hidden_layers=self._layers,
+        )
+        return self.output.action_states(self._mask)
+
+    def text_states(self) -> Tensor:
+        self()
+        return self.output.last_hidden_state[:, self.output.inserted_tokens : -1]
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self._vla.logits(states)
 
 
 @torch.no_grad()
@@ -64,7 +132,7 @@ def predict_actions(
         text: `PrismaticProcessor.query_text` (OFT), or `prompt_batch` for a causal (vanilla) model.
         pixel_values: [B, V * 6, H, W].
         proprio: normalised state [B, proprio_dim]; required with a proprio projector, an error without one.
-        diffusion_steps: denoising steps.
+        diffusion_steps: passes of a head that denoises.
         start: noise to denoise [B, K, A]; drawn from N(0, 1) by default.
 
     Returns:
@@ -75,40 +143,13 @@ def predict_actions(
     """
     if vla.config.attention == "causal":
         ids = vla.generate_action_tokens(text.input_ids, text.attention_mask, pixel_values, embodiment.action_dim)
-        return _decode(vla, ids).unflatten(1, (1, embodiment.action_dim))
-    extra = proprio_token(modules, proprio)
-    mask = vla.action_tokenizer.mask(text.labels)
+        return decode(vla.action_tokenizer, ids).unflatten(1, (1, embodiment.action_dim))
     shape = (embodiment.chunk, embodiment.action_dim)
-    if modules.diffusion is None:
-        out = vla(text.input_ids, text.attention_mask, pixel_values, action_mask=mask, extra_tokens=extra)
-        states = out.action_states(mask)
-        if isinstance(modules.head, L1RegressionActionHead):
-            return modules.head.predict(states).float()
-        return _decode(vla, vla.logits(states).argmax(dim=-1)).unflatten(1, shape)
-
-    head, noisy_action_projector = modules.diffusion
-    condition = vla.language_condition(vla.get_input_embeddings()(text.input_ids), mask, text.attention_mask)
-    vision = vla.project_vision(pixel_values, condition)  # the same at every denoising step
-
-    def action_hidden(noisy: Tensor, time_token: Tensor) -> Tensor:
-        slots = noisy_action_projector(noisy)
-        tokens = join_tokens(extra, time_token, dtype=vision.dtype)
-        out = vla(
-            text.input_ids,
-            text.attention_mask,
-            action_mask=mask,
-            action_embeddings=slots,
-            extra_tokens=tokens,
-            vision_tokens=vision,
-        )
-        return out.action_states(mask)
-
-    if start is None:
-        start = torch.randn(len(mask), *shape, device=vision.device)
-    return head.sample(action_hidden, start, diffusion_steps).float()
+    run = OpenVLARun(vla, modules, text, pixel_values, shape, proprio=proprio, steps=diffusion_steps, noise=start)
+    return modules.head.predict(run).float()
 
 
-def proprio_token(modules: ActionModules, proprio: Tensor | None) -> Tensor | None:
+def _proprio_token(modules: ActionModules, proprio: Tensor | None) -> Tensor | None:
     """The token of the robot state [B, 1, D], or None for a policy without one.
 
     Raises:
@@ -121,14 +162,3 @@ def proprio_token(modules: ActionModules, proprio: Tensor | None) -> Tensor | No
         return None
     has, given = ("takes no", "given") if projector is None else ("needs a", "missing")
     raise ValueError(f"this checkpoint {has} proprio state, but one is {given}; set --use_proprio accordingly")
-
-
-def join_tokens(*tokens: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The given [B, 1, D] tokens side by side in one dtype; None without any."""
-    present = [token.to(dtype) for token in tokens if token is not None]
-    return torch.cat(present, dim=1) if present else None
-
-
-def _decode(vla: OpenVLAForActionPrediction, ids: Tensor) -> Tensor:
-    """Action token ids [B, n] -> bin centres [B, n] float32."""
-    return torch.from_numpy(vla.action_tokenizer.decode(ids.cpu().numpy())).float().to(ids.device)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from prismo.models.component_files import Stem, find_component, has_component
+from prismo.models.component_files import find_component, has_component
 from prismo.models.folder import CONFIG
-from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
+from prismo.models.heads import HEADS, HeadSizes, recognise
 from prismo.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
@@ -19,7 +19,7 @@ from prismo.models.openvla import (
 )
 from prismo.models.openvla.loading import read_config
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID
-from prismo.models.projectors import NoisyActionProjector, ProprioProjector
+from prismo.models.projectors import ProprioProjector
 from prismo.util.schema import JsonObject, read_json
 from prismo.verify import tensors
 from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed, some
@@ -34,13 +34,13 @@ _PROMPT = (
     *(322, 278, 364, 420, 9089, 322, 2058, 372, 373, 278, 15284, 29973, 13, 3744, 29901, SPACE_ID),
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_PARTS: dict[Stem, str] = {
+_PARTS = {
     "action_head": "action head",
     "proprio_projector": "proprio projector",
     "noisy_action_projector": "noisy action projector",
     "align_projector": "align projector",
     "vision_backbone": "FiLM backbone",
-}
+} | {stem: stem.replace("_", " ") for head in HEADS.values() for stem in head.stems()}
 
 
 class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
@@ -83,7 +83,7 @@ class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
 
     # ------------------------------------------------------------------ modules beside the model
 
-    def _part(self, stem: Stem) -> Finding:
+    def _part(self, stem: str) -> Finding:
         if not has_component(self.folder, stem):
             raise SkippedError("missing, see 'files'")
         found = tensors.read_file(find_component(self.folder, stem))
@@ -94,17 +94,16 @@ class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
         known = self.known.parts.get(stem) if self.known else None
         return tensors.check_part(found, tensors.shapes_of(module), known)
 
-    def _build_part(self, stem: Stem, found: Mapping[str, tensors.Stored]) -> nn.Module:
+    def _build_part(self, stem: str, found: Mapping[str, tensors.Stored]) -> nn.Module:
         robot = self.robot(needed(lambda: self.unnorm_key, "statistics"))
         width = needed(lambda: self.config, "configuration").text_config.hidden_size
-        if stem == "noisy_action_projector":
-            return NoisyActionProjector(width)
         if stem == "proprio_projector":
             return ProprioProjector(width, robot.proprio_dim)
-        hidden = next((tensor.shape[0] for name, tensor in found.items() if name.endswith("fc1.weight")), width)
-        diffusion = any(name.startswith("noise_predictor.") for name in found)
-        head = DiffusionActionHead if diffusion else L1RegressionActionHead
-        return head(width, hidden, robot.action_dim, robot.chunk)
+        sizes = HeadSizes(width, robot.action_dim, robot.chunk)
+        if stem != "action_head":
+            return next(head for head in HEADS.values() if stem in head.stems()).build(sizes).modules[stem]
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        return HEADS[recognise(shapes)].build(sizes, shapes).modules[stem]
 
     # ------------------------------------------------------------------ processor
 

@@ -1,10 +1,5 @@
-"""Action heads: from the hidden states of the action slots to a chunk of normalised actions.
-
-`L1RegressionActionHead` (OpenVLA-OFT, arXiv 2502.19645) regresses the actions, `DiffusionActionHead` predicts the noise
-of a DDIM process (arXiv 2010.02502) in which the whole language model is run once per step. The policy and the trainer
-build them; `prismo.models.component_files` reads and writes them.
-
-Shape legend: B samples, K actions per chunk, A numbers per action, D width of the language model.
+"""Denoising of the actions: the head predicts the noise of a DDIM process (arXiv 2010.02502), and the whole language
+model is run once per step. Shape legend: see `prismo.models.heads.base`.
 """
 
 from __future__ import annotations
@@ -13,79 +8,14 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismo.models.projectors import TimeEmbedding
-
-
-class MLPResNetBlock(nn.Module):
-    """`h + relu(linear(norm(h)))`; the sequential's indices are the published parameter names."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.ffn(x)
-
-
-class MLPResNet(nn.Module):
-    """LayerNorm, linear, ReLU, residual blocks, LayerNorm, linear: [..., input_dim] -> [..., output_dim]."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, blocks: int = 2) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(input_dim)
-        self.fc1 = nn.Linear(input_dim, hidden_dim)
-        self.mlp_resnet_blocks = nn.ModuleList(MLPResNetBlock(hidden_dim) for _ in range(blocks))
-        self.layer_norm2 = nn.LayerNorm(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, output_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Heads keep their own dtype (fp32 masters in training) while the language model hands over bf16.
-        x = F.relu(self.fc1(self.layer_norm1(x.to(self.fc1.weight.dtype))))
-        for block in self.mlp_resnet_blocks:
-            x = block(x)
-        return self.fc2(self.layer_norm2(x))
-
-
-def _group_by_action(action_hidden: Tensor, chunk: int, action_dim: int) -> Tensor:
-    """[B, K*A, D] -> [B, K, A*D]: one row per action holds the hidden states of its A slots."""
-    slots = chunk * action_dim
-    if action_hidden.ndim != 3 or action_hidden.shape[1] != slots:
-        raise ValueError(
-            f"the action head expects hidden states [batch, {chunk} * {action_dim} = {slots}, width], "
-            f"got {list(action_hidden.shape)}; chunk and action_dim of head and policy must agree"
-        )
-    return action_hidden.reshape(action_hidden.shape[0], chunk, -1)
-
-
-class L1RegressionActionHead(nn.Module):
-    """MLP that regresses a whole chunk in one pass.
-
-    Args:
-        input_dim: width D of the language model.
-        hidden_dim: width of the MLP; the published heads use D.
-        action_dim: numbers per action A.
-        chunk: actions per chunk K.
-    """
-
-    def __init__(
-        self, input_dim: int = 4096, hidden_dim: int | None = None, action_dim: int = 7, chunk: int = 8
-    ) -> None:
-        super().__init__()
-        self.action_dim, self.chunk = action_dim, chunk
-        self.model = MLPResNet(input_dim * action_dim, hidden_dim or input_dim, action_dim)
-
-    def forward(self, action_hidden: Tensor) -> Tensor:
-        """Hidden states of the action slots [B, K*A, D] -> normalised actions [B, K, A], nominally in [-1, 1]."""
-        return self.model(_group_by_action(action_hidden, self.chunk, self.action_dim))
-
-    def predict(self, action_hidden: Tensor) -> Tensor:
-        """Same as calling the head."""
-        return self(action_hidden)
+from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes, masked_mean
+from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width
+from prismo.models.projectors import NoisyActionProjector, TimeEmbedding
 
 
 class DDIM:
@@ -178,7 +108,7 @@ class DiffusionActionHead(nn.Module):
 
     def forward(self, action_hidden: Tensor) -> Tensor:
         """Hidden states of the action slots [B, K*A, D] -> predicted noise [B, K, A]."""
-        return self.noise_predictor(_group_by_action(action_hidden, self.chunk, self.action_dim))
+        return self.noise_predictor(group_by_action(action_hidden, self.chunk, self.action_dim))
 
     def noisy_actions(
         self, actions: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None
@@ -208,3 +138,36 @@ class DiffusionActionHead(nn.Module):
             noise = self(action_hidden(sample, time_token)).to(sample.dtype)
             sample = self.ddim.step(noise, timestep, sample, steps)
         return sample
+
+
+@dataclass(frozen=True)
+class DiffusionHead(ActionHead):
+    """The head as training and prediction use it."""
+
+    action_head: DiffusionActionHead
+    noisy_action_projector: NoisyActionProjector
+
+    title = "a diffusion head"
+    mark = "noise_predictor."
+    flag = "use_diffusion"
+    from_noise = True
+
+    @classmethod
+    def build(cls, sizes: HeadSizes, shapes: Shapes | None = None) -> Self:
+        hidden = hidden_width(shapes)
+        head = DiffusionActionHead(sizes.width, hidden, sizes.action_dim, sizes.chunk, sizes.noise_steps)
+        return cls(head, NoisyActionProjector(sizes.width))
+
+    def check_steps(self, steps: int) -> None:
+        self.action_head.ddim.timesteps(steps)
+
+    def loss(self, run: Run, actions: Tensor, action_mask: Tensor | None) -> HeadLoss:
+        noisy = self.action_head.noisy_actions(actions)
+        states = run(self.noisy_action_projector(noisy.actions), noisy.time_embedding)
+        noise = self.action_head(states).float()
+        return HeadLoss(masked_mean((noise - noisy.noise.float()) ** 2, action_mask))
+
+    def predict(self, run: Run) -> Tensor:
+        return self.action_head.sample(
+            lambda noisy, time_token: run(self.noisy_action_projector(noisy), time_token), run.noise, run.steps
+        )

@@ -1,0 +1,3 @@
+"""The dataset, the tiny models and the flags of the training tests."""
+
+from tests.training.conftest import flags, libero, small_vggt  # noqa: F401 (fixtures)
