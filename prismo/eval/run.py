@@ -1,7 +1,6 @@
 """An evaluation from its flags to its results: `prepare` settles everything that can be wrong, `Evaluation.run` plays.
 
-Called by `prismo eval`. Episodes run one after the other here; policy and simulators
-only meet in `prismo.eval.rollout`.
+Called by `prismo eval`. Episodes run one after the other; `prismo.eval.rollout` plays each.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from prismo.embodiment import LIBERO
 from prismo.eval.config import DEFAULT_STATES, EvalConfig
+from prismo.eval.episode import RolloutSettings
 from prismo.eval.plan import Episode, plan_episodes
 from prismo.eval.results import EpisodeResult, Summary, summarize
-from prismo.eval.rollout import Rollout, RolloutSettings, run_episode
+from prismo.eval.rollout import Rollout, run_episode
 from prismo.eval.run_folder import EPISODES, RunFolder, RunIdentity, open_run
 from prismo.eval.summary import report
 from prismo.eval.text_log import TextLog, WandbLog
@@ -305,6 +305,7 @@ def _rollout_settings(cfg: EvalConfig, spec: PolicySpec) -> RolloutSettings:
         max_steps=cfg.episode_steps,
         open_loop_steps=cfg.num_open_loop_steps or chunk,
         settle_steps=cfg.num_steps_wait,
+        num_images=images,
         record=cfg.save_videos != "none",
         record_wrist=cfg.annotate_videos,
     )

@@ -14,14 +14,15 @@ import pytest
 
 from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
+from prismo.eval.episode import RolloutSettings, policy_input
 from prismo.eval.plan import Episode, plan_episodes
-from prismo.eval.rollout import RolloutSettings, policy_input, run_episode
+from prismo.eval.rollout import run_episode
 from prismo.policies.base import PolicyInput
 from prismo.sim import SimWorker
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, record=False)
+SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, num_images=2, record=False)
 
 
 class ScriptedPolicy:
