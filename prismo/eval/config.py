@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prismo.policies.flags import PolicyFlags
-from prismo.sim import MAX_STEPS, SUITES
-from prismo.sim.suites import check_task_ids
+from prismo.sim.suites import MAX_STEPS, SUITES, check_task_ids
 from prismo.util.flags import at_least
 from prismo.util.text import did_you_mean
 

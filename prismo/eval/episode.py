@@ -16,10 +16,7 @@ import numpy as np
 from prismo.embodiment import Embodiment
 from prismo.eval.plan import Episode
 from prismo.policies.base import PolicyInput, environment_actions
-from prismo.sim import Observation
 from prismo.sim.interface import Render
-
-_CAMERAS = 2  # third person and wrist
 
 
 @dataclass(frozen=True)
@@ -30,17 +27,16 @@ class RolloutSettings:
         max_steps: policy steps before an episode has failed.
         open_loop_steps: actions executed per query, the first ones of the chunk.
         settle_steps: simulator steps without motion before the first observation.
-        num_images: camera images of a query.
-        record: keep a frame of every step (for a video).
-        record_wrist: with the wrist view at its right, which is then drawn at every step.
+        cameras, states: of an observation, what the policy is given, in its order.
+        film: the first camera, or all of them side by side, for a frame of every step; none without a video.
     """
 
     max_steps: int
     open_loop_steps: int
     settle_steps: int
-    num_images: int
-    record: bool
-    record_wrist: bool = False
+    cameras: tuple[str, ...]
+    states: tuple[str, ...]
+    film: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,17 +92,18 @@ def play(
         progress: of this episode, kept up to date for whoever plays it.
     """
     observation = yield Reset(episode, settings.settle_steps)
-    if settings.record:
-        progress.frames.append(np.concatenate(observation.pictures(2 if settings.record_wrist else 1), axis=1))
-    filmed: Render = "all_views" if settings.record_wrist else "all"
+    if settings.film:
+        progress.frames.append(np.concatenate(observation.pictures(settings.film), axis=1))
+    filmed: Render = "all_views" if len(settings.film) > 1 else "all"
     while not progress.success and progress.steps < settings.max_steps:
-        chunk = yield Query(policy_input(observation, settings.num_images))
+        state = observation.state(settings.states)
+        chunk = yield Query(PolicyInput(observation.pictures(settings.cameras), state, observation.instruction))
         progress.queries += 1
         # The first n. (The original's bounded queue kept the last n, i.e. executed actions meant for later.)
         left = settings.max_steps - progress.steps
         actions = environment_actions(chunk[: min(settings.open_loop_steps, left)], robot)
         # Nobody looks at the observation behind the last step.
-        render: Render = filmed if settings.record else "none" if len(actions) == left else "last"
+        render: Render = filmed if settings.film else "none" if len(actions) == left else "last"
         result = yield Step(actions, render)
         progress.digest.update(actions[: result.steps].tobytes())
         progress.steps += result.steps
@@ -114,14 +111,3 @@ def play(
         observation = result.observation
         if result.frames is not None:
             progress.frames.extend(result.frames)
-
-
-def policy_input(observation: Observation, num_images: int) -> PolicyInput:
-    """A simulator's observation as a policy takes it: third-person view, then wrist view.
-
-    Raises:
-        ValueError: the policy wants more views than LIBERO has.
-    """
-    if not 1 <= num_images <= _CAMERAS:
-        raise ValueError(f"the policy takes {num_images} camera images; LIBERO has {_CAMERAS}")
-    return PolicyInput(observation.pictures(num_images), observation.state, observation.instruction)

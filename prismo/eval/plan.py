@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prismo.eval.config import DEFAULT_STATES, EvalConfig
-from prismo.sim import Task, load_init_states, load_tasks
-from prismo.sim.suites import read_custom_init_states
+from prismo.sim.suites import Task, load_init_states, load_tasks, read_custom_init_states
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import numpy as np
 from prismo.eval.episode import Progress, Query, Request, RolloutSettings, Step, play
 from prismo.eval.plan import Episode
 from prismo.policies.base import Policy
-from prismo.sim import Observation, SimulatorCrashed, SimulatorTimeout, SimWorker, StepResult
+from prismo.sim.interface import Observation, SimulatorCrashed, SimulatorTimeout, StepResult
+from prismo.sim.worker import SimWorker
 
 _LOG = logging.getLogger(__name__)
 

@@ -44,9 +44,10 @@ from prismo.eval.video import annotated, check_video_writer, video_path, write_v
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import checkpoint_hash
 from prismo.policies.loading import PolicySpec, prepare_policy
-from prismo.sim import SimWorker
 from prismo.sim.assets import Assets, resolve_assets
 from prismo.sim.gl import physical_cuda_index
+from prismo.sim.libero import CAMERAS, STATES
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.util.cli import BrokenOffError
 from prismo.util.files import write_json
 
@@ -122,7 +123,7 @@ class Evaluation:
 
     cfg: EvalConfig
     run_folder: RunFolder
-    worker: SimWorker
+    worker: LiberoWorker
     policy: Policy | None
     episodes: tuple[Episode, ...]
     todo: list[Episode]
@@ -295,29 +296,30 @@ def seed_everything(seed: int) -> None:
 
 def _rollout_settings(cfg: EvalConfig, spec: PolicySpec) -> RolloutSettings:
     chunk, images = spec.settings.chunk, spec.settings.num_images
+    film = CAMERAS if cfg.annotate_videos else CAMERAS[:1]
     if cfg.num_open_loop_steps is not None and cfg.num_open_loop_steps > chunk:
         raise ValueError(
             f"--num_open_loop_steps is {cfg.num_open_loop_steps}, but the checkpoint predicts chunks of {chunk} actions"
         )
-    if images > 2:
+    if images > len(CAMERAS):
         raise ValueError(f"the checkpoint takes {images} camera images; LIBERO has 2 (third-person and wrist)")
     return RolloutSettings(
         max_steps=cfg.episode_steps,
         open_loop_steps=cfg.num_open_loop_steps or chunk,
         settle_steps=cfg.num_steps_wait,
-        num_images=images,
-        record=cfg.save_videos != "none",
-        record_wrist=cfg.annotate_videos,
+        cameras=CAMERAS[:images],
+        states=STATES,
+        film=film if cfg.save_videos != "none" else (),
     )
 
 
-def _start_simulator(cfg: EvalConfig, spec: PolicySpec) -> SimWorker:
+def _start_simulator(cfg: EvalConfig, spec: PolicySpec) -> LiberoWorker:
     cuda = physical_cuda_index(spec.device.index or 0) if spec.device.type == "cuda" else None
     assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
-    return SimWorker(assets, image_size=cfg.env_img_res, cuda_device=cuda)
+    return LiberoWorker(assets, image_size=cfg.env_img_res, cuda_device=cuda)
 
 
-def _try_first_scene(worker: SimWorker, episode: Episode) -> None:
+def _try_first_scene(worker: LiberoWorker, episode: Episode) -> None:
     """Fail now, not in every episode, where no scene can be built or drawn."""
     start = episode.init_state if episode.state is None else episode.state
     worker.reset(episode.task.suite, episode.task.index, start, seed=episode.env_seed, settle_steps=0)

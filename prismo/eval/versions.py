@@ -13,7 +13,6 @@ import torch
 
 import prismo
 from prismo.sim.interface import SimInfo
-from prismo.sim.worker import PACKAGES
 from prismo.util.git import git_commit
 
 # MuJoCo 3.3.3 darkens the floors of LIBERO-Object, 3.4.0 changes how the bowls of LIBERO-Spatial come to rest. Either
@@ -21,7 +20,7 @@ from prismo.util.git import git_commit
 TESTED_MUJOCO = ("2.3.7", "3.3.2")
 TESTED_ROBOSUITE = ("1.4.1", "1.4.0")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
-_OF_EPISODE = ("prismo", "git", *_PACKAGES, *PACKAGES, "renderer")
+_NOT_OF_EPISODE = ("python", "platform", "gl", "assets", "cuda", "gpu", "gpu_driver")
 
 
 def collect_versions(simulator: SimInfo) -> dict[str, Any]:
@@ -63,16 +62,16 @@ def package_warnings(versions: dict[str, Any]) -> list[str]:
 
 def episode_versions(versions: Mapping[str, Any]) -> dict[str, str | None]:
     """Those of `collect_versions` that may change what happens in an episode; every episode's line holds them."""
-    return {name: versions.get(name) for name in _OF_EPISODE}
+    return {name: version for name, version in versions.items() if name not in _NOT_OF_EPISODE}
 
 
 def mixed_versions(episodes: Iterable[Mapping[str, Any]]) -> dict[str, list[str | None]]:
     """By name: all versions with which the episodes were played, where these are several."""
     found: dict[str, list[str | None]] = {}
     for versions in episodes:
-        for name in _OF_EPISODE:
-            if name in versions and versions[name] not in found.setdefault(name, []):
-                found[name].append(versions[name])
+        for name, version in episode_versions(versions).items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
     return {name: values for name, values in found.items() if len(values) > 1}
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prismo.sim.demos import assemble, demo_file_name
-from prismo.sim.interface import EpisodeOutcome, SimInfo
+from prismo.sim.demos import EpisodeOutcome, assemble, demo_file_name
+from prismo.sim.interface import SimInfo
 from prismo.sim.suites import Task
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, read_json

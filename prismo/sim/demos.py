@@ -16,18 +16,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
-from prismo.sim.interface import (
-    AGENT_CAMERA,
-    SETTLE_STEPS,
-    WRIST_CAMERA,
-    SimInfo,
-    SimulatorError,
-    quat_to_axis_angle,
-)
+from prismo.sim.interface import SETTLE_STEPS, SimInfo, SimulatorError
+from prismo.sim.libero import AGENT_CAMERA, WRIST_CAMERA, quat_to_axis_angle
 from prismo.sim.suites import Task
 from prismo.util.extras import need
 from prismo.util.files import atomic_write
@@ -72,6 +67,21 @@ class Demo:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+
+@dataclass(frozen=True)
+class EpisodeOutcome:
+    """Of an episode that ran inside the simulator process (expert, replay).
+
+    Attributes:
+        success: the goal held at its end.
+        steps: actions executed.
+        noops: actions of a replay that were left out.
+    """
+
+    success: bool
+    steps: Annotated[int, Ge(0)]
+    noops: Annotated[int, Ge(0)] = 0
 
 
 _ARRAYS = tuple(field.name for field in fields(Demo) if field.name != "seed")

@@ -11,7 +11,7 @@ import pytest
 
 from prismo.eval.config import EvalConfig
 from prismo.eval.plan import plan_episodes
-from prismo.sim import load_tasks
+from prismo.sim.suites import load_tasks
 from prismo.util.cli import parse_flags
 
 pytest.importorskip("libero", reason="the tasks are read from the installed LIBERO package")

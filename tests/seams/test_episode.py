@@ -15,19 +15,20 @@ from prismo.models.tiny import make_tiny_policy
 from prismo.policies.base import Policy
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy
-from prismo.sim import SimWorker
 from prismo.sim.assets import STAND_INS, resolve_assets
 from prismo.sim.gl import GLBackend
+from prismo.sim.libero import CAMERAS, STATES
+from prismo.sim.libero_worker import LiberoWorker
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = RolloutSettings(max_steps=11, open_loop_steps=4, settle_steps=2, num_images=2, record=False)
+SETTINGS = RolloutSettings(max_steps=11, open_loop_steps=4, settle_steps=2, cameras=CAMERAS, states=STATES)
 
 
 @pytest.fixture(scope="module")
-def simulators(drawing: GLBackend) -> Iterator[list[SimWorker]]:
+def simulators(drawing: GLBackend) -> Iterator[list[LiberoWorker]]:
     assets = resolve_assets(STAND_INS)
-    with SimWorker(assets, image_size=64) as first, SimWorker(assets, image_size=64) as second:
+    with LiberoWorker(assets, image_size=64) as first, LiberoWorker(assets, image_size=64) as second:
         yield [first, second]
 
 
@@ -37,7 +38,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     return prepare_policy(PolicyFlags(pretrained_checkpoint=str(folder), device="cpu"), LIBERO, "libero_object").load()
 
 
-def test_episodes_in_turn_are_the_episodes_of_the_player(simulators: list[SimWorker], policy: Policy) -> None:
+def test_episodes_in_turn_are_the_episodes_of_the_player(simulators: list[LiberoWorker], policy: Policy) -> None:
     """Two episodes at once, each answered a request at a time: the generators mix nothing and own no process."""
     episodes = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=2))[:2]
     progresses = [Progress() for _ in episodes]
