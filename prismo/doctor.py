@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
-from prismo.eval.versions import package_warnings
+from prismo.benchmarks.libero import BENCHMARK
 from prismo.models.openvla.modeling import OpenVLAForActionPrediction
 from prismo.models.openvla.self_test import SelfTestError
 from prismo.models.tiny import make_tiny_openvla
@@ -92,7 +92,7 @@ def check_simulator(doctor: Doctor) -> Iterator[Finding]:
         with worker:
             info = worker.info
             yield Finding("ok", f"simulator: {', '.join(f'{k} {v}' for k, v in info.versions.items())}")
-            yield from (Finding("FAIL", text) for text in package_warnings(info.versions))
+            yield from (Finding("FAIL", text) for text in BENCHMARK.warnings(info.versions))
             backend = worker.backend
             slow = ": every picture costs 50 to 150 ms of CPU" if backend is not None and backend.software else ""
             yield Finding("note" if slow else "ok", f"rendering with {backend}{slow}")

@@ -15,10 +15,6 @@ import prismo
 from prismo.sim.interface import SimInfo
 from prismo.util.git import git_commit
 
-# MuJoCo 3.3.3 darkens the floors of LIBERO-Object, 3.4.0 changes how the bowls of LIBERO-Spatial come to rest. Either
-# costs success without an error, so everything that was not checked counts as wrong.
-TESTED_MUJOCO = ("2.3.7", "3.3.2")
-TESTED_ROBOSUITE = ("1.4.1", "1.4.0")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 _NOT_OF_EPISODE = ("python", "platform", "gl", "assets", "cuda", "gpu", "gpu_driver")
 
@@ -39,25 +35,6 @@ def collect_versions(simulator: SimInfo) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpu_driver": gpu_driver(),
     }
-
-
-def version_warnings(versions: dict[str, Any]) -> list[str]:
-    """One sentence per version or asset that makes the result incomparable."""
-    stand_ins = versions.get("assets") == "stand-ins"
-    smoke = ["the scenes are built-in stand-ins: this is a smoke run, its rates compare with nothing"]
-    return [*package_warnings(versions), *(smoke if stand_ins else [])]
-
-
-def package_warnings(versions: dict[str, Any]) -> list[str]:
-    """One sentence per version that changes physics or pixels."""
-    warnings = []
-    for package, tested in (("mujoco", TESTED_MUJOCO), ("robosuite", TESTED_ROBOSUITE)):
-        if versions.get(package) not in tested:
-            warnings.append(
-                f"{package} is {versions.get(package)}, outside of {', '.join(tested)}: physics or pixels differ from "
-                f"those of the training data. Type: pip install {package}=={tested[-1]}"
-            )
-    return warnings
 
 
 def episode_versions(versions: Mapping[str, Any]) -> dict[str, str | None]:

@@ -23,7 +23,7 @@ from annotated_types import Ge
 
 from prismo.sim.interface import SETTLE_STEPS, SimInfo, SimulatorError
 from prismo.sim.libero import AGENT_CAMERA, WRIST_CAMERA, quat_to_axis_angle
-from prismo.sim.suites import Task
+from prismo.sim.suites import LiberoTask
 from prismo.util.extras import need
 from prismo.util.files import atomic_write
 
@@ -133,7 +133,7 @@ class Recorder:
         return Demo(**arrays, seed=self._seed)
 
 
-def demo_file_name(task: Task) -> str:
+def demo_file_name(task: LiberoTask) -> str:
     """LIBERO's file name for a task's demonstrations; readers take the instruction from it."""
     return f"{task.name}_demo.hdf5"
 
@@ -164,7 +164,7 @@ def write_demo(path: Path, demo: Demo) -> None:
                 )
 
 
-def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) -> None:
+def assemble(target: Path, parts: dict[int, Path], task: LiberoTask, info: SimInfo) -> None:
     """Join files of `write_demo` into the task's HDF5 file, atomically.
 
     Args:

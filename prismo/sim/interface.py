@@ -35,6 +35,23 @@ class SimulatorTimeout(SimulatorError):
 
 
 @dataclass(frozen=True)
+class Task:
+    """One task of a benchmark.
+
+    Attributes:
+        suite: group of tasks, e.g. "libero_object".
+        index: position in the suite.
+        name: as in the names of the benchmark's files.
+        language: the instruction.
+    """
+
+    suite: str
+    index: int
+    name: str
+    language: str
+
+
+@dataclass(frozen=True)
 class Observation:
     """What a robot perceives at one instant.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from prismo.sim.assets import Assets
 from prismo.sim.interface import SETTLE_STEPS, Observation, SimulatorError
-from prismo.sim.suites import Task
+from prismo.sim.suites import LiberoTask
 
 AGENT_CAMERA = "agentview"
 WRIST_CAMERA = "robot0_eye_in_hand"
@@ -52,7 +52,7 @@ class LiberoEnv:
         SimulatorError: the scene could not be built, e.g. because asset files are missing.
     """
 
-    def __init__(self, task: Task, assets: Assets, *, image_size: int = 256, cameras: bool = True) -> None:
+    def __init__(self, task: LiberoTask, assets: Assets, *, image_size: int = 256, cameras: bool = True) -> None:
         import libero.libero  # noqa: PLC0415 (imports MuJoCo, like everything of LIBERO and robosuite)
 
         self.task = task

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from prismo.benchmarks.libero import BENCHMARK
 from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
 from prismo.eval.episode import RolloutSettings
@@ -72,7 +73,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def episode() -> Episode:
-    return plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=3))[2]
+    return plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=3), BENCHMARK)[2]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import pytest
 from hypothesis import strategies as st
 
+import prismo.benchmarks.libero
 import prismo.eval.run
 import prismo.sim.libero_worker
 from prismo.commands import data_collect, data_gaussians, data_show, data_stats, merge, tiny
@@ -89,7 +90,7 @@ def _train(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     config = parse_flags(EvalConfig, arguments)
-    prismo.eval.run.LiberoWorker = _stop_here
+    prismo.benchmarks.libero.LiberoWorker = _stop_here
     try:
         prismo.eval.run.prepare(config)
     except _ReachedSimulatorError:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from prismo.benchmarks.libero import BENCHMARK
 from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
 from prismo.eval.episode import Progress, Query, Reset, RolloutSettings, Step, play
@@ -40,7 +41,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 def test_episodes_in_turn_are_the_episodes_of_the_player(simulators: list[LiberoWorker], policy: Policy) -> None:
     """Two episodes at once, each answered a request at a time: the generators mix nothing and own no process."""
-    episodes = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=2))[:2]
+    episodes = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=2), BENCHMARK)[:2]
     progresses = [Progress() for _ in episodes]
     flows = [play(episode, SETTINGS, LIBERO, progress) for episode, progress in zip(episodes, progresses, strict=True)]
     kinds: list[type] = []
@@ -73,7 +74,7 @@ def test_episodes_in_turn_are_the_episodes_of_the_player(simulators: list[Libero
 
 
 def test_an_episode_that_breaks_off_says_how_far_it_came() -> None:
-    (episode, *_) = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=1))
+    (episode, *_) = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=1), BENCHMARK)
     progress = Progress()
     flow = play(episode, SETTINGS, LIBERO, progress)
     assert isinstance(next(flow), Reset)

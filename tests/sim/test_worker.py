@@ -17,7 +17,7 @@ from prismo.sim.assets import Assets
 from prismo.sim.interface import Observation, SimulatorCrashed, SimulatorError, SimulatorTimeout
 from prismo.sim.libero import AGENT_CAMERA, CAMERAS, STATES
 from prismo.sim.libero_worker import LiberoWorker
-from prismo.sim.suites import Task, load_init_states, load_tasks
+from prismo.sim.suites import LiberoTask, load_init_states, load_tasks
 
 pytestmark = pytest.mark.processes
 
@@ -262,7 +262,7 @@ def test_osmesa_draws_the_same_picture(
 
 
 @pytest.mark.parametrize("task", load_tasks(SUITE), ids=lambda task: task.name[8:-24])
-def test_every_object_task_runs_with_the_stand_ins(task: Task, blind_worker: LiberoWorker) -> None:
+def test_every_object_task_runs_with_the_stand_ins(task: LiberoTask, blind_worker: LiberoWorker) -> None:
     blind_worker.reset(SUITE, task.index, task.index * 5)
     result = blind_worker.step_chunk(actions(3), render="none")
     assert (result.steps, result.success) == (3, False)
