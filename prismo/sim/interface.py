@@ -1,4 +1,4 @@
-"""What a simulator process offers, and what crosses the border to it: observations, step results, errors.
+"""What crosses the border to a simulator process: observations, step results, errors.
 
 Imported by both sides (`prismo.sim.worker` in the owner, `prismo.sim.server` in the simulator's process); needs numpy
 only, because a simulator may live in another environment.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -79,9 +79,7 @@ class Observation:
         Raises:
             ValueError: there is no such camera, or it was not drawn.
         """
-        if missing := [camera for camera in cameras if camera not in self.images]:
-            raise ValueError(f"no image of {', '.join(missing)}; the simulator has drawn {list(self.images) or 'none'}")
-        return tuple(self.images[camera] for camera in cameras)
+        return tuple(_named(self.images, cameras, "image"))
 
     def state(self, names: Sequence[str]) -> np.ndarray:
         """The states of these names one behind the other, float64 [sum of n].
@@ -89,9 +87,7 @@ class Observation:
         Raises:
             ValueError: there is no such state.
         """
-        if missing := [name for name in names if name not in self.states]:
-            raise ValueError(f"no state {', '.join(missing)}; the simulator has {list(self.states)}")
-        return np.concatenate([self.states[name] for name in names])
+        return np.concatenate(_named(self.states, names, "state"))
 
 
 @dataclass(frozen=True)
@@ -129,16 +125,7 @@ class SimInfo:
     renderer: str = "none"
 
 
-class Simulator(Protocol):
-    """What `prismo.sim.server.serve` makes available to `prismo.sim.worker.SimWorker`, which says what arguments mean.
-
-    Other public methods can be called by `SimWorker.request`.
-    """
-
-    def reset(
-        self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, settle_steps: int
-    ) -> Observation: ...
-
-    def step_chunk(self, actions: np.ndarray, render: Render) -> StepResult: ...
-
-    def info(self) -> SimInfo: ...
+def _named(arrays: Mapping[str, np.ndarray], names: Sequence[str], what: str) -> list[np.ndarray]:
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(f"no {what} {', '.join(missing)}; the simulator gave {', '.join(arrays) or 'none'}")
+    return [arrays[name] for name in names]

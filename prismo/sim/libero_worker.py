@@ -20,7 +20,6 @@ class LiberoWorker(SimWorker):
         cameras: False for a simulator that draws nothing (no OpenGL needed, faster, less memory).
         image_size: height and width of the pictures.
         cuda_device: draw on the GPU of this machine-wide CUDA ordinal (`prismo.sim.gl.physical_cuda_index`).
-        reset_timeout, step_timeout: see `SimWorker`.
     """
 
     def __init__(
@@ -30,25 +29,17 @@ class LiberoWorker(SimWorker):
         cameras: bool = True,
         image_size: int = 256,
         cuda_device: int | None = None,
-        reset_timeout: float = 300.0,
-        step_timeout: float = 60.0,
     ) -> None:
         self.assets = assets or resolve_assets()
         self.backend: GLBackend | None = choose_backend(cuda_device) if cameras else None  # how pictures are drawn
         options: dict[str, Any] = {"assets": self.assets, "backend": self.backend, "image_size": image_size}
-        super().__init__(
-            "prismo.sim.libero_server",
-            options,
-            action_dim=ACTION_DIM,
-            reset_timeout=reset_timeout,
-            step_timeout=step_timeout,
-        )
+        super().__init__("prismo.sim.libero_server", options, action_dim=ACTION_DIM)
 
     def object_poses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Position (m) and quaternion (w, x, y, z) of every movable object of the running episode, by name."""
-        poses = self._call("object_poses", self._step_timeout)
+        poses = self._call("object_poses", self.step_timeout)
         return {name: (position, quaternion) for name, (position, quaternion) in poses.items()}
 
     def sim_state(self) -> np.ndarray:
         """Time, positions and velocities of the running episode, as an initial state holds them."""
-        return self._call("sim_state", self._step_timeout)
+        return self._call("sim_state", self.step_timeout)

@@ -17,36 +17,35 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from prismo.sim.interface import Simulator, SimulatorError
+from prismo.sim.interface import SimulatorError
 from prismo.sim.messages import LONGEST, decode, encode
 from prismo.util.processes import end_with
 
 
-def serve(start: Callable[..., Simulator]) -> None:
+def serve(start: Callable[..., Any]) -> None:
     """Serve requests on the pipe that the command line names until the parent is gone.
 
     Args:
-        start: makes the simulator from the options of the `SimWorker`; called once.
+        start: makes the simulator from the options of the `SimWorker`; called once. A simulator has the methods
+            `info() -> SimInfo`, `reset(suite, task_id, init_state, seed, settle_steps) -> Observation` and
+            `step_chunk(actions, render) -> StepResult`, whose arguments are those of `SimWorker`; other public methods
+            can be called by `SimWorker.request`.
     """
     end_with(int(sys.argv[2]), by_kernel=sys.argv[3] == "main")
     pipe, simulator = Connection(int(sys.argv[1])), None
-
-    def answer(command: str, arguments: dict[str, Any]) -> Any:
-        nonlocal simulator
-        if command == "start":
-            simulator = start(**arguments)
-            return None
-        if command.startswith("_"):
-            raise SimulatorError(f"a simulator has no command {command!r}")
-        return getattr(simulator, command)(**arguments)
-
     while True:
         try:
             command, arguments = decode(pipe.recv_bytes(LONGEST))
         except (EOFError, OSError):
             return
         try:
-            message = encode(["ok", answer(command, arguments)])
+            if command.startswith("_"):
+                raise SimulatorError(f"a simulator has no command {command!r}")
+            if command == "start":
+                simulator, result = start(**arguments), None
+            else:
+                result = getattr(simulator, command)(**arguments)
+            message = encode(["ok", result])
         except SimulatorError as error:
             message = encode(["error", str(error)])
         except Exception:

@@ -73,24 +73,20 @@ class SimWorker:
         action_dim: numbers in an action.
         python: interpreter of an environment that holds the simulator, numpy, and prismo (or PYTHONPATH leads to it);
             default: this one.
+
+    Attributes:
         reset_timeout: seconds for a reset; building a scene takes 1 to 5, on a loaded machine much more.
         step_timeout: seconds for a chunk of actions, plus `step_timeout / 10` per action.
     """
 
+    reset_timeout = 300.0
+    step_timeout = 60.0
+
     def __init__(
-        self,
-        module: str,
-        options: Mapping[str, Any],
-        *,
-        action_dim: int,
-        python: str | Path | None = None,
-        reset_timeout: float = 300.0,
-        step_timeout: float = 60.0,
+        self, module: str, options: Mapping[str, Any], *, action_dim: int, python: str | Path | None = None
     ) -> None:
         self._module, self._options, self._python = module, dict(options), python
         self._action_dim = action_dim
-        self._reset_timeout = reset_timeout
-        self._step_timeout = step_timeout
         self._running: _Running | None = None
 
     def __enter__(self) -> Self:
@@ -102,7 +98,7 @@ class SimWorker:
     @property
     def info(self) -> SimInfo:
         """Assets, renderer and versions, for result files; starts the process."""
-        return self._read(SimInfo, "info", self.request("info", self._reset_timeout))
+        return self._read(SimInfo, "info", self.request("info", self.reset_timeout))
 
     @property
     def pid(self) -> int | None:
@@ -133,7 +129,7 @@ class SimWorker:
             SimulatorCrashed, SimulatorTimeout: the process is gone; the next `reset` starts a new one.
         """
         arguments = {"suite": suite, "task_id": task_id, "init_state": init_state, "seed": seed}
-        answer = self.request("reset", self._reset_timeout, **arguments, settle_steps=settle_steps)
+        answer = self.request("reset", self.reset_timeout, **arguments, settle_steps=settle_steps)
         return self._read(Observation, "reset", answer)
 
     def step_chunk(self, actions: np.ndarray, render: Render = "last") -> StepResult:
@@ -157,7 +153,7 @@ class SimWorker:
                 f"expected finite actions of shape [n, {self._action_dim}], found shape {actions.shape}"
                 f"{'' if np.isfinite(actions).all() else ' with NaN or infinity'}"
             )
-        timeout = self._step_timeout * (1 + len(actions) / 10)
+        timeout = self.step_timeout * (1 + len(actions) / 10)
         answer = self._call("step_chunk", timeout, actions=actions, render=render)
         if isinstance(answer, dict) and "observation" in answer:
             answer["observation"] = self._read(Observation, "step_chunk", answer["observation"])
@@ -191,7 +187,7 @@ class SimWorker:
         )
         child.close()
         self._running = _Running(process, pipe, output)
-        self._call("start", self._reset_timeout, **self._options)
+        self._call("start", self.reset_timeout, **self._options)
 
     def _call(self, command: str, timeout: float, **arguments: Any) -> Any:
         running = self._running

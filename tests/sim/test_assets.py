@@ -81,7 +81,8 @@ def test_missing_asset_file_is_an_error_not_a_hang(tmp_path: Path, stand_ins: As
     folder = tmp_path / "assets"
     shutil.copytree(stand_ins.folder, folder)
     (folder / "stable_hope_objects" / "milk" / "milk.xml").unlink()
-    with LiberoWorker(resolve_assets(folder), cameras=False, reset_timeout=120.0) as worker:
+    with LiberoWorker(resolve_assets(folder), cameras=False) as worker:
+        worker.reset_timeout = 120.0
         with pytest.raises(SimulatorError, match=r"could not build libero_object task 7.*milk\.xml"):
             worker.reset("libero_object", 7, 0)
         worker.reset("libero_object", 8, 0)  # that scene has no milk; the process is still good

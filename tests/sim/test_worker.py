@@ -170,7 +170,8 @@ def test_dead_simulator_is_an_error_and_comes_back(stand_ins: Assets) -> None:
 
 
 def test_hung_simulator_is_killed_and_comes_back(stand_ins: Assets) -> None:
-    with LiberoWorker(stand_ins, cameras=False, step_timeout=2.0) as worker:
+    with LiberoWorker(stand_ins, cameras=False) as worker:
+        worker.step_timeout = 2.0
         worker.reset(SUITE, 0, 0)
         hung = worker.pid
         os.kill(hung, signal.SIGSTOP)
