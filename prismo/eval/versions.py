@@ -55,8 +55,8 @@ def mixed_versions(episodes: Iterable[Mapping[str, Any]]) -> dict[str, list[str 
 def changed_versions(episodes: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> str:
     """What has changed since the episodes were played, in words; empty where nothing has."""
     mixed = mixed_versions([*episodes, episode_versions(now)])
-    former = {name: [str(value) for value in values if value != now[name]] for name, values in mixed.items()}
-    return "; ".join(f"{name} {', '.join(values)}, now {now[name]}" for name, values in former.items())
+    former = {name: [str(value) for value in values if value != now.get(name)] for name, values in mixed.items()}
+    return "; ".join(f"{name} {', '.join(values)}, now {now.get(name)}" for name, values in former.items())
 
 
 def gpu_driver() -> str | None:
