@@ -15,13 +15,15 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
-from prismo.eval.versions import collect_versions, version_warnings
+from prismo.benchmarks.libero import BENCHMARK
 from prismo.models.openvla.modeling import OpenVLAForActionPrediction
 from prismo.models.openvla.self_test import SelfTestError
 from prismo.models.tiny import make_tiny_openvla
-from prismo.sim import SimulatorError, SimWorker
 from prismo.sim.assets import cache_folder, resolve_assets
 from prismo.sim.gl import GLUnavailableError, egl_devices, physical_cuda_index
+from prismo.sim.interface import SimulatorError
+from prismo.sim.libero import CAMERAS
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.probes import probe_floor, probe_settling
 from prismo.sim.suites import package_folder
 
@@ -82,28 +84,27 @@ def check_simulator(doctor: Doctor) -> Iterator[Finding]:
     try:
         package_folder()
         assets = resolve_assets(doctor.libero_assets, fallback=True)
-        worker = SimWorker(assets, cuda_device=physical_cuda_index(0) if torch.cuda.is_available() else None)
+        worker = LiberoWorker(assets, cuda_device=physical_cuda_index(0) if torch.cuda.is_available() else None)
     except (ImportError, OSError, GLUnavailableError) as error:
         yield Finding("FAIL", str(error))
         return
-    versions = collect_versions(worker.info)
-    yield Finding("ok", f"simulator: {', '.join(f'{k} {v}' for k, v in worker.info.versions.items())}")
-    yield from (Finding("FAIL", text) for text in version_warnings(versions) if not text.startswith("the scenes"))
-    backend = worker.backend
-    slow = ": every picture costs 50 to 150 ms of CPU" if backend is not None and backend.software else ""
-    yield Finding("note" if slow else "ok", f"rendering with {backend}{slow}")
     try:
         with worker:
+            info = worker.info
+            yield Finding("ok", f"simulator: {', '.join(f'{k} {v}' for k, v in info.versions.items())}")
+            yield from (Finding("FAIL", text) for text in BENCHMARK.warnings(info.versions))
+            backend = worker.backend
+            slow = ": every picture costs 50 to 150 ms of CPU" if backend is not None and backend.software else ""
+            yield Finding("note" if slow else "ok", f"rendering with {backend}{slow}")
             yield from _probes(worker, doctor.output_dir)
     except SimulatorError as error:
         yield Finding("FAIL", f"the simulator does not work: {error}")
 
 
-def _probes(worker: SimWorker, output_dir: Path) -> Iterator[Finding]:
+def _probes(worker: LiberoWorker, output_dir: Path) -> Iterator[Finding]:
     floor = probe_floor(worker)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("full_image", "wrist_image"):
-        image = getattr(floor.observation, name)
+    for name, image in zip(("full_image", "wrist_image"), floor.observation.pictures(CAMERAS), strict=True):
         Image.fromarray(image).save(output_dir / f"{name}.png")
         drawn = float(image.std()) > 10.0
         yield Finding("ok" if drawn else "FAIL", f"{output_dir / name}.png {'saved' if drawn else 'is blank'}")

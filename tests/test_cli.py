@@ -15,8 +15,8 @@ import pytest
 
 from prismo.commands import COMMANDS, main
 from prismo.data.resolve import resolve
-from prismo.sim import SimWorker
 from prismo.sim.assets import Assets
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.util.cli import run_command
 from prismo.util.flags import parse_flags
 
@@ -74,10 +74,8 @@ def test_a_bug_shows_where_it_is(monkeypatch, caplog):
 
 def test_errors_of_other_classes_are_told_apart_alike(monkeypatch, caplog):
     """A simulator that cannot do what was asked is one sentence, too; a slip of ours keeps its traceback."""
-    assert (
-        run(lambda flags: SimWorker(Assets(Path(), "folder"), cameras=False).step_chunk(np.zeros((1, 7))), monkeypatch)
-        == 2
-    )
+    worker = LiberoWorker(Assets(Path(), "folder"), cameras=False)
+    assert run(lambda flags: worker.step_chunk(np.zeros((1, 7))), monkeypatch) == 2
     assert "no episode is running" in caplog.text
     assert "Traceback" not in caplog.text
     assert run(lambda flags: flags.nothing, monkeypatch) == 2

@@ -27,6 +27,7 @@ BELOW = {
     "policies": {"util", "embodiment", "data", "models"},
     "sim": {"util"},
     "eval": {"util", "embodiment", "policies", "sim"},
+    "benchmarks": {"util", "embodiment", "sim", "eval"},
 }
 EXCEPTIONS = {
     ("prismo.models.tiny", "prismo.align.vggt"): "checkpoints for tests, a teacher among them",

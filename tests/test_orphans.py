@@ -18,11 +18,11 @@ pytestmark = pytest.mark.processes
 
 PROGRAM = """
 import sys, threading, time
-from prismo.sim import SimWorker
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.assets import resolve_assets
 
 def start():
-    worker = SimWorker(resolve_assets("stand-ins"), cameras=False)
+    worker = LiberoWorker(resolve_assets("stand-ins"), cameras=False)
     worker.reset("libero_object", 0, 0)
     workers.append(worker)
 

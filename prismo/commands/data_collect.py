@@ -48,10 +48,10 @@ class CollectConfig:
 def run(cfg: CollectConfig) -> None:
     from tqdm import tqdm
 
-    from prismo.sim import SimWorker
     from prismo.sim.assets import resolve_assets
     from prismo.sim.collect import expert_items, run_expert, success_table
     from prismo.sim.collection import Collection, Finished
+    from prismo.sim.libero_worker import LiberoWorker
 
     at_least(cfg, num_demos_per_task=1, num_workers=1, noise=0, image_size=16, seed=0)
     at_most(cfg, num_demos_per_task=10_000, num_workers=1024, image_size=4096, seed=2**31)
@@ -61,8 +61,8 @@ def run(cfg: CollectConfig) -> None:
     tasks = {item.task for item in items}
     collection = None if cfg.dry_run else Collection(cfg.output_dir, settings, tasks, overwrite=cfg.overwrite)
 
-    def make_worker() -> SimWorker:
-        return SimWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
+    def make_worker() -> LiberoWorker:
+        return LiberoWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
 
     finished: list[Finished] = []
     with tqdm(total=len(items), unit="episode", desc=cfg.task_suite_name) as progress:
@@ -79,7 +79,8 @@ def run(cfg: CollectConfig) -> None:
             progress.update()
     print(f"Scripted expert, assets: {assets.source}, noise {cfg.noise}\n{success_table(finished)}")
     if collection is not None:
-        counts = collection.join(finished, make_worker().info)
+        with make_worker() as worker:
+            counts = collection.join(finished, worker.info)
         print(f"{sum(counts.values())} demonstrations of {len(counts)} tasks in {cfg.output_dir}")
         if empty := [task.name for task, count in counts.items() if count == 0]:
             raise BrokenOffError(f"no successful demonstration of {', '.join(empty)}")

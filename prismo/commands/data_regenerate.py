@@ -46,9 +46,9 @@ class RegenerateConfig:
 def run(cfg: RegenerateConfig) -> None:
     from tqdm import tqdm
 
-    from prismo.sim import SimWorker
     from prismo.sim.assets import resolve_assets
     from prismo.sim.collection import Collection, Finished
+    from prismo.sim.libero_worker import LiberoWorker
     from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 
     at_least(cfg, num_workers=1, image_size=16, seed=0)
@@ -59,8 +59,8 @@ def run(cfg: RegenerateConfig) -> None:
     tasks = {item.task for item in items}
     collection = Collection(cfg.libero_target_dir, settings, tasks, overwrite=cfg.overwrite)
 
-    def make_worker() -> SimWorker:
-        return SimWorker(assets, image_size=cfg.image_size)
+    def make_worker() -> LiberoWorker:
+        return LiberoWorker(assets, image_size=cfg.image_size)
 
     finished: list[Finished] = []
     with tqdm(total=len(items), unit="demo", desc=cfg.libero_task_suite) as progress:
@@ -75,7 +75,8 @@ def run(cfg: RegenerateConfig) -> None:
             finished.append(done)
             progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} kept", refresh=False)
             progress.update()
-    counts = collection.join(finished, make_worker().info)
+    with make_worker() as worker:
+        counts = collection.join(finished, worker.info)
     metainfo = cfg.libero_target_dir / f"{cfg.libero_task_suite}_metainfo.json"
     write_metainfo(metainfo, finished, cfg.libero_raw_data_dir)
     noops = sum(done.outcome.noops for done in finished)

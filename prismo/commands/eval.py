@@ -1,4 +1,4 @@
-"""Evaluate a policy in LIBERO.
+"""Evaluate a policy in LIBERO, or in another benchmark.
 
     prismo eval --pretrained_checkpoint runs/...--150000_chkpt --task_suite_name libero_spatial
 
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from prismo.eval.benchmark import benchmark_of
 from prismo.eval.config import EvalConfig
 from prismo.util.cli import run_command
 
 
 def run(cfg: EvalConfig) -> int:
-    cfg.validate()
+    benchmark_of(cfg)
     from prismo.eval.run import evaluate
 
     return 1 if evaluate(cfg).total.errors else 0

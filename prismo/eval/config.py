@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prismo.policies.flags import PolicyFlags
-from prismo.sim import MAX_STEPS, SUITES
-from prismo.sim.suites import check_task_ids
 from prismo.util.flags import at_least
 from prismo.util.text import did_you_mean
 
 SaveVideos = Literal["all", "failures", "none"]
 DEFAULT_STATES = "DEFAULT"
 _MAX_SEED = 2**32 - 1  # numpy's
-BENCHMARK_STATES = 50  # initial states per task that LIBERO ships
 
 
 @dataclass(frozen=True)
 class EvalConfig(PolicyFlags):
-    """An evaluation in LIBERO. The flags of the policy are inherited."""
+    """An evaluation. The flags of the policy are inherited."""
 
     # --- benchmark
+    # What is evaluated in: libero
+    benchmark: str = "libero"
     # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
     task_suite_name: str = "libero_spatial"
     # Only these tasks (0-based), e.g. "[0, 5]". Default: all
@@ -84,14 +83,12 @@ class EvalConfig(PolicyFlags):
     seed: int = 7
 
     def validate(self) -> None:
-        """Everything that can be seen without a file.
+        """What can be seen without knowing the benchmark (`prismo.eval.benchmark.benchmark_of`).
 
         Raises:
             ValueError: naming the flag, what it was and what it may be.
         """
         super().validate()
-        if self.task_suite_name not in SUITES:
-            raise ValueError(did_you_mean("task_suite_name", self.task_suite_name, SUITES))
         if self.save_videos not in get_args(SaveVideos):
             raise ValueError(did_you_mean("save_videos", self.save_videos, get_args(SaveVideos)))
         if self.annotate_videos and self.save_videos == "none":
@@ -105,14 +102,3 @@ class EvalConfig(PolicyFlags):
                 f"--run_id_note is {self.run_id_note!r}; it becomes part of a folder's name: give at most 100 "
                 "characters without slashes and line breaks, not beginning with a dot"
             )
-        if self.initial_states_path == DEFAULT_STATES and self.num_trials_per_task > BENCHMARK_STATES:
-            raise ValueError(
-                f"--num_trials_per_task is {self.num_trials_per_task}, but LIBERO has {BENCHMARK_STATES} initial "
-                "states per task; for more give your own with --initial_states_path"
-            )
-        check_task_ids(self.task_suite_name, self.task_ids)
-
-    @property
-    def episode_steps(self) -> int:
-        """Policy steps before an episode counts as failed."""
-        return self.max_steps or MAX_STEPS[self.task_suite_name]

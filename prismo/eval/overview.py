@@ -11,7 +11,7 @@ import numpy as np
 from prismo.eval.results import EpisodeResult, Tally, summarize
 from prismo.eval.run_folder import PlanFile, RunFile
 from prismo.eval.video import COLORS
-from prismo.sim.assets import STAND_INS
+from prismo.sim.interface import STAND_INS
 from prismo.sim.rates import Rate
 from prismo.util.extras import need
 from prismo.util.files import atomic_write

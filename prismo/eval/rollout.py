@@ -1,49 +1,31 @@
-"""One episode: a simulator, a policy, and an outcome that is a success, a failure or an error.
+"""The player of episodes: answers what `prismo.eval.episode` asks for with a simulator and a policy, one at a time.
 
-`prismo.eval.run` calls `run_episode` for every episode of the plan. Policy and simulator meet only here.
+`prismo.eval.run` calls `run_episode` for every episode of the plan. Time, lost simulators and errors are matters of
+this file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import traceback
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from prismo.eval.episode import Progress, Query, Request, RolloutSettings, Step, play
 from prismo.eval.plan import Episode
-from prismo.policies.base import Policy, PolicyInput, environment_actions
-from prismo.sim import Observation, SimulatorCrashed, SimulatorTimeout, SimWorker
-from prismo.sim.interface import Render
+from prismo.policies.base import Policy
+from prismo.sim.interface import Observation, SimulatorCrashed, SimulatorTimeout, StepResult
+from prismo.sim.worker import SimWorker
 
 _LOG = logging.getLogger(__name__)
 
 Outcome = Literal["success", "failure", "error"]
 
-_CAMERAS = 2  # third person and wrist
 _ATTEMPTS = 3  # of an episode whose simulator died or hung
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How episodes are run.
-
-    Attributes:
-        max_steps: policy steps before an episode has failed.
-        open_loop_steps: actions executed per query, the first ones of the chunk.
-        settle_steps: simulator steps without motion before the first observation.
-        record: keep a frame of every step (for a video).
-        record_wrist: with the wrist view at its right, which is then drawn at every step.
-    """
-
-    max_steps: int
-    open_loop_steps: int
-    settle_steps: int
-    record: bool
-    record_wrist: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,10 +63,10 @@ def run_episode(
     """
     start = time.perf_counter()
     for attempt in range(1, _ATTEMPTS + 1):
-        run = _Run(worker, policy, episode, settings, slot)
+        player, progress = _Player(worker, policy, slot), Progress()
         error = None
         try:
-            run.play()
+            player.play(play(episode, settings, policy.robot, progress))
         except (SimulatorCrashed, SimulatorTimeout) as failure:
             error = traceback.format_exc()
             if attempt < _ATTEMPTS:
@@ -93,77 +75,57 @@ def run_episode(
         except Exception:
             error = traceback.format_exc()
         break
-    outcome: Outcome = "error" if error else "success" if run.success else "failure"
+    outcome: Outcome = "error" if error else "success" if progress.success else "failure"
     return Rollout(
         outcome=outcome,
-        steps=run.steps,
-        queries=run.queries,
+        steps=progress.steps,
+        queries=progress.queries,
         seconds=time.perf_counter() - start,
-        policy_seconds=run.policy_seconds,
-        actions_sha256=run.digest.hexdigest()[:16],
+        policy_seconds=player.policy_seconds,
+        actions_sha256=progress.digest.hexdigest()[:16],
         error=error,
         attempts=attempt,
-        frames=np.stack(run.frames) if run.frames else None,
+        frames=np.stack(progress.frames) if progress.frames else None,
     )
 
 
-class _Run:
-    """The state of an episode while it is played."""
+@dataclass
+class _Player:
+    """Answers the requests of one episode after the other.
 
-    def __init__(
-        self, worker: SimWorker, policy: Policy, episode: Episode, settings: RolloutSettings, slot: int
-    ) -> None:
-        self._worker, self._policy, self._episode = worker, policy, episode
-        self._settings, self._slot = settings, slot
-        self.success = False
-        self.steps = self.queries = 0
-        self.policy_seconds = 0.0
-        self.digest = hashlib.sha256()
-        self.frames: list[np.ndarray] = []
+    Attributes:
+        policy_seconds: that predictions have taken.
+    """
 
-    def play(self) -> None:
-        """From reset to the goal or the last step."""
-        episode, settings = self._episode, self._settings
-        observation = self._worker.reset(
+    worker: SimWorker
+    policy: Policy
+    slot: int
+    policy_seconds: float = 0.0
+
+    def play(self, requests: Generator[Request, Any, None]) -> None:
+        """Answer until the episode ends."""
+        try:
+            request = next(requests)
+            while True:
+                request = requests.send(self._answer(request))
+        except StopIteration:
+            return
+
+    def _answer(self, request: Request) -> Observation | np.ndarray | StepResult:
+        if isinstance(request, Query):
+            start = time.perf_counter()
+            chunk = self.policy.predict([request.input], [self.slot])[0]
+            self.policy_seconds += time.perf_counter() - start
+            return chunk
+        if isinstance(request, Step):
+            return self.worker.step_chunk(request.actions, render=request.render)
+        episode = request.episode
+        observation = self.worker.reset(
             episode.task.suite,
             episode.task.index,
             episode.init_state if episode.state is None else episode.state,
             seed=episode.env_seed,
-            settle_steps=settings.settle_steps,
+            settle_steps=request.settle_steps,
         )
-        self._policy.start_episode(self._slot, episode.policy_seed)
-        if settings.record:
-            self.frames.append(np.concatenate(observation.pictures(2 if settings.record_wrist else 1), axis=1))
-        filmed: Render = "all_views" if settings.record_wrist else "all"
-        while not self.success and self.steps < settings.max_steps:
-            actions = self._next_actions(observation)[: settings.max_steps - self.steps]
-            last = self.steps + len(actions) == settings.max_steps
-            # Nobody looks at the observation behind the last step.
-            render: Render = filmed if settings.record else "none" if last else "last"
-            result = self._worker.step_chunk(actions, render=render)
-            self.digest.update(actions[: result.steps].tobytes())
-            self.steps += result.steps
-            self.success = result.success
-            observation = result.observation
-            if result.frames is not None:
-                self.frames.extend(result.frames)
-
-    def _next_actions(self, observation: Observation) -> np.ndarray:
-        """The first actions of a new chunk, as the simulator takes them [n, 7]."""
-        start = time.perf_counter()
-        chunk = self._policy.predict([policy_input(observation, self._policy.num_images)], [self._slot])[0]
-        self.policy_seconds += time.perf_counter() - start
-        self.queries += 1
-        # The first n. (The original's bounded queue kept the last n, i.e. executed actions meant for later.)
-        return environment_actions(chunk[: self._settings.open_loop_steps], self._policy.robot)
-
-
-def policy_input(observation: Observation, num_images: int) -> PolicyInput:
-    """A simulator's observation as a policy takes it: third-person view, then wrist view.
-
-    Raises:
-        ValueError: the policy wants more views than LIBERO has.
-    """
-    if not 1 <= num_images <= _CAMERAS:
-        raise ValueError(f"the policy takes {num_images} camera images; LIBERO has {_CAMERAS}")
-    return PolicyInput(observation.pictures(num_images), observation.state, observation.instruction)
+        self.policy.start_episode(self.slot, episode.policy_seed)
+        return observation

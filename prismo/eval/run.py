@@ -1,12 +1,10 @@
 """An evaluation from its flags to its results: `prepare` settles everything that can be wrong, `Evaluation.run` plays.
 
-Called by `prismo eval`. Episodes run one after the other here; policy and simulators
-only meet in `prismo.eval.rollout`.
+Called by `prismo eval`. Episodes run one after the other; `prismo.eval.rollout` plays each.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -16,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +21,12 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from prismo.embodiment import LIBERO
-from prismo.eval.config import DEFAULT_STATES, EvalConfig
+from prismo.eval.benchmark import Benchmark, benchmark_of
+from prismo.eval.config import EvalConfig
+from prismo.eval.episode import RolloutSettings
 from prismo.eval.plan import Episode, plan_episodes
 from prismo.eval.results import EpisodeResult, Summary, summarize
-from prismo.eval.rollout import Rollout, RolloutSettings, run_episode
+from prismo.eval.rollout import Rollout, run_episode
 from prismo.eval.run_folder import EPISODES, RunFolder, RunIdentity, open_run
 from prismo.eval.summary import report
 from prismo.eval.text_log import TextLog, WandbLog
@@ -37,16 +35,14 @@ from prismo.eval.versions import (
     collect_versions,
     episode_versions,
     mixed_versions,
-    package_warnings,
-    version_warnings,
 )
 from prismo.eval.video import annotated, check_video_writer, video_path, write_video
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import checkpoint_hash
 from prismo.policies.loading import PolicySpec, prepare_policy
-from prismo.sim import SimWorker
-from prismo.sim.assets import Assets, resolve_assets
 from prismo.sim.gl import physical_cuda_index
+from prismo.sim.interface import STAND_INS
+from prismo.sim.worker import SimWorker
 from prismo.util.cli import BrokenOffError
 from prismo.util.files import write_json
 
@@ -66,21 +62,21 @@ def prepare(cfg: EvalConfig) -> Evaluation:
         ValueError, FileNotFoundError, SelfTestError, SimulatorError, GLUnavailableError: with one clear message.
             Nothing has been run, and no run folder has been made, unless the weights themselves cannot be loaded.
     """
-    cfg.validate()
+    benchmark = benchmark_of(cfg)
     if cfg.save_videos != "none":
         check_video_writer()
-    spec = prepare_policy(cfg, LIBERO, default_key=cfg.task_suite_name)
-    episodes = plan_episodes(cfg)
-    settings = _rollout_settings(cfg, spec)
+    spec = prepare_policy(cfg, benchmark.robot, default_key=cfg.task_suite_name)
+    episodes = plan_episodes(cfg, benchmark)
+    settings = _rollout_settings(cfg, spec, benchmark)
     with ExitStack() as stack:
-        worker = stack.enter_context(_start_simulator(cfg, spec))
+        worker = stack.enter_context(benchmark.open(cfg, _cuda_device(spec)))
         _try_first_scene(worker, episodes[0])
         versions = collect_versions(worker.info)
         identity = RunIdentity(
             cfg.task_suite_name,
             spec.checkpoint.family,
             cfg.run_id_note,
-            _identity_settings(cfg, spec, settings, worker.assets),
+            _identity_settings(cfg, spec, settings, benchmark.settings(cfg) | {"assets": versions["assets"]}),
         )
         run, resumed = open_run(
             cfg.local_log_dir,
@@ -91,7 +87,7 @@ def prepare(cfg: EvalConfig) -> Evaluation:
             retry_errors=cfg.retry_errors,
         )
         stack.callback(run.close)
-        for warning in package_warnings(versions):  # `resolve_assets` has warned of stand-ins
+        for warning in benchmark.warnings(versions):  # of stand-ins, whoever found them has warned
             _LOG.warning(warning)
         done = run.log.results
         todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
@@ -102,7 +98,9 @@ def prepare(cfg: EvalConfig) -> Evaluation:
         run.begin(cfg, episodes)
         wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, asdict(run.about))
         policy = spec.load() if todo else None
-        return Evaluation(cfg, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all())
+        return Evaluation(
+            cfg, benchmark, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all()
+        )
 
 
 class RepeatedError(BrokenOffError):
@@ -114,6 +112,7 @@ class Evaluation:
     """An evaluation that is ready to run. Use it as a context manager: it ends the simulator and frees the run.
 
     Attributes:
+        benchmark: that `cfg` names.
         run_folder: its files.
         worker: the simulator.
         policy: None where every episode is done already.
@@ -121,6 +120,7 @@ class Evaluation:
     """
 
     cfg: EvalConfig
+    benchmark: Benchmark
     run_folder: RunFolder
     worker: SimWorker
     policy: Policy | None
@@ -262,7 +262,12 @@ class Evaluation:
         mixed = self._mixed_versions()
         several = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in mixed.items())
         found = [f"episodes were played with different versions: {several}"] if mixed else []
-        return [*version_warnings(self.versions), *found]
+        smoke = ["the scenes are built-in stand-ins: this is a smoke run, its rates compare with nothing"]
+        return [*self.benchmark.warnings(self.versions), *(smoke if self._is_smoke_run else []), *found]
+
+    @property
+    def _is_smoke_run(self) -> bool:
+        return self.versions["assets"] == STAND_INS
 
     def _mixed_versions(self) -> dict[str, list[str | None]]:
         return mixed_versions(_versions_of(self.run_folder, self.run_folder.log.results.values()))
@@ -270,7 +275,7 @@ class Evaluation:
     def _write_results(self, summary: Summary, seconds: float) -> None:
         """results.json: what came out, and everything it depends on."""
         content = {
-            "smoke_run": self.worker.assets.are_stand_ins,  # boxes and cylinders: the rates compare with nothing
+            "smoke_run": self._is_smoke_run,  # boxes and cylinders: the rates compare with nothing
             **summary.to_json(),
             **asdict(self.run_folder.about),
             "versions": self.versions,  # of this start
@@ -293,27 +298,29 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _rollout_settings(cfg: EvalConfig, spec: PolicySpec) -> RolloutSettings:
-    chunk, images = spec.settings.chunk, spec.settings.num_images
+def _rollout_settings(cfg: EvalConfig, spec: PolicySpec, benchmark: Benchmark) -> RolloutSettings:
+    chunk, images, cameras = spec.settings.chunk, spec.settings.num_images, benchmark.cameras
+    film = cameras if cfg.annotate_videos else cameras[:1]
     if cfg.num_open_loop_steps is not None and cfg.num_open_loop_steps > chunk:
         raise ValueError(
             f"--num_open_loop_steps is {cfg.num_open_loop_steps}, but the checkpoint predicts chunks of {chunk} actions"
         )
-    if images > 2:
-        raise ValueError(f"the checkpoint takes {images} camera images; LIBERO has 2 (third-person and wrist)")
+    if images > len(cameras):
+        has = f"--benchmark {cfg.benchmark} has {len(cameras)} ({', '.join(cameras)})"
+        raise ValueError(f"the checkpoint takes {images} camera images; {has}")
     return RolloutSettings(
-        max_steps=cfg.episode_steps,
+        max_steps=cfg.max_steps or benchmark.max_steps(cfg),
         open_loop_steps=cfg.num_open_loop_steps or chunk,
         settle_steps=cfg.num_steps_wait,
-        record=cfg.save_videos != "none",
-        record_wrist=cfg.annotate_videos,
+        cameras=cameras[:images],
+        states=benchmark.states,
+        film=film if cfg.save_videos != "none" else (),
     )
 
 
-def _start_simulator(cfg: EvalConfig, spec: PolicySpec) -> SimWorker:
-    cuda = physical_cuda_index(spec.device.index or 0) if spec.device.type == "cuda" else None
-    assets = resolve_assets(cfg.libero_assets, download=cfg.download_assets)
-    return SimWorker(assets, image_size=cfg.env_img_res, cuda_device=cuda)
+def _cuda_device(spec: PolicySpec) -> int | None:
+    """The policy's GPU as the simulator's driver counts it."""
+    return physical_cuda_index(spec.device.index or 0) if spec.device.type == "cuda" else None
 
 
 def _try_first_scene(worker: SimWorker, episode: Episode) -> None:
@@ -339,9 +346,10 @@ def _refuse_mixture(run: RunFolder, todo: Collection[int], versions: dict[str, A
         )
 
 
-def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSettings, assets: Assets) -> dict[str, Any]:
+def _identity_settings(
+    cfg: EvalConfig, spec: PolicySpec, settings: RolloutSettings, of_benchmark: dict[str, Any]
+) -> dict[str, Any]:
     """Everything that changes an episode, as JSON reads it back."""
-    states = cfg.initial_states_path
     values = {
         "checkpoint_hash": checkpoint_hash(spec.checkpoint),
         "policy": spec.describe(),
@@ -351,9 +359,7 @@ def _identity_settings(cfg: EvalConfig, spec: PolicySpec, settings: RolloutSetti
         "num_open_loop_steps": settings.open_loop_steps,
         "num_steps_wait": settings.settle_steps,
         "max_steps": settings.max_steps,
-        "initial_states": states if states == DEFAULT_STATES else hashlib.sha256(Path(states).read_bytes()).hexdigest(),
-        "env_img_res": cfg.env_img_res,
-        "assets": assets.source,
+        **of_benchmark,
         "seed": cfg.seed,
     }
     return json.loads(json.dumps(values))

@@ -25,7 +25,7 @@ from pydantic import Field
 from prismo.eval.config import EvalConfig
 from prismo.eval.plan import Episode
 from prismo.eval.results import EpisodeLog, EpisodeResult, read_episodes
-from prismo.sim import Task
+from prismo.sim.interface import Task
 from prismo.util.files import point_link, write_json
 from prismo.util.locks import LockedError, take_lock
 from prismo.util.schema import read_json

@@ -13,15 +13,10 @@ import torch
 
 import prismo
 from prismo.sim.interface import SimInfo
-from prismo.sim.worker import PACKAGES
 from prismo.util.git import git_commit
 
-# MuJoCo 3.3.3 darkens the floors of LIBERO-Object, 3.4.0 changes how the bowls of LIBERO-Spatial come to rest. Either
-# costs success without an error, so everything that was not checked counts as wrong.
-TESTED_MUJOCO = ("2.3.7", "3.3.2")
-TESTED_ROBOSUITE = ("1.4.1", "1.4.0")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
-_OF_EPISODE = ("prismo", "git", *_PACKAGES, *PACKAGES, "renderer")
+_NOT_OF_EPISODE = ("python", "platform", "gl", "assets", "cuda", "gpu", "gpu_driver")
 
 
 def collect_versions(simulator: SimInfo) -> dict[str, Any]:
@@ -42,45 +37,26 @@ def collect_versions(simulator: SimInfo) -> dict[str, Any]:
     }
 
 
-def version_warnings(versions: dict[str, Any]) -> list[str]:
-    """One sentence per version or asset that makes the result incomparable."""
-    stand_ins = versions.get("assets") == "stand-ins"
-    smoke = ["the scenes are built-in stand-ins: this is a smoke run, its rates compare with nothing"]
-    return [*package_warnings(versions), *(smoke if stand_ins else [])]
-
-
-def package_warnings(versions: dict[str, Any]) -> list[str]:
-    """One sentence per version that changes physics or pixels."""
-    warnings = []
-    for package, tested in (("mujoco", TESTED_MUJOCO), ("robosuite", TESTED_ROBOSUITE)):
-        if versions.get(package) not in tested:
-            warnings.append(
-                f"{package} is {versions.get(package)}, outside of {', '.join(tested)}: physics or pixels differ from "
-                f"those of the training data. Type: pip install {package}=={tested[-1]}"
-            )
-    return warnings
-
-
 def episode_versions(versions: Mapping[str, Any]) -> dict[str, str | None]:
     """Those of `collect_versions` that may change what happens in an episode; every episode's line holds them."""
-    return {name: versions.get(name) for name in _OF_EPISODE}
+    return {name: version for name, version in versions.items() if name not in _NOT_OF_EPISODE}
 
 
 def mixed_versions(episodes: Iterable[Mapping[str, Any]]) -> dict[str, list[str | None]]:
     """By name: all versions with which the episodes were played, where these are several."""
     found: dict[str, list[str | None]] = {}
     for versions in episodes:
-        for name in _OF_EPISODE:
-            if name in versions and versions[name] not in found.setdefault(name, []):
-                found[name].append(versions[name])
+        for name, version in episode_versions(versions).items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
     return {name: values for name, values in found.items() if len(values) > 1}
 
 
 def changed_versions(episodes: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> str:
     """What has changed since the episodes were played, in words; empty where nothing has."""
     mixed = mixed_versions([*episodes, episode_versions(now)])
-    former = {name: [str(value) for value in values if value != now[name]] for name, values in mixed.items()}
-    return "; ".join(f"{name} {', '.join(values)}, now {now[name]}" for name, values in former.items())
+    former = {name: [str(value) for value in values if value != now.get(name)] for name, values in mixed.items()}
+    return "; ".join(f"{name} {', '.join(values)}, now {now.get(name)}" for name, values in former.items())
 
 
 def gpu_driver() -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismo.sim import standins
+from prismo.sim.interface import STAND_INS
 from prismo.sim.suites import package_folder
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 ASSETS_VARIABLE = "PRISMO_LIBERO_ASSETS"
 CACHE_VARIABLE = "PRISMO_CACHE"
 HUB_REPOSITORY = "lerobot/libero-assets"  # the dataset repository that hf-libero itself downloads
-STAND_INS = "stand-ins"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from prismo.sim.collection import Collection, Finished, Item
-from prismo.sim.interface import EpisodeOutcome
+from prismo.sim.demos import EpisodeOutcome
 from prismo.sim.parallel import run_jobs
 from prismo.sim.rates import Rate
 from prismo.sim.suites import check_task_ids, load_init_states, load_tasks
@@ -55,7 +55,7 @@ def run_expert(
 
     def run(worker: SimWorker, item: Item) -> EpisodeOutcome:
         suite, task_id = item.task.suite, item.task.index
-        return worker.request(
+        outcome = worker.request(
             "expert_episode",
             _EPISODE_TIMEOUT_S,
             suite=suite,
@@ -65,6 +65,7 @@ def run_expert(
             noise=noise,
             target=collection.demo_file(item) if collection else None,
         )
+        return EpisodeOutcome(**outcome)
 
     yield from run_items(items, run, make_worker, num_workers, collection)
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prismo.sim.demos import assemble, demo_file_name
-from prismo.sim.interface import EpisodeOutcome, SimInfo
-from prismo.sim.suites import Task
+from prismo.sim.demos import EpisodeOutcome, assemble, demo_file_name
+from prismo.sim.interface import SimInfo
+from prismo.sim.suites import LiberoTask
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, read_json
 
@@ -24,7 +24,7 @@ _AGAIN = "remove it, and its demonstration is made again"
 class Item:
     """Demonstration `index` of a task."""
 
-    task: Task
+    task: LiberoTask
     index: int
 
 
@@ -50,7 +50,7 @@ class Collection:
         ValueError: the folder holds work done with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], tasks: Iterable[Task], *, overwrite: bool) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], tasks: Iterable[LiberoTask], *, overwrite: bool) -> None:
         self.folder = folder
         note = folder / "collection.json"
         if overwrite and folder.exists():
@@ -86,9 +86,9 @@ class Collection:
         """Remember that an item is finished (after its demonstration was written)."""
         write_json(self._note(done.item), asdict(done.outcome))
 
-    def join(self, done: Sequence[Finished], info: SimInfo) -> dict[Task, int]:
+    def join(self, done: Sequence[Finished], info: SimInfo) -> dict[LiberoTask, int]:
         """Write `<task>_demo.hdf5` of every task from its successes; return their number by task (perhaps 0)."""
-        counts: dict[Task, int] = {}
+        counts: dict[LiberoTask, int] = {}
         for task in sorted({d.item.task for d in done}, key=lambda task: task.index):
             successes = [d.item for d in done if d.item.task == task and d.outcome.success]
             counts[task] = len(successes)

@@ -1,28 +1,23 @@
-"""What a simulator process can be asked to do; `prismo.sim.server` calls these for `prismo.sim.worker.SimWorker`."""
+"""What LIBERO's simulator process can be asked to do, over the pipe of `prismo.sim.server`."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import numpy as np
 
 from prismo.sim import standins
 from prismo.sim.assets import ASSETS_VARIABLE, Assets
-from prismo.sim.demos import DemoError, read_demo, write_demo
+from prismo.sim.demos import DemoError, EpisodeOutcome, read_demo, write_demo
 from prismo.sim.expert import run_episode
 from prismo.sim.gl import GLBackend
-from prismo.sim.interface import (
-    AGENT_CAMERA,
-    CAMERAS,
-    EpisodeOutcome,
-    Observation,
-    Render,
-    SimulatorError,
-    StepResult,
-)
-from prismo.sim.libero import LiberoEnv
+from prismo.sim.interface import Observation, Render, SimInfo, SimulatorError, StepResult
+from prismo.sim.libero import AGENT_CAMERA, CAMERAS, LiberoEnv
 from prismo.sim.replay import replay
 from prismo.sim.suites import load_init_states, load_task
+
+_PACKAGES = ("mujoco", "robosuite", "bddl", "hf-libero")
 
 
 class Commands:
@@ -33,6 +28,15 @@ class Commands:
         self._backend = backend
         self._image_size = image_size
         self._env: LiberoEnv | None = None
+
+    def info(self) -> SimInfo:
+        backend = self._backend
+        return SimInfo(
+            assets=self._assets.source,
+            gl=str(backend or "none"),
+            versions={name: _version(name) for name in _PACKAGES},
+            renderer="none" if backend is None else f"{backend.name} ({backend.renderer})",
+        )
 
     def reset(
         self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, settle_steps: int
@@ -65,31 +69,31 @@ class Commands:
         return self._running().sim_state()
 
     def expert_episode(
-        self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, noise: float, target: Path | None
+        self, suite: str, task_id: int, init_state: int | np.ndarray, seed: int, noise: float, target: str | None
     ) -> EpisodeOutcome:
         """An episode of the scripted expert; with `target`, a success is drawn and written there."""
         state = self._init_state(suite, task_id, init_state)
         env = self._environment(suite, task_id)
         demo, success = run_episode(env, state, seed=seed, noise=noise, draw=target is not None)
         if success and target is not None:
-            write_demo(target, demo)
+            write_demo(Path(target), demo)
         return EpisodeOutcome(success, len(demo))
 
     def replay_demo(
-        self, suite: str, task_id: int, source: Path, index: int, seed: int, drop_noops: bool, target: Path
+        self, suite: str, task_id: int, source: str, index: int, seed: int, drop_noops: bool, target: str
     ) -> EpisodeOutcome:
         """Execute a demonstration of an HDF5 file again; a success is written to `target`.
 
         `seed` is for files that do not say theirs.
         """
         try:
-            demo = read_demo(source, index, images=False)
+            demo = read_demo(Path(source), index, images=False)
         except DemoError as error:
             raise SimulatorError(str(error)) from error
         seed = seed if demo.seed is None else demo.seed
         result = replay(self._environment(suite, task_id), demo, seed=seed, drop_noops=drop_noops)
         if result.success and result.demo is not None:
-            write_demo(target, result.demo)
+            write_demo(Path(target), result.demo)
         return EpisodeOutcome(result.success, len(demo) - result.noops, result.noops)
 
     def _running(self) -> LiberoEnv:
@@ -126,3 +130,10 @@ class Commands:
         if self._env is not None:
             self._env.close()
             self._env = None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # e.g. a checkout of LIBERO on the path

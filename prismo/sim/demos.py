@@ -16,19 +16,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
-from prismo.sim.interface import (
-    AGENT_CAMERA,
-    SETTLE_STEPS,
-    WRIST_CAMERA,
-    SimInfo,
-    SimulatorError,
-    quat_to_axis_angle,
-)
-from prismo.sim.suites import Task
+from prismo.sim.interface import SETTLE_STEPS, SimInfo, SimulatorError
+from prismo.sim.libero import AGENT_CAMERA, WRIST_CAMERA, quat_to_axis_angle
+from prismo.sim.suites import LiberoTask
 from prismo.util.extras import need
 from prismo.util.files import atomic_write
 
@@ -72,6 +67,21 @@ class Demo:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+
+@dataclass(frozen=True)
+class EpisodeOutcome:
+    """Of an episode that ran inside the simulator process (expert, replay).
+
+    Attributes:
+        success: the goal held at its end.
+        steps: actions executed.
+        noops: actions of a replay that were left out.
+    """
+
+    success: bool
+    steps: Annotated[int, Ge(0)]
+    noops: Annotated[int, Ge(0)] = 0
 
 
 _ARRAYS = tuple(field.name for field in fields(Demo) if field.name != "seed")
@@ -123,7 +133,7 @@ class Recorder:
         return Demo(**arrays, seed=self._seed)
 
 
-def demo_file_name(task: Task) -> str:
+def demo_file_name(task: LiberoTask) -> str:
     """LIBERO's file name for a task's demonstrations; readers take the instruction from it."""
     return f"{task.name}_demo.hdf5"
 
@@ -154,7 +164,7 @@ def write_demo(path: Path, demo: Demo) -> None:
                 )
 
 
-def assemble(target: Path, parts: dict[int, Path], task: Task, info: SimInfo) -> None:
+def assemble(target: Path, parts: dict[int, Path], task: LiberoTask, info: SimInfo) -> None:
     """Join files of `write_demo` into the task's HDF5 file, atomically.
 
     Args:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from prismo.sim.demos import Demo, Recorder
-from prismo.sim.interface import CAMERAS, GRIPPER_CLOSE, GRIPPER_OPEN, SimulatorError
-from prismo.sim.libero import LiberoEnv
+from prismo.sim.interface import SimulatorError
+from prismo.sim.libero import CAMERAS, GRIPPER_CLOSE, GRIPPER_OPEN, LiberoEnv
 from prismo.sim.suites import MAX_STEPS
 
 # What the controller does with an action of 1: metres and radians.

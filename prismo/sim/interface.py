@@ -1,30 +1,25 @@
-"""What crosses the border between a simulator process and the rest: observations, step results, errors.
+"""What crosses the border to a simulator process: observations, step results, errors.
 
-Imported by both sides (`prismo.sim.worker` in the parent, `prismo.sim.server` in the child) and by policies.
+Imported by both sides (`prismo.sim.worker` in the owner, `prismo.sim.server` in the simulator's process); needs numpy
+only, because a simulator may live in another environment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from annotated_types import Ge
 
-# Which steps of a chunk are drawn: only the one that the policy will look at, every one (videos; "all_views": by the
-# wrist camera, too), or none.
+# Which steps of a chunk are drawn: only the one that the policy will look at, every one by the first camera (videos;
+# "all_views": by all of them), or none.
 Render = Literal["last", "all", "all_views", "none"]
 
-AGENT_CAMERA = "agentview"
-WRIST_CAMERA = "robot0_eye_in_hand"
-CAMERAS = (AGENT_CAMERA, WRIST_CAMERA)
-
-# Gripper command of an action: LIBERO's -1 opens, +1 closes.
-GRIPPER_OPEN = -1.0
-GRIPPER_CLOSE = 1.0
-# Sent while the objects fall to rest after a reset: no motion, gripper open.
-SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)
+# Steps without motion after a reset, while objects fall to rest.
 SETTLE_STEPS = 10
+# Assets with which a run is a smoke run, whose rates compare with nothing.
+STAND_INS = "stand-ins"
 
 
 class SimulatorError(RuntimeError):
@@ -40,31 +35,59 @@ class SimulatorTimeout(SimulatorError):
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What a policy sees at one instant, as OpenVLA-OFT's LIBERO checkpoints expect it.
+class Task:
+    """One task of a benchmark.
 
     Attributes:
-        full_image: uint8 [H, W, 3], the agentview camera, turned by 180 degrees; None if it was not drawn.
-        wrist_image: uint8 [H, W, 3], the wrist camera, turned by 180 degrees; None if it was not drawn.
-        state: float64 [8]: end-effector position (m), its orientation as axis-angle (rad), two finger positions (m).
+        suite: group of tasks, e.g. "libero_object".
+        index: position in the suite.
+        name: as in the names of the benchmark's files.
+        language: the instruction.
+    """
+
+    suite: str
+    index: int
+    name: str
+    language: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a robot perceives at one instant.
+
+    Attributes:
+        images: uint8 [H, W, 3] by camera, upright as in the training data; only of the cameras that were drawn.
+        states: float64 [n] by name: poses, joints, fingers, in m and rad.
         instruction: the task in words, e.g. "pick up the milk and place it in the basket".
     """
 
-    full_image: np.ndarray | None
-    wrist_image: np.ndarray | None
-    state: np.ndarray
+    images: Mapping[str, np.ndarray]
+    states: Mapping[str, np.ndarray]
     instruction: str
 
-    def pictures(self, count: int = 1) -> tuple[np.ndarray, ...]:
-        """The first `count` of (agentview, wrist).
+    def __post_init__(self) -> None:
+        for camera, image in self.images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"camera {camera!r} gave {image.dtype} {image.shape}; expected uint8 [H, W, 3]")
+        for name, state in self.states.items():
+            if state.dtype != np.float64 or state.ndim != 1:
+                raise ValueError(f"state {name!r} is {state.dtype} {state.shape}; expected float64 [n]")
+
+    def pictures(self, cameras: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """The images of these cameras.
 
         Raises:
-            ValueError: there are fewer, or one of them was not drawn.
+            ValueError: there is no such camera, or it was not drawn.
         """
-        drawn = tuple(picture for picture in (self.full_image, self.wrist_image)[:count] if picture is not None)
-        if len(drawn) < count:
-            raise ValueError(f"expected {count} camera images, found {len(drawn)} that the simulator has drawn")
-        return drawn
+        return tuple(_named(self.images, cameras, "image"))
+
+    def state(self, names: Sequence[str]) -> np.ndarray:
+        """The states of these names one behind the other, float64 [sum of n].
+
+        Raises:
+            ValueError: there is no such state.
+        """
+        return np.concatenate(_named(self.states, names, "state"))
 
 
 @dataclass(frozen=True)
@@ -75,8 +98,8 @@ class StepResult:
         observation: after the last executed action.
         success: the task's goal holds; the rest of the chunk was not executed.
         steps: actions executed.
-        frames: uint8 [steps, H, W, 3], the turned agentview after every action, with `render="all"`; [steps, H, 2W, 3]
-            with "all_views", the wrist view at its right; else None.
+        frames: uint8 [steps, H, W, 3], the first camera after every action, with `render="all"`; all cameras side by
+            side with "all_views"; else None.
     """
 
     observation: Observation
@@ -86,28 +109,13 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class EpisodeOutcome:
-    """Of an episode that ran inside the simulator process (expert, replay).
-
-    Attributes:
-        success: the goal held at its end.
-        steps: actions executed.
-        noops: actions of a replay that were left out.
-    """
-
-    success: bool
-    steps: Annotated[int, Ge(0)]
-    noops: Annotated[int, Ge(0)] = 0
-
-
-@dataclass(frozen=True)
 class SimInfo:
     """What a result depends on besides policy and seed; goes into every result file.
 
     Attributes:
-        assets: "stand-ins" (a smoke run: not comparable with anything) or where LIBERO's own assets come from.
+        assets: where meshes and textures come from; "stand-ins" makes it a smoke run.
         gl: the backend in words, or "none" for a simulator without cameras.
-        versions: of mujoco, robosuite, bddl and hf-libero.
+        versions: of the packages that make physics and pixels, by name.
         renderer: the backend without the number of its device: what pixels depend on.
     """
 
@@ -117,10 +125,7 @@ class SimInfo:
     renderer: str = "none"
 
 
-def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:
-    """(x, y, z, w) to axis times angle (rad, 0 to 2 pi), as the training data has it: no sign is made canonical."""
-    w = np.clip(quat[3], -1.0, 1.0)
-    norm = np.sqrt(1.0 - w * w)
-    if norm == 0.0:
-        return np.zeros(3)
-    return quat[:3] * 2.0 * np.arccos(w) / norm
+def _named(arrays: Mapping[str, np.ndarray], names: Sequence[str], what: str) -> list[np.ndarray]:
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(f"no {what} {', '.join(missing)}; the simulator gave {', '.join(arrays) or 'none'}")
+    return [arrays[name] for name in names]

@@ -1,8 +1,8 @@
 """One LIBERO task as an environment in this process: reset to an initial state, step, observe.
 
-Runs inside simulator processes, after `prismo.sim.server.prepare_process`: LIBERO asks questions when it is imported,
-and MuJoCo decides then how to draw. Policies go through `prismo.sim.worker.SimWorker`. Only one environment may be
-alive per process: robosuite never makes its GL context current again, so two of them silently draw each other's
+Runs inside simulator processes, after `prismo.sim.libero_server.prepare_process`: LIBERO asks questions when it is
+imported, and MuJoCo decides then how to draw. Policies go through `prismo.sim.worker.SimWorker`. Only one environment
+may be alive per process: robosuite never makes its GL context current again, so two of them silently draw each other's
 pictures.
 """
 
@@ -16,17 +16,22 @@ from typing import Any
 import numpy as np
 
 from prismo.sim.assets import Assets
-from prismo.sim.interface import (
-    AGENT_CAMERA,
-    CAMERAS,
-    SETTLE_ACTION,
-    SETTLE_STEPS,
-    WRIST_CAMERA,
-    Observation,
-    SimulatorError,
-    quat_to_axis_angle,
-)
-from prismo.sim.suites import Task
+from prismo.sim.interface import SETTLE_STEPS, Observation, SimulatorError
+from prismo.sim.suites import LiberoTask
+
+AGENT_CAMERA = "agentview"
+WRIST_CAMERA = "robot0_eye_in_hand"
+CAMERAS = (AGENT_CAMERA, WRIST_CAMERA)
+# States that OpenVLA-OFT's LIBERO checkpoints expect, in this order: end-effector position (m), its orientation as
+# axis-angle (rad), two finger positions (m).
+STATES = ("eef_pos", "eef_axis_angle", "gripper_qpos")
+
+# Gripper command of an action: LIBERO's -1 opens, +1 closes.
+GRIPPER_OPEN = -1.0
+GRIPPER_CLOSE = 1.0
+# Sent while the objects fall to rest after a reset: no motion, gripper open.
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)
+ACTION_DIM = len(SETTLE_ACTION)
 
 _RESET_ATTEMPTS = 20
 
@@ -47,7 +52,7 @@ class LiberoEnv:
         SimulatorError: the scene could not be built, e.g. because asset files are missing.
     """
 
-    def __init__(self, task: Task, assets: Assets, *, image_size: int = 256, cameras: bool = True) -> None:
+    def __init__(self, task: LiberoTask, assets: Assets, *, image_size: int = 256, cameras: bool = True) -> None:
         import libero.libero  # noqa: PLC0415 (imports MuJoCo, like everything of LIBERO and robosuite)
 
         self.task = task
@@ -180,12 +185,9 @@ class LiberoEnv:
 
     def observe(self) -> Observation:
         """The observation of the last step; pictures only of the cameras that it drew."""
-        return Observation(
-            full_image=self.image(AGENT_CAMERA),
-            wrist_image=self.image(WRIST_CAMERA),
-            state=np.concatenate([self.eef_pos, quat_to_axis_angle(self.eef_quat), self.gripper_qpos]),
-            instruction=self.task.language,
-        )
+        images = {camera: view for camera in CAMERAS if (view := self.image(camera)) is not None}
+        states = (self.eef_pos, quat_to_axis_angle(self.eef_quat), self.gripper_qpos)
+        return Observation(images, dict(zip(STATES, states, strict=True)), self.task.language)
 
     def image(self, camera: str) -> np.ndarray | None:
         """uint8 [H, W, 3] of the last step, turned by 180 degrees (OpenGL's first row is the bottom)."""
@@ -229,3 +231,12 @@ class LiberoEnv:
         self.raw.close()
         self.raw = None
         gc.collect()
+
+
+def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:
+    """(x, y, z, w) to axis times angle (rad, 0 to 2 pi), as the training data has it: no sign is made canonical."""
+    w = np.clip(quat[3], -1.0, 1.0)
+    norm = np.sqrt(1.0 - w * w)
+    if norm == 0.0:
+        return np.zeros(3)
+    return quat[:3] * 2.0 * np.arccos(w) / norm

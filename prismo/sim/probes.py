@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from prismo.sim.interface import Observation
-from prismo.sim.worker import SimWorker
+from prismo.sim.libero import AGENT_CAMERA
+from prismo.sim.libero_worker import LiberoWorker
 
 # Mean of the agentview picture of LIBERO-Object task 0, of 255: 130 to 134 up to MuJoCo 3.3.2, 98 from 3.3.3 on.
 _FLOOR_BRIGHTNESS_LIMIT = 115.0
@@ -48,7 +49,7 @@ class FloorProbe:
         return self.brightness > _FLOOR_BRIGHTNESS_LIMIT
 
 
-def probe_settling(worker: SimWorker, init_states: tuple[int, ...] = (0, 24, 49)) -> SettleProbe:
+def probe_settling(worker: LiberoWorker, init_states: tuple[int, ...] = (0, 24, 49)) -> SettleProbe:
     """Reset LIBERO-Spatial task 5 and measure where its bowl comes to rest. Needs LIBERO's own assets."""
     measured = []
     for index in init_states:
@@ -61,7 +62,7 @@ def probe_settling(worker: SimWorker, init_states: tuple[int, ...] = (0, 24, 49)
     return SettleProbe(float(distance), float(tilt))
 
 
-def probe_floor(worker: SimWorker) -> FloorProbe:
+def probe_floor(worker: LiberoWorker) -> FloorProbe:
     """Draw LIBERO-Object task 0. Comparable only with LIBERO's own assets."""
     observation = worker.reset("libero_object", 0, 0)
-    return FloorProbe(float(observation.pictures()[0].mean()), observation)
+    return FloorProbe(float(observation.images[AGENT_CAMERA].mean()), observation)

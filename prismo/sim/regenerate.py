@@ -12,8 +12,7 @@ from typing import Any
 
 from prismo.sim.collect import run_items
 from prismo.sim.collection import Collection, Finished, Item
-from prismo.sim.demos import demo_file_name, demo_indices, read_demo
-from prismo.sim.interface import EpisodeOutcome
+from prismo.sim.demos import EpisodeOutcome, demo_file_name, demo_indices, read_demo
 from prismo.sim.suites import check_task_ids, load_tasks
 from prismo.sim.worker import SimWorker
 from prismo.util.files import write_json
@@ -61,7 +60,7 @@ def regenerate(
     """
 
     def run(worker: SimWorker, item: Item) -> EpisodeOutcome:
-        return worker.request(
+        outcome = worker.request(
             "replay_demo",
             _REPLAY_TIMEOUT_S,
             suite=item.task.suite,
@@ -72,6 +71,7 @@ def regenerate(
             drop_noops=True,
             target=collection.demo_file(item),
         )
+        return EpisodeOutcome(**outcome)
 
     yield from run_items(items, run, make_worker, num_workers, collection)
 

@@ -1,131 +1,56 @@
-"""The simulator process: answers `prismo.sim.worker.SimWorker` over a pipe until the pipe closes.
+"""The simulator's end of the pipe: answers `prismo.sim.worker.SimWorker` until that is gone.
 
-Started as `python -m prismo.sim.server <file descriptor> <parent> main|thread`. Each request is (command, arguments);
-each answer is ("ok", result) or ("error", message). An error leaves the process usable.
+A simulator is a module that can be run: `python -m MODULE <file descriptor> <parent> main|thread`. Its last lines are
+
+    if __name__ == "__main__":
+        serve(MySimulator)
+
+Each request is [command, arguments]; each answer is ["ok", result] or ["error", message]. An error leaves the process
+usable.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 import sys
 import traceback
-import types
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from prismo.sim.assets import Assets, cache_folder
-from prismo.sim.commands import Commands
-from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimulatorError
-from prismo.sim.suites import module_of_file, package_folder
-from prismo.util.files import atomic_write
+from prismo.sim.messages import LONGEST, decode, encode
 from prismo.util.processes import end_with
 
 
-def prepare_process(assets: Assets, backend: GLBackend | None) -> None:
-    """Set this process up for robosuite and LIBERO; call it once, before anything imports MuJoCo.
+def serve(start: Callable[..., Any]) -> None:
+    """Serve requests on the pipe that the command line names until the parent is gone.
 
-    Without it, LIBERO asks for folders on stdin and writes ~/.libero, robosuite logs to a file in /tmp that it shares
-    with all users and picks a GPU by misreading CUDA_VISIBLE_DEVICES, numba, matplotlib and Mesa write to the home
-    folder.
+    Args:
+        start: makes the simulator from the options of the `SimWorker`; called once. A simulator has the methods
+            `info() -> SimInfo`, `reset(suite, task_id, init_state, seed, settle_steps) -> Observation` and
+            `step_chunk(actions, render) -> StepResult`, whose arguments are those of `SimWorker`; other public methods
+            can be called by `SimWorker.request`.
     """
-    cache = cache_folder()
-    variables: dict[str, str | None] = {
-        "LIBERO_CONFIG_PATH": str(_write_libero_config(cache, assets)),
-        "NUMBA_CACHE_DIR": str(cache / "numba"),
-        "MPLCONFIGDIR": str(cache / "matplotlib"),
-        "MESA_SHADER_CACHE_DISABLE": "true",
-        "__GL_SHADER_DISK_CACHE_PATH": str(cache),
-    }
-    # One thread per simulator: two processes with one thread each draw 1.5 times as much as one with two.
-    for name in ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        variables[name] = os.environ.get(name, "1")
-    variables |= (
-        backend.environment() if backend is not None else {"MUJOCO_GL": "disable", "CUDA_VISIBLE_DEVICES": None}
-    )
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    (cache / "matplotlib").mkdir(exist_ok=True)
-    _set_robosuite_macros()
-
-
-def _set_robosuite_macros() -> None:
-    """robosuite's settings are module constants that its import already uses, so they are loaded and set beforehand."""
-    found = importlib.util.find_spec("robosuite")
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError("robosuite is not installed: `make setup` installs it")
-    macros = module_of_file("robosuite.macros", Path(found.origin).parent / "macros.py")
-    vars(macros).update(
-        FILE_LOGGING_LEVEL=None,  # /tmp/robosuite.log, which the first user of a machine owns
-        CONSOLE_LOGGING_LEVEL="ERROR",
-        MUJOCO_GPU_RENDERING=False,  # would replace the backend that was chosen by EGL
-    )
-    sys.modules["robosuite.macros"] = macros
-    sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")  # it warns without one
-
-
-def _write_libero_config(cache: Path, assets: Assets) -> Path:
-    """The folder with the `config.yaml` that LIBERO would otherwise ask for; one per set of folders."""
-    root = package_folder()
-    text = yaml.safe_dump(
-        {
-            "benchmark_root": str(root),
-            "bddl_files": str(root / "bddl_files"),
-            "init_states": str(root / "init_files"),
-            "datasets": str(cache / "datasets"),
-            "assets": str(assets.folder),
-        }
-    )
-    folder = cache / f"libero-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    with atomic_write(folder / "config.yaml") as temporary:
-        temporary.write_text(text)
-    return folder
-
-
-class _Session:
-    """One simulator: `start` prepares the process, everything else goes to `prismo.sim.commands.Commands`."""
-
-    def __init__(self) -> None:
-        self._commands: Commands | None = None
-
-    def answer(self, command: str, arguments: dict[str, Any]) -> Any:
-        if command == "start":
-            return self._start(**arguments)
-        return getattr(self._commands, command)(**arguments)
-
-    def _start(self, assets: Assets, backend: GLBackend | None, image_size: int) -> None:
-        prepare_process(assets, backend)
-        self._commands = Commands(assets, backend, image_size)
-
-
-def main(pipe: Connection) -> None:
-    """Serve requests until the parent is gone."""
-    session = _Session()
+    end_with(int(sys.argv[2]), by_kernel=sys.argv[3] == "main")
+    pipe, simulator = Connection(int(sys.argv[1])), None
     while True:
         try:
-            command, arguments = pipe.recv()
+            command, arguments = decode(pipe.recv_bytes(LONGEST))
         except (EOFError, OSError):
             return
         try:
-            answer = ("ok", session.answer(command, arguments))
+            if command.startswith("_"):
+                raise SimulatorError(f"a simulator has no command {command!r}")
+            if command == "start":
+                simulator, result = start(**arguments), None
+            else:
+                result = getattr(simulator, command)(**arguments)
+            message = encode(["ok", result])
         except SimulatorError as error:
-            answer = ("error", str(error))
+            message = encode(["error", str(error)])
         except Exception:
-            answer = ("error", traceback.format_exc())
+            message = encode(["error", traceback.format_exc()])
         try:
-            pipe.send(answer)
+            pipe.send_bytes(message)
         except OSError:
             return
-
-
-if __name__ == "__main__":
-    end_with(int(sys.argv[2]), by_kernel=sys.argv[3] == "main")
-    main(Connection(int(sys.argv[1])))

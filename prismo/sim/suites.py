@@ -21,6 +21,7 @@ import numpy as np
 from annotated_types import MinLen
 from pydantic import Field, FiniteFloat
 
+from prismo.sim.interface import Task
 from prismo.util.extras import install_hint
 from prismo.util.schema import read_json
 from prismo.util.text import did_you_mean
@@ -49,23 +50,17 @@ InitialStates = dict[str, dict[Annotated[str, Field(pattern=r"^demo_\d+$")], Ini
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task of a suite.
+class LiberoTask(Task):
+    """One task of a suite, in the benchmark's task order 0.
+
+    The instruction is from the file name, as in the training data, not from the BDDL file, whose wording differs ("Pick
+    the milk ..." there, "pick up the milk ..." here).
 
     Attributes:
-        suite: e.g. "libero_object".
-        index: position in the suite (task order 0 of the benchmark).
-        name: as in LIBERO's file names.
-        language: the instruction; from the file name, as in the training data, not from the BDDL file, whose wording
-            differs ("Pick the milk ..." there, "pick up the milk ..." here).
         bddl_file: scene and goal.
         init_states_file: the benchmark's 50 initial states.
     """
 
-    suite: str
-    index: int
-    name: str
-    language: str
     bddl_file: Path
     init_states_file: Path
 
@@ -98,7 +93,7 @@ def module_of_file(name: str, path: Path) -> ModuleType:
 
 
 @functools.cache
-def load_tasks(suite: str) -> tuple[Task, ...]:
+def load_tasks(suite: str) -> tuple[LiberoTask, ...]:
     """The tasks of a suite in benchmark order.
 
     Raises:
@@ -110,7 +105,7 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
     # A bare table; its package's __init__, which asks questions, is not run.
     module = module_of_file("_libero_tasks", root / "benchmark" / "libero_suite_task_map.py")
     return tuple(
-        Task(
+        LiberoTask(
             suite=suite,
             index=index,
             name=name,
@@ -122,7 +117,7 @@ def load_tasks(suite: str) -> tuple[Task, ...]:
     )
 
 
-def load_task(suite: str, task_id: int) -> Task:
+def load_task(suite: str, task_id: int) -> LiberoTask:
     """Task `task_id` (0-based) of a suite.
 
     Raises:

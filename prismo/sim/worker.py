@@ -1,11 +1,11 @@
-"""`SimWorker`: a LIBERO simulator in its own process, with time-outs and restart. What evaluation talks to.
+"""`SimWorker`: a simulator in its own process, with time-outs and restart. What evaluation talks to.
 
-This side never imports MuJoCo, so that the process with the model stays free of OpenGL.
+This side imports nothing of a simulator, so that the process with the model stays free of OpenGL, and a benchmark may
+live in another environment than the policy.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import multiprocessing
 import os
@@ -14,16 +14,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 
 import prismo
-from prismo.sim.assets import Assets, resolve_assets
-from prismo.sim.gl import GLBackend, choose_backend
 from prismo.sim.interface import (
     SETTLE_STEPS,
     Observation,
@@ -34,10 +33,12 @@ from prismo.sim.interface import (
     SimulatorTimeout,
     StepResult,
 )
+from prismo.sim.messages import LONGEST, MessageError, decode, encode
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("mujoco", "robosuite", "bddl", "hf-libero")
+T = TypeVar("T")
+
 _LOG_TAIL_LINES = 15
 _GRACE_S = 3.0
 
@@ -67,55 +68,37 @@ class SimWorker:
     Use it as a context manager, or call `close`. Not thread-safe; use one worker per thread.
 
     Args:
-        assets: default: `prismo.sim.assets.resolve_assets()`.
-        cameras: False for a simulator that draws nothing (no OpenGL needed, faster, less memory).
-        image_size: height and width of the pictures.
-        cuda_device: draw on the GPU of this machine-wide CUDA ordinal (`prismo.sim.gl.physical_cuda_index`).
+        module: to be run as the simulator (`prismo.sim.server`).
+        options: arguments of what the module serves; JSON types, paths and dataclasses of them.
+        action_dim: numbers in an action.
+        python: interpreter of an environment that holds the simulator, numpy, and prismo (or PYTHONPATH leads to it);
+            default: this one.
+
+    Attributes:
         reset_timeout: seconds for a reset; building a scene takes 1 to 5, on a loaded machine much more.
         step_timeout: seconds for a chunk of actions, plus `step_timeout / 10` per action.
     """
 
+    reset_timeout = 300.0
+    step_timeout = 60.0
+
     def __init__(
-        self,
-        assets: Assets | None = None,
-        *,
-        cameras: bool = True,
-        image_size: int = 256,
-        cuda_device: int | None = None,
-        reset_timeout: float = 300.0,
-        step_timeout: float = 60.0,
+        self, module: str, options: Mapping[str, Any], *, action_dim: int, python: str | Path | None = None
     ) -> None:
-        self._assets = assets or resolve_assets()
-        self._backend = choose_backend(cuda_device) if cameras else None
-        self._image_size = image_size
-        self._reset_timeout = reset_timeout
-        self._step_timeout = step_timeout
+        self._module, self._options, self._python = module, dict(options), python
+        self._action_dim = action_dim
         self._running: _Running | None = None
 
-    def __enter__(self) -> SimWorker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
-    def assets(self) -> Assets:
-        return self._assets
-
-    @property
-    def backend(self) -> GLBackend | None:
-        """How pictures are drawn; None without cameras."""
-        return self._backend
-
-    @property
     def info(self) -> SimInfo:
-        """Assets, renderer and versions, for result files."""
-        return SimInfo(
-            assets=self.assets.source,
-            gl=str(self.backend or "none"),
-            versions={name: _version(name) for name in PACKAGES},
-            renderer="none" if self.backend is None else f"{self.backend.name} ({self.backend.renderer})",
-        )
+        """Assets, renderer and versions, for result files; starts the process."""
+        return self._read(SimInfo, "info", self.request("info", self.reset_timeout))
 
     @property
     def pid(self) -> int | None:
@@ -134,11 +117,11 @@ class SimWorker:
         """Start an episode and let the objects come to rest.
 
         Args:
-            suite: e.g. "libero_object".
+            suite: group of tasks, e.g. "libero_object".
             task_id: 0-based index in the suite.
-            init_state: index among the benchmark's initial states, or one as float64 [1 + nq + nv].
-            seed: for what initial states leave open (the poses of cabinets, stoves and racks). Vary it per episode to
-                sample as the benchmark does.
+            init_state: index among the benchmark's initial states, or one as float64 (LIBERO: [1 + nq + nv]).
+            seed: for what initial states leave open (LIBERO: the poses of cabinets, stoves and racks). Vary it per
+                episode to sample as the benchmark does.
             settle_steps: control steps without motion before the first observation.
 
         Raises:
@@ -146,16 +129,17 @@ class SimWorker:
             SimulatorCrashed, SimulatorTimeout: the process is gone; the next `reset` starts a new one.
         """
         arguments = {"suite": suite, "task_id": task_id, "init_state": init_state, "seed": seed}
-        self.start()
-        return self._call("reset", self._reset_timeout, **arguments, settle_steps=settle_steps)
+        answer = self.request("reset", self.reset_timeout, **arguments, settle_steps=settle_steps)
+        return self._read(Observation, "reset", answer)
 
     def step_chunk(self, actions: np.ndarray, render: Render = "last") -> StepResult:
         """Execute actions until the task succeeds or they end.
 
         Args:
-            actions: float [n, 7]: six end-effector deltas in [-1, 1] (5 cm, 0.5 rad at 1); gripper -1 open, +1 close.
+            actions: float [n, action_dim]. LIBERO: six end-effector deltas in [-1, 1] (5 cm, 0.5 rad at 1); gripper -1
+                open, +1 close.
             render: "last" draws only the observation that is returned, "all" every step (frames for a video),
-                "all_views" that with both cameras, "none" nothing.
+                "all_views" that with all cameras, "none" nothing.
 
         Raises:
             ValueError: wrong shape, or numbers that are not finite.
@@ -163,24 +147,20 @@ class SimWorker:
                 `reset`.
         """
         actions = np.asarray(actions, dtype=np.float64)
-        if actions.ndim != 2 or actions.shape[1] != 7 or len(actions) == 0 or not np.isfinite(actions).all():
+        shaped = actions.ndim == 2 and actions.shape[1] == self._action_dim and len(actions) > 0
+        if not shaped or not np.isfinite(actions).all():
             raise ValueError(
-                f"expected finite actions of shape [n, 7], found shape {actions.shape}"
+                f"expected finite actions of shape [n, {self._action_dim}], found shape {actions.shape}"
                 f"{'' if np.isfinite(actions).all() else ' with NaN or infinity'}"
             )
-        timeout = self._step_timeout * (1 + len(actions) / 10)
-        return self._call("step_chunk", timeout, actions=actions, render=render)
-
-    def object_poses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Position (m) and quaternion (w, x, y, z) of every movable object of the running episode, by name."""
-        return self._call("object_poses", self._step_timeout)
-
-    def sim_state(self) -> np.ndarray:
-        """Time, positions and velocities of the running episode, as an initial state holds them."""
-        return self._call("sim_state", self._step_timeout)
+        timeout = self.step_timeout * (1 + len(actions) / 10)
+        answer = self._call("step_chunk", timeout, actions=actions, render=render)
+        if isinstance(answer, dict) and "observation" in answer:
+            answer["observation"] = self._read(Observation, "step_chunk", answer["observation"])
+        return self._read(StepResult, "step_chunk", answer)
 
     def request(self, command: str, timeout: float, **arguments: Any) -> Any:
-        """Any command of `prismo.sim.commands.Commands`, e.g. a whole episode of the expert."""
+        """Any public method of the simulator, e.g. a whole episode of LIBERO's expert (`prismo.sim.commands`)."""
         self.start()
         return self._call(command, timeout, **arguments)
 
@@ -191,12 +171,13 @@ class SimWorker:
         pipe, child = multiprocessing.Pipe()
         output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         # Not multiprocessing's spawn: that would run the caller's main script (torch, perhaps TensorFlow) in the child.
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([_import_root(), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "PYTHONSAFEPATH": "1",  # a folder called `libero` where the user stands must not hide the package
-        }
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder `libero` where the user stands hides no package
+        if self._python is None:
+            paths = [_import_root(), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
+        interpreter = str(self._python or sys.executable)
         process = subprocess.Popen(
-            [sys.executable, "-m", "prismo.sim.server", str(child.fileno()), str(os.getpid()), _starter()],
+            [interpreter, "-m", self._module, str(child.fileno()), str(os.getpid()), _starter()],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -206,19 +187,20 @@ class SimWorker:
         )
         child.close()
         self._running = _Running(process, pipe, output)
-        arguments = {"assets": self._assets, "backend": self._backend, "image_size": self._image_size}
-        self._call("start", self._reset_timeout, **arguments)
+        self._call("start", self.reset_timeout, **self._options)
 
     def _call(self, command: str, timeout: float, **arguments: Any) -> Any:
         running = self._running
         if running is None:
             raise SimulatorError("no episode is running: call reset first")
         try:
-            running.pipe.send((command, arguments))
+            running.pipe.send_bytes(encode([command, arguments]))
             if not running.pipe.poll(timeout):
                 tail = self._kill()
                 raise SimulatorTimeout(f"the simulator did not answer {command!r} within {timeout:.0f} s{tail}")
-            status, result = running.pipe.recv()
+            status, result = decode(running.pipe.recv_bytes(LONGEST))
+        except MessageError as error:
+            raise SimulatorError(f"the simulator answered {command!r} with {error}{self._kill()}") from error
         except (EOFError, OSError) as error:
             code = _end_of(running.process)
             raise SimulatorCrashed(f"the simulator died during {command!r} ({code}){self._kill()}") from error
@@ -228,6 +210,13 @@ class SimWorker:
         if status == "error":
             raise SimulatorError(result)
         return result
+
+    def _read(self, kind: type[T], command: str, answer: Any) -> T:
+        """An answer as one of the dataclasses of `prismo.sim.interface`."""
+        try:
+            return kind(**answer)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise SimulatorError(f"{self._module} answered {command!r} with no {kind.__name__}: {error}") from error
 
     def _kill(self) -> str:
         """Make sure that the process is gone; return the end of its output for an error message."""
@@ -264,13 +253,6 @@ class SimWorker:
 def _starter() -> str:
     """The thread that starts a simulator: the kernel ends a process with the *thread* that it was started by."""
     return "main" if threading.current_thread() is threading.main_thread() else "thread"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # e.g. a checkout of LIBERO on the path
 
 
 def _import_root() -> str:

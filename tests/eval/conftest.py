@@ -11,9 +11,9 @@ import pytest
 
 from prismo.eval.config import EvalConfig
 from prismo.models.tiny import make_tiny_policy
-from prismo.sim import SimWorker
 from prismo.sim.assets import ASSETS_VARIABLE, STAND_INS, resolve_assets
 from prismo.sim.gl import GLBackend
+from prismo.sim.libero_worker import LiberoWorker
 
 SUITE = "libero_object"
 ASSETS = os.environ.get(ASSETS_VARIABLE) or STAND_INS
@@ -26,10 +26,10 @@ def object_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def simulator(drawing: GLBackend) -> Iterator[SimWorker]:
+def simulator(drawing: GLBackend) -> Iterator[LiberoWorker]:
     """A simulator with the assets of PRISMO_LIBERO_ASSETS, else with the stand-ins; tests reset it."""
     try:
-        worker = SimWorker(resolve_assets(ASSETS), image_size=64)
+        worker = LiberoWorker(resolve_assets(ASSETS), image_size=64)
     except ModuleNotFoundError as error:
         pytest.skip(f"no simulator here: {error}")
     with worker:

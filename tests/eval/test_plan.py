@@ -9,29 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prismo.benchmarks.libero import BENCHMARK
+from prismo.eval.benchmark import benchmark_of
 from prismo.eval.config import EvalConfig
 from prismo.eval.plan import plan_episodes
-from prismo.sim import load_tasks
+from prismo.sim.suites import load_tasks
 from prismo.util.cli import parse_flags
 
 pytest.importorskip("libero", reason="the tasks are read from the installed LIBERO package")
 
 
 def test_trial_k_starts_from_initial_state_k() -> None:
-    episodes = plan_episodes(EvalConfig(task_suite_name="libero_10"))
+    episodes = plan_episodes(EvalConfig(task_suite_name="libero_10"), BENCHMARK)
     assert [e.number for e in episodes] == list(range(1, 501))
     assert [e.init_state for e in episodes] == list(range(50)) * 10
     assert [e.task.index for e in episodes] == sorted(list(range(10)) * 50)
     assert [e.env_seed for e in episodes] == [e.init_state for e in episodes]
     assert len({e.policy_seed for e in episodes}) == 500
-    assert episodes == plan_episodes(EvalConfig(task_suite_name="libero_10"))
-    other = plan_episodes(EvalConfig(task_suite_name="libero_10", seed=8))
+    assert episodes == plan_episodes(EvalConfig(task_suite_name="libero_10"), BENCHMARK)
+    other = plan_episodes(EvalConfig(task_suite_name="libero_10", seed=8), BENCHMARK)
     assert all(a.policy_seed != b.policy_seed for a, b in zip(episodes, other, strict=True))
 
 
 def test_chosen_tasks_keep_their_seeds() -> None:
-    everything = plan_episodes(EvalConfig(num_trials_per_task=2))
-    some = plan_episodes(EvalConfig(num_trials_per_task=2, task_ids=[5, 1]))
+    everything = plan_episodes(EvalConfig(num_trials_per_task=2), BENCHMARK)
+    some = plan_episodes(EvalConfig(num_trials_per_task=2, task_ids=[5, 1]), BENCHMARK)
     assert [e.task.index for e in some] == [1, 1, 5, 5]
     assert [replace(e, number=0) for e in everything if e.task.index in (1, 5)] == [replace(e, number=0) for e in some]
 
@@ -49,11 +51,11 @@ def test_custom_initial_states_leave_out_failed_demonstrations(tmp_path: Path) -
     cfg = EvalConfig(
         task_suite_name="libero_object", task_ids=[0, 1], num_trials_per_task=3, initial_states_path=str(file)
     )
-    episodes = plan_episodes(cfg)
+    episodes = plan_episodes(cfg, BENCHMARK)
     assert [(e.number, e.task.index, e.init_state) for e in episodes] == [(1, 0, 0), (2, 0, 2), (3, 1, 0), (4, 1, 2)]
     np.testing.assert_array_equal(episodes[1].state, [2.0] * 5)
     with pytest.raises(ValueError, match="unknown task"):
-        plan_episodes(replace(cfg, task_ids=[2]))
+        plan_episodes(replace(cfg, task_ids=[2]), BENCHMARK)
 
 
 def test_a_task_without_a_state_is_named(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_task_without_a_state_is_named(tmp_path: Path) -> None:
         task_suite_name="libero_object", task_ids=[0], num_trials_per_task=5, initial_states_path=str(file)
     )
     with pytest.raises(ValueError, match=r"its first success is demo_7.*--num_trials_per_task 8"):
-        plan_episodes(cfg)
+        plan_episodes(cfg, BENCHMARK)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_task_without_a_state_is_named(tmp_path: Path) -> None:
 )
 def test_wrong_flags(flags: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        EvalConfig(**flags).validate()
+        benchmark_of(EvalConfig(**flags))
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest() -> None:

@@ -12,16 +12,19 @@ import h5py
 import numpy as np
 import pytest
 
+from prismo.benchmarks.libero import BENCHMARK
 from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
+from prismo.eval.episode import RolloutSettings
 from prismo.eval.plan import Episode, plan_episodes
-from prismo.eval.rollout import RolloutSettings, policy_input, run_episode
+from prismo.eval.rollout import run_episode
 from prismo.policies.base import PolicyInput
-from prismo.sim import SimWorker
+from prismo.sim.libero import CAMERAS, STATES
+from prismo.sim.libero_worker import LiberoWorker
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, record=False)
+SETTINGS = RolloutSettings(max_steps=10, open_loop_steps=8, settle_steps=10, cameras=CAMERAS, states=STATES)
 
 
 class ScriptedPolicy:
@@ -56,7 +59,7 @@ class ScriptedPolicy:
 class Recorder:
     """Writes down what is sent to a real simulator."""
 
-    def __init__(self, worker: SimWorker) -> None:
+    def __init__(self, worker: LiberoWorker) -> None:
         self.worker, self.actions, self.renders = worker, [], []
 
     def reset(self, *args: object, **kwargs: object):
@@ -70,11 +73,11 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def episode() -> Episode:
-    return plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=3))[2]
+    return plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=3), BENCHMARK)[2]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
-def test_the_first_actions_of_a_chunk_are_executed(simulator: SimWorker, episode: Episode, steps: int) -> None:
+def test_the_first_actions_of_a_chunk_are_executed(simulator: LiberoWorker, episode: Episode, steps: int) -> None:
     recorder, policy = Recorder(simulator), ScriptedPolicy()
     rollout = run_episode(recorder, policy, episode, replace(SETTINGS, open_loop_steps=steps))
     executed = np.concatenate(recorder.actions)
@@ -87,7 +90,7 @@ def test_the_first_actions_of_a_chunk_are_executed(simulator: SimWorker, episode
     assert policy.started == [(0, episode.policy_seed)]
 
 
-def test_observation_and_repeatability(simulator: SimWorker, episode: Episode) -> None:
+def test_observation_and_repeatability(simulator: LiberoWorker, episode: Episode) -> None:
     policies = ScriptedPolicy(), ScriptedPolicy()
     rollouts = [run_episode(simulator, policy, episode, SETTINGS) for policy in policies]
     assert rollouts[0].actions_sha256 == rollouts[1].actions_sha256
@@ -99,35 +102,33 @@ def test_observation_and_repeatability(simulator: SimWorker, episode: Episode) -
     assert seen.instruction == episode.task.language
     assert [image.shape for image in seen.images] == [(64, 64, 3)] * 2
     direct = simulator.reset(episode.task.suite, episode.task.index, episode.init_state, seed=episode.env_seed)
-    np.testing.assert_array_equal(seen.images[0], direct.full_image)
-    np.testing.assert_array_equal(seen.images[1], direct.wrist_image)
-    with pytest.raises(ValueError, match="LIBERO has 2"):
-        policy_input(direct, 3)
+    np.testing.assert_array_equal(seen.images[0], direct.images[CAMERAS[0]])
+    np.testing.assert_array_equal(seen.images[1], direct.images[CAMERAS[1]])
 
 
-def test_frames_of_every_step(simulator: SimWorker, episode: Episode) -> None:
+def test_frames_of_every_step(simulator: LiberoWorker, episode: Episode) -> None:
     policy = ScriptedPolicy()
-    filmed = run_episode(simulator, policy, episode, replace(SETTINGS, record=True))
+    filmed = run_episode(simulator, policy, episode, replace(SETTINGS, film=CAMERAS[:1]))
     plain = run_episode(simulator, ScriptedPolicy(), episode, SETTINGS)
     assert filmed.frames.shape == (11, 64, 64, 3)
     assert plain.frames is None
     assert filmed.actions_sha256 == plain.actions_sha256
     np.testing.assert_array_equal(filmed.frames[8], policy.inputs[1].images[0])
-    both = run_episode(simulator, ScriptedPolicy(), episode, replace(SETTINGS, record=True, record_wrist=True))
+    both = run_episode(simulator, ScriptedPolicy(), episode, replace(SETTINGS, film=CAMERAS))
     assert both.actions_sha256 == plain.actions_sha256
     np.testing.assert_array_equal(both.frames[:, :, :64], filmed.frames)
     for step, seen in ((0, policy.inputs[0]), (8, policy.inputs[1])):
         np.testing.assert_array_equal(both.frames[step, :, 64:], seen.images[1])
 
 
-def test_a_custom_initial_state(simulator: SimWorker, episode: Episode) -> None:
+def test_a_custom_initial_state(simulator: LiberoWorker, episode: Episode) -> None:
     simulator.reset(episode.task.suite, episode.task.index, 7, settle_steps=0)
     custom = replace(episode, state=simulator.sim_state())
     expected = simulator.reset(episode.task.suite, episode.task.index, 7, seed=episode.env_seed)
     policy = ScriptedPolicy()
     run_episode(simulator, policy, custom, SETTINGS)
-    np.testing.assert_allclose(policy.inputs[0].state, expected.state, atol=1e-6)
-    difference = np.abs(policy.inputs[0].images[0].astype(int) - expected.full_image)
+    np.testing.assert_allclose(policy.inputs[0].state, expected.state(STATES), atol=1e-6)
+    difference = np.abs(policy.inputs[0].images[0].astype(int) - expected.images[CAMERAS[0]])
     assert difference.mean() < 0.5
 
 
@@ -145,7 +146,7 @@ class DemonstrationPolicy(ScriptedPolicy):
         return self._actions[None, start : start + 8]
 
 
-def test_a_policy_that_knows_how_succeeds(simulator: SimWorker, episode: Episode, tmp_path: Path) -> None:
+def test_a_policy_that_knows_how_succeeds(simulator: LiberoWorker, episode: Episode, tmp_path: Path) -> None:
     where = {"suite": episode.task.suite, "task_id": episode.task.index, "init_state": episode.init_state}
     file = tmp_path / "demo.hdf5"
     simulator.request("expert_episode", 300.0, **where, seed=episode.env_seed, noise=0.0, target=file)
@@ -159,7 +160,7 @@ def test_a_policy_that_knows_how_succeeds(simulator: SimWorker, episode: Episode
 
 
 @pytest.mark.parametrize(("gripper", "closes"), [(1.0, False), (0.0, True)])
-def test_the_gripper_obeys(simulator: SimWorker, episode: Episode, gripper: float, closes: bool) -> None:
+def test_the_gripper_obeys(simulator: LiberoWorker, episode: Episode, gripper: float, closes: bool) -> None:
     """1 = open and 0 = close, as predicted; the distance of the fingers tells what the robot did."""
     policy = ScriptedPolicy(gripper=gripper)
     run_episode(simulator, policy, episode, replace(SETTINGS, max_steps=24))
@@ -167,25 +168,25 @@ def test_the_gripper_obeys(simulator: SimWorker, episode: Episode, gripper: floa
     assert (width[-1] < width[0] - 0.02) if closes else (width[-1] > 0.06)
 
 
-def test_a_raising_policy_is_an_error(simulator: SimWorker, episode: Episode) -> None:
+def test_a_raising_policy_is_an_error(simulator: LiberoWorker, episode: Episode) -> None:
     def fail(query: int) -> None:
         if query == 1:
             raise RuntimeError("CUDA out of memory")
 
-    rollout = run_episode(simulator, ScriptedPolicy(before_query=fail), episode, replace(SETTINGS, record=True))
+    rollout = run_episode(simulator, ScriptedPolicy(before_query=fail), episode, replace(SETTINGS, film=CAMERAS[:1]))
     assert (rollout.outcome, rollout.steps) == ("error", 8)
     assert "Traceback" in rollout.error
     assert "CUDA out of memory" in rollout.error
     assert len(rollout.frames) == 9
 
 
-def test_actions_that_are_no_numbers_are_an_error(simulator: SimWorker, episode: Episode) -> None:
+def test_actions_that_are_no_numbers_are_an_error(simulator: LiberoWorker, episode: Episode) -> None:
     rollout = run_episode(simulator, ScriptedPolicy(gripper=np.nan), episode, SETTINGS)
     assert rollout.outcome == "error"
     assert "NaN" in rollout.error
 
 
-def test_the_episode_of_a_killed_simulator_is_repeated(simulator: SimWorker, episode: Episode) -> None:
+def test_the_episode_of_a_killed_simulator_is_repeated(simulator: LiberoWorker, episode: Episode) -> None:
     expected = run_episode(simulator, ScriptedPolicy(), episode, SETTINGS)
     kills = []
 

@@ -26,8 +26,8 @@ from prismo.commands.report import main as report
 from prismo.eval.config import EvalConfig
 from prismo.eval.run import RepeatedError, evaluate, prepare
 from prismo.policies.base import Policy, PolicyInput
-from prismo.sim import SimulatorError
 from prismo.sim.assets import STAND_INS
+from prismo.sim.interface import SimulatorError
 from prismo.util.flags import parse_flags
 from tests.eval.conftest import ASSETS, identity, lines, make_config
 from tests.processes import MARK, left_after

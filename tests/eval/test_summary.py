@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prismo.benchmarks.libero import BENCHMARK
 from prismo.eval.config import EvalConfig
 from prismo.eval.overview import OVERVIEW
 from prismo.eval.plan import Episode, plan_episodes
@@ -41,7 +42,7 @@ def cfg(tmp_path: Path) -> EvalConfig:
 @pytest.fixture
 def run(cfg: EvalConfig, tmp_path: Path) -> RunFolder:
     """The first task is played: a success, an error and a failure, with videos."""
-    episodes = plan_episodes(cfg)
+    episodes = plan_episodes(cfg, BENCHMARK)
     identity = RunIdentity(cfg.task_suite_name, "openvla", "a", {"assets": "folder"})
     folder, _ = open_run(cfg.local_log_dir, identity, checkpoint="runs/x", versions={}, resume=True, retry_errors=False)
     folder.begin(cfg, episodes)
@@ -71,7 +72,7 @@ def test_the_next_command(run: RunFolder, cfg: EvalConfig) -> None:
     assert "3 of 6 episodes, not finished" in text
     assert "ended in an error, and go on with this run" in text
     assert typed(text) == cfg
-    episodes = plan_episodes(cfg)
+    episodes = plan_episodes(cfg, BENCHMARK)
     run.log.append(result(episodes[1], "success"))
     text = report(run.path.with_name("latest"))
     assert "\ngo on with this run:\n" in text
@@ -95,7 +96,7 @@ def test_links_follow_the_episodes(run: RunFolder, cfg: EvalConfig, tmp_path: Pa
     assert names() == [f"trial_0{trial}--{outcome}--{task}.mp4" for trial, outcome in enumerate(OUTCOMES)]
     assert os.readlink(next(run.path.glob("videos/*--error--*"))) == "../../../rollouts/2.mp4"
     (run.path / "videos" / "mine.mp4").write_bytes(b"")
-    run.log.append(result(plan_episodes(cfg)[1], "success", str(tmp_path / "rollouts" / "2.mp4")))
+    run.log.append(result(plan_episodes(cfg, BENCHMARK)[1], "success", str(tmp_path / "rollouts" / "2.mp4")))
     report(run.path)
     assert [name.split("--")[1] for name in names()[:3]] == ["success", "success", "failure"]
     assert (run.path / "videos" / "mine.mp4").is_file()
@@ -126,7 +127,7 @@ def test_a_folder_without_an_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "width"), [(256, 512), (64, 128), (63, 126)])
 def test_captions(cfg: EvalConfig, size: int, width: int) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, size, width, 3), np.uint8)
-    pictures = np.stack(list(annotated(frames, plan_episodes(cfg)[0], "failure", 280)))
+    pictures = np.stack(list(annotated(frames, plan_episodes(cfg, BENCHMARK)[0], "failure", 280)))
     assert np.array_equal(pictures[:, :size], frames)
     bands = pictures[:, size:]
     assert (pictures.shape[1] % 2, bands.shape[1] < size) == (0, True)

@@ -15,7 +15,9 @@ from typing import Any, get_type_hints
 import pytest
 from hypothesis import strategies as st
 
+import prismo.benchmarks.libero
 import prismo.eval.run
+import prismo.sim.libero_worker
 from prismo.commands import data_collect, data_gaussians, data_show, data_stats, merge, tiny
 from prismo.commands.train import train
 from prismo.eval.config import EvalConfig
@@ -88,7 +90,7 @@ def _train(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     config = parse_flags(EvalConfig, arguments)
-    prismo.eval.run.SimWorker = _stop_here
+    prismo.benchmarks.libero.LiberoWorker = _stop_here
     try:
         prismo.eval.run.prepare(config)
     except _ReachedSimulatorError:
@@ -101,7 +103,7 @@ def _stop_here(*arguments: object, **options: object) -> None:
 
 def _command(module: ModuleType, kind: type, **valid: str) -> Command:
     def call(arguments: list[str]) -> None:
-        prismo.sim.SimWorker = _stop_here
+        prismo.sim.libero_worker.LiberoWorker = _stop_here
         with contextlib.suppress(_ReachedSimulatorError):
             module.run(parse_flags(kind, arguments))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prismo.sim import SimWorker
 from prismo.sim.assets import ASSETS_VARIABLE, STAND_INS, Assets, cache_folder, resolve_assets
 from prismo.sim.gl import GLBackend, GLUnavailableError, choose_backend
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.util.files import atomic_folder
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared"
@@ -55,14 +55,14 @@ def osmesa(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def worker(stand_ins: Assets, drawing: GLBackend) -> Iterator[SimWorker]:
+def worker(stand_ins: Assets, drawing: GLBackend) -> Iterator[LiberoWorker]:
     """A simulator with cameras; tests leave it usable."""
-    with SimWorker(stand_ins, image_size=64) as shared:
+    with LiberoWorker(stand_ins, image_size=64) as shared:
         yield shared
 
 
 @pytest.fixture(scope="session")
-def blind_worker(stand_ins: Assets) -> Iterator[SimWorker]:
+def blind_worker(stand_ins: Assets) -> Iterator[LiberoWorker]:
     """A simulator without cameras."""
-    with SimWorker(stand_ins, cameras=False) as shared:
+    with LiberoWorker(stand_ins, cameras=False) as shared:
         yield shared

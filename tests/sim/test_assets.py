@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prismo.sim import SimulatorError, SimWorker, standins
+from prismo.sim import standins
 from prismo.sim.assets import ASSETS_VARIABLE, CACHE_VARIABLE, STAND_INS, Assets, cache_folder, resolve_assets
+from prismo.sim.interface import SimulatorError
+from prismo.sim.libero_worker import LiberoWorker
 
 
 def test_named_folder_wins_over_the_environment(
@@ -79,14 +81,15 @@ def test_missing_asset_file_is_an_error_not_a_hang(tmp_path: Path, stand_ins: As
     folder = tmp_path / "assets"
     shutil.copytree(stand_ins.folder, folder)
     (folder / "stable_hope_objects" / "milk" / "milk.xml").unlink()
-    with SimWorker(resolve_assets(folder), cameras=False, reset_timeout=120.0) as worker:
+    with LiberoWorker(resolve_assets(folder), cameras=False) as worker:
+        worker.reset_timeout = 120.0
         with pytest.raises(SimulatorError, match=r"could not build libero_object task 7.*milk\.xml"):
             worker.reset("libero_object", 7, 0)
         worker.reset("libero_object", 8, 0)  # that scene has no milk; the process is still good
         assert worker.pid is not None
 
 
-def test_stand_ins_say_what_they_do_not_cover(blind_worker: SimWorker) -> None:
+def test_stand_ins_say_what_they_do_not_cover(blind_worker: LiberoWorker) -> None:
     with pytest.raises(SimulatorError, match=r"stand-ins cover libero_object only.*PRISMO_LIBERO_ASSETS"):
         blind_worker.reset("libero_goal", 0, 0)
 

@@ -15,17 +15,17 @@ import pytest
 
 from prismo.commands import data_collect
 from prismo.data.hdf5 import find_demonstrations, read_episodes
-from prismo.sim import SimulatorError, SimWorker, load_task
 from prismo.sim.assets import Assets
 from prismo.sim.collect import EXPERT_TASKS, expert_items, run_expert, success_table
 from prismo.sim.collection import Collection
 from prismo.sim.demos import Demo, assemble, demo_file_name, demo_indices, read_demo, write_demo
 from prismo.sim.gl import GLBackend
-from prismo.sim.interface import SimInfo
+from prismo.sim.interface import SimInfo, SimulatorError
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.rates import Rate
 from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 from prismo.sim.replay import is_noop
-from prismo.sim.suites import read_custom_init_states
+from prismo.sim.suites import load_task, read_custom_init_states
 
 ROOT = Path(__file__).resolve().parents[2]
 BUTTER, CREAM_CHEESE = 6, 1
@@ -49,8 +49,8 @@ def collected(tmp_path_factory: pytest.TempPathFactory, drawing: GLBackend) -> P
 
 
 @pytest.fixture
-def make_blind(stand_ins: Assets) -> Callable[[], SimWorker]:
-    return lambda: SimWorker(stand_ins, cameras=False)
+def make_blind(stand_ins: Assets) -> Callable[[], LiberoWorker]:
+    return lambda: LiberoWorker(stand_ins, cameras=False)
 
 
 def butter_file(folder: Path) -> Path:
@@ -223,7 +223,7 @@ def test_regenerating_looks_at_the_files_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_damage_in_the_data_is_one_sentence(tmp_path: Path, blind_worker: SimWorker) -> None:
+def test_damage_in_the_data_is_one_sentence(tmp_path: Path, blind_worker: LiberoWorker) -> None:
     """Found by the simulator process, which reads the numbers."""
     path = small_file(tmp_path)
     with h5py.File(path, "a") as file:
@@ -235,7 +235,9 @@ def test_damage_in_the_data_is_one_sentence(tmp_path: Path, blind_worker: SimWor
 
 
 @pytest.mark.processes
-def test_noops_and_failures_are_left_out(collected: Path, tmp_path: Path, make_blind: Callable[[], SimWorker]) -> None:
+def test_noops_and_failures_are_left_out(
+    collected: Path, tmp_path: Path, make_blind: Callable[[], LiberoWorker]
+) -> None:
     """Demonstration 0 gets idle steps, demonstration 3 ends before the goal is reached."""
     demo = read_demo(butter_file(collected), 0, images=False)
     idle = demo.actions[::20].copy()
@@ -262,7 +264,7 @@ def test_noops_and_failures_are_left_out(collected: Path, tmp_path: Path, make_b
 
 
 @pytest.mark.processes
-def test_interrupted_collection_continues(tmp_path: Path, make_blind: Callable[[], SimWorker]) -> None:
+def test_interrupted_collection_continues(tmp_path: Path, make_blind: Callable[[], LiberoWorker]) -> None:
     items = expert_items("libero_object", [CREAM_CHEESE], 2)
     settings = {"noise": 0.05}
 

@@ -10,8 +10,9 @@ from collections import defaultdict
 
 import pytest
 
-from prismo.sim import SimulatorError, SimWorker
 from prismo.sim.assets import Assets
+from prismo.sim.interface import SimulatorError
+from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.parallel import run_jobs
 
 pytestmark = pytest.mark.processes
@@ -25,7 +26,7 @@ def test_every_job_runs_once_and_a_dead_simulator_s_again(stand_ins: Assets) -> 
     victims = {(1, 1)}
     lock = threading.Lock()
 
-    def run(worker: SimWorker, job: tuple[int, int]) -> float:
+    def run(worker: LiberoWorker, job: tuple[int, int]) -> float:
         tasks_of_worker[worker].add(job[0])
         worker.reset(SUITE, *job, settle_steps=0)
         with lock:
@@ -35,7 +36,7 @@ def test_every_job_runs_once_and_a_dead_simulator_s_again(stand_ins: Assets) -> 
             os.kill(worker.pid, signal.SIGKILL)
         return float(worker.sim_state()[1])
 
-    results = list(run_jobs(jobs, run, lambda: SimWorker(stand_ins, cameras=False), 2, group=lambda job: job[0]))
+    results = list(run_jobs(jobs, run, lambda: LiberoWorker(stand_ins, cameras=False), 2, group=lambda job: job[0]))
     assert sorted(job for job, _ in results) == jobs
     assert victims == set()
     assert sorted(len(tasks) for tasks in tasks_of_worker.values())[0] == 1  # at most the faster one helps the other
@@ -43,13 +44,13 @@ def test_every_job_runs_once_and_a_dead_simulator_s_again(stand_ins: Assets) -> 
 
 
 def test_first_error_ends_the_work(stand_ins: Assets) -> None:
-    workers: list[SimWorker] = []
+    workers: list[LiberoWorker] = []
 
-    def make() -> SimWorker:
-        workers.append(SimWorker(stand_ins, cameras=False))
+    def make() -> LiberoWorker:
+        workers.append(LiberoWorker(stand_ins, cameras=False))
         return workers[-1]
 
-    def run(worker: SimWorker, job: int) -> None:
+    def run(worker: LiberoWorker, job: int) -> None:
         worker.reset(SUITE, 0, job, settle_steps=0)
 
     with pytest.raises(SimulatorError, match="initial states 0 to 49; found 50"):
@@ -60,14 +61,14 @@ def test_first_error_ends_the_work(stand_ins: Assets) -> None:
 def test_nothing_is_started_after_the_end(stand_ins: Assets) -> None:
     """Whoever stops reading (Ctrl-C, an error) stops the work: a killed simulator is not taken for a crashed one."""
     started: list[tuple[int, int]] = []
-    workers: list[SimWorker] = []
+    workers: list[LiberoWorker] = []
     threads = threading.active_count()
 
-    def make() -> SimWorker:
-        workers.append(SimWorker(stand_ins, cameras=False))
+    def make() -> LiberoWorker:
+        workers.append(LiberoWorker(stand_ins, cameras=False))
         return workers[-1]
 
-    def run(worker: SimWorker, job: tuple[int, int]) -> None:
+    def run(worker: LiberoWorker, job: tuple[int, int]) -> None:
         started.append(job)
         worker.reset(SUITE, *job, settle_steps=0)
         while job[1]:  # all but the first go on until their simulator is gone

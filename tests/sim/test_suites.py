@@ -15,8 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from prismo.sim import MAX_STEPS, SUITES, load_init_states, load_tasks
-from prismo.sim.suites import load_task, read_custom_init_states, read_init_states
+from prismo.sim.suites import (
+    MAX_STEPS,
+    SUITES,
+    load_init_states,
+    load_task,
+    load_tasks,
+    read_custom_init_states,
+    read_init_states,
+)
 
 
 def test_suites_have_the_benchmark_s_tasks_and_fifty_states_each() -> None:
@@ -118,7 +125,8 @@ def test_damaged_custom_init_states_are_one_sentence(content: object, says: str,
 def test_model_process_stays_free_of_the_simulator() -> None:
     program = (
         "import sys, io; sys.stdin = io.StringIO('')\n"
-        "from prismo.sim import SimWorker, load_tasks, load_init_states\n"
+        "from prismo.sim.libero_worker import LiberoWorker\n"
+        "from prismo.sim.suites import load_tasks, load_init_states\n"
         "load_init_states('libero_object', 0)\n"
         "print(sorted({'mujoco', 'robosuite', 'libero', 'OpenGL', 'torch', 'tensorflow'} & set(sys.modules)))"
     )

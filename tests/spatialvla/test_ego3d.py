@@ -111,7 +111,7 @@ def test_field_of_view() -> None:
 SIMULATOR = """
 import json, sys
 from prismo.sim.assets import resolve_assets
-from prismo.sim.server import prepare_process
+from prismo.sim.libero_server import prepare_process
 from prismo.sim.suites import load_task
 assets = resolve_assets(fallback=True)
 if assets.are_stand_ins:
