@@ -47,7 +47,7 @@ from prismo.util.files import write_json
 
 _MERGE = """
 import resource, sys
-from prismo.models.merge import merge
+from prismo.merging.merge import merge
 merge(*sys.argv[1:4], verify=sys.argv[4] == "1")
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss)

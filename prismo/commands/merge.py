@@ -38,7 +38,7 @@ class MergeConfig:
 
 
 def run(cfg: MergeConfig) -> None:
-    from prismo.models.merge import merge
+    from prismo.merging.merge import merge
     from prismo.models.publish import merged_files
 
     if cfg.push_to_hub is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +23,6 @@ WEIGHTS_AND_SETTINGS = ("*.json", "*.safetensors")  # what a model is read from,
 MERGING = ".merging"  # where a merge prepares its files, inside the folder in which they will appear
 UNFINISHED = "It holds an unfinished merge (or copy): run the merge again, `prismo merge`"
 _EXPECTED = "Expected a folder with config.json, model*.safetensors and preprocessor_config.json"
-
-# Files that a processor is read from, by the model type; of several one is enough.
-_PROCESSORS = {
-    "openvla": (("preprocessor_config.json",), ("tokenizer.json", "tokenizer.model")),
-    "spatialvla": (("processor_config.json",), ("tokenizer.json",)),
-}
 
 
 @dataclass(frozen=True)
@@ -111,20 +105,23 @@ def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) ->
         _check_whole(file)
 
 
-def missing_of_model(folder: Path) -> str | None:
-    """What a folder lacks to be a base model, as a sentence; None for nothing (see `prismo.util.hub.local_folder`)."""
+def missing_of_model(folder: Path, processors: Mapping[str, Sequence[Sequence[str]]]) -> str | None:
+    """What a folder lacks to be a base model, as a sentence; None for nothing (see `prismo.util.hub.local_folder`).
+
+    Args:
+        processors: model type -> files that its processor is read from; of several in a group one is enough.
+    """
     try:
-        check_folder(folder, tuple(_PROCESSORS))
+        check_folder(folder, tuple(processors))
     except (OSError, ValueError) as error:
         return str(error)
-    lacking = missing_of_processor(folder, read_json(folder / CONFIG, _Config).model_type)
+    lacking = missing_files(folder, processors[read_json(folder / CONFIG, _Config).model_type])
     return f"{folder} has no {', no '.join(lacking)}" if lacking else None
 
 
-def missing_of_processor(folder: Path, model_type: str) -> list[str]:
-    """Files that a folder lacks to read a processor from."""
-    needed = _PROCESSORS[model_type]
-    return [" or ".join(names) for names in needed if not any((folder / name).is_file() for name in names)]
+def missing_files(folder: Path, groups: Sequence[Sequence[str]]) -> list[str]:
+    """Of each group of names one has to be there: the groups of which none is."""
+    return [" or ".join(names) for names in groups if not any((folder / name).is_file() for name in names)]
 
 
 def _check_whole(file: Path) -> None:

@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685) on a VLA: the recipe's layers, published adapter files, and which layers can learn at all.
 
-The trainer adds and saves adapters, the policy loader reads them for unmerged evaluation, `prismo.models.merge` folds
+The trainer adds and saves adapters, the policy loader reads them for unmerged evaluation, `prismo.merging.merge` folds
 them into the base weights. peft does the layers themselves; they are injected in place, so the model keeps its class.
 """
 

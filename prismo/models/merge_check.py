@@ -1,4 +1,4 @@
-"""Is a merged weight base + adapter? Measured without trusting the code that merged it (`prismo.models.merge`)."""
+"""Is a merged weight base + adapter? Measured without trusting the code that merged it (`prismo.merging.merge`)."""
 
 from __future__ import annotations
 

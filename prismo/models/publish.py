@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import FiniteFloat
 
+from prismo.merging.card import CARD
 from prismo.models.adapter_file import ADAPTER_FOLDER
-from prismo.models.card import CARD
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.folder import CONFIG, INDEX, MERGING, is_model
 from prismo.util.files import flush_folder

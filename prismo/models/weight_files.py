@@ -1,6 +1,6 @@
 """Safetensors checkpoints tensor by tensor: read, fingerprint and write them without ever holding a whole model.
 
-Used by `prismo.models.merge`. The safetensors library maps whole files into memory, which counts as resident memory
+Used by `prismo.merging.merge`. The safetensors library maps whole files into memory, which counts as resident memory
 as pages are touched; this module reads and writes the byte ranges it needs (the format is a JSON header with offsets,
 followed by the data).
 """

@@ -6,7 +6,7 @@ file here and nothing elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,20 @@ class Policy(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Every setting that changes the actions, as JSON values, for result files."""
+
+
+@dataclass(frozen=True)
+class PolicyFamily:
+    """How policies of a model family are run.
+
+    Attributes:
+        settings: (flags, checkpoint, robot, default unnorm_key) -> resolved settings, a frozen dataclass; raises
+            ValueError for flags that cannot be or contradict the checkpoint.
+        load: (checkpoint, settings, robot, *, device, dtype) -> the policy.
+    """
+
+    settings: Callable[[Any, Any, Embodiment, str | None], Any]
+    load: Callable[..., Policy]
 
 
 def check_finite(actions: np.ndarray, source: str) -> np.ndarray:

@@ -7,52 +7,33 @@ hub repository with the published layout works, whatever its name and whatever s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from torch import Tensor
 
 from prismo.data.normalize import DatasetStats, load_statistics
 from prismo.embodiment import Embodiment
+from prismo.families import FAMILIES, Family, family_of_checkpoint, missing_of_base
 from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_adapter_file
 from prismo.models.component_files import find_component, has_component, read_component
-from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished, missing_of_model
+from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished
 from prismo.models.heads import HEADS, Shapes, recognise
 from prismo.models.openvla import AttentionKind
-from prismo.models.openvla.loading import read_config as read_openvla_config
-from prismo.models.spatialvla.modeling import read_config as read_spatialvla_config
 from prismo.models.training_record import (
     Camera,
-    Count,
     TrainingRecord,
     attention_kind,
-    check_modules,
     read_training_record,
 )
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.hub import is_hub_id, local_folder, no_such_folder
 from prismo.util.schema import JsonObject, read_json
 
-Family = Literal["openvla", "svla"]
-
 _BLOCK = 2**22
-_FAMILIES: dict[str, Family] = {"openvla": "openvla", "spatialvla": "svla"}
-_STATISTICS: dict[Family, tuple[str, ...]] = {
-    "openvla": ("dataset_statistics.json", "config.json"),
-    "svla": ("processor_config.json",),
-}
-_READ_CONFIG: dict[Family, Callable[[Path], Any]] = {"openvla": read_openvla_config, "svla": read_spatialvla_config}
 _HUB_FILES = ("*.json", "*.safetensors", "*.pt")  # adapters too: the patterns reach into folders
 _HUB_EXTRAS = ("*.model", "*.txt", "*.py")
-
-
-@dataclass(frozen=True)
-class _ProcessorFile:
-    """processor_config.json of SpatialVLA, as far as settings go."""
-
-    action_chunk_size: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ class Checkpoint:
     Attributes:
         source: as the user named it.
         folder: where it lies (for a hub id, in the hub's cache).
-        family: "openvla" or "svla" (SpatialVLA).
+        kind: its model family.
         head: a key of `prismo.models.heads.HEADS`.
         attention: how its language model attends; see `attention_evidence` for what says so.
         film: its vision towers are modulated by the instruction.
@@ -93,7 +74,7 @@ class Checkpoint:
 
     source: str
     folder: Path
-    family: Family
+    kind: Family
     head: str
     attention: AttentionKind | None
     attention_evidence: str
@@ -108,6 +89,11 @@ class Checkpoint:
     robot: Embodiment | None
     adapter: AdapterInfo | None
     statistics: Mapping[str, DatasetStats]
+
+    @property
+    def family(self) -> str:
+        """Its name in result files and names of runs: that of --model_family."""
+        return self.kind.alias
 
 
 def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
@@ -124,16 +110,15 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     folder = checkpoint_folder(source)
     adapter = None
     if is_model(folder):
-        check_folder(folder, tuple(_FAMILIES))
+        check_folder(folder, tuple(FAMILIES))
     else:
         adapter = _read_adapter(folder, base)
     config = read_json(folder / CONFIG, JsonObject) if (folder / CONFIG).is_file() else {}
-    family = _family(folder, config)
+    family = family_of_checkpoint(folder)
     if config:
-        _READ_CONFIG[family](folder)
+        family.read_config(folder)
     record = read_training_record(folder)
-    if family == "openvla":
-        check_modules(folder, record)
+    family.check_files(folder, record)
     head, action_dim = _head(folder)
     proprio_state = _component(folder, "proprio_projector")
     attention, evidence = attention_kind(folder, record, config)
@@ -141,7 +126,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
     return Checkpoint(
         source=str(source),
         folder=folder,
-        family=family,
+        kind=family,
         head=head,
         attention=attention,
         attention_evidence=evidence,
@@ -149,7 +134,7 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         num_images=said.num_images_in_input,
         proprio_dim=_matrix(folder, proprio_state, "fc1.weight").shape[1] if proprio_state else None,
         action_dim=action_dim,
-        chunk=_chunk(folder, family, said),
+        chunk=family.chunk(folder, said),
         center_crop=_center_crop(folder, source, said),
         diffusion_steps=said.num_diffusion_steps_train,
         intrinsics=said.intrinsics,
@@ -173,7 +158,7 @@ def weights_folder(checkpoint: Checkpoint) -> Path:
     if checkpoint.adapter is None:
         return checkpoint.folder
     try:
-        return local_folder(checkpoint.adapter.base, _HUB_FILES, missing=missing_of_model, optional=_HUB_EXTRAS)
+        return local_folder(checkpoint.adapter.base, _HUB_FILES, missing=missing_of_base, optional=_HUB_EXTRAS)
     except FileNotFoundError as error:
         raise FileNotFoundError(_no_base(checkpoint.folder, str(error))) from error
 
@@ -204,7 +189,7 @@ def _missing(folder: Path) -> str | None:
     """What a folder lacks to be a policy, as a sentence."""
     adapter = folder / ADAPTER_FOLDER
     if is_model(folder) or not (adapter / ADAPTER_CONFIG).is_file():
-        return missing_of_model(folder)
+        return missing_of_base(folder)
     return None if (adapter / ADAPTER_WEIGHTS).is_file() else f"{adapter} has no {ADAPTER_WEIGHTS}"
 
 
@@ -244,17 +229,6 @@ def _matrix(folder: Path, state: Mapping[str, Tensor], name: str) -> Tensor:
     return state[name]
 
 
-def _family(folder: Path, config: Mapping[str, Any]) -> Family:
-    # Folders with an adapter alone have no config.json; only SpatialVLA's processor has this file.
-    unmerged = "spatialvla" if (folder / "processor_config.json").is_file() else "openvla"
-    model_type = config.get("model_type", unmerged)
-    if model_type not in _FAMILIES:
-        raise ValueError(
-            f"{folder / 'config.json'} is of model_type {model_type!r}; this project runs {', '.join(_FAMILIES)}"
-        )
-    return _FAMILIES[model_type]
-
-
 def _head(folder: Path) -> tuple[str, int | None]:
     """Kind of the action head, and the numbers per action that its tensors tell."""
     shapes: Shapes = {name: tuple(value.shape) for name, value in _component(folder, "action_head").items()}
@@ -271,16 +245,9 @@ def _center_crop(folder: Path, source: str | Path, record: TrainingRecord) -> bo
     return True if "image_aug" in f"{source} {folder.name}" else None
 
 
-def _chunk(folder: Path, family: Family, record: TrainingRecord) -> int | None:
-    path = folder / "processor_config.json"
-    if family == "svla":
-        return read_json(path, _ProcessorFile).action_chunk_size if path.is_file() else None
-    return record.chunk
-
-
 def _statistics(folder: Path, family: Family) -> dict[str, DatasetStats]:
     """From the first file that has them. A merged model's config.json may still carry those of its base model."""
-    names = _STATISTICS[family]
+    names = family.statistics
     for name in names:
         path = folder / name
         if path.is_file() and (name != "config.json" or read_json(path, JsonObject).get("norm_stats")):

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 
 from prismo.embodiment import Embodiment, embodiment_for
-from prismo.policies.base import Policy
+from prismo.families import all_families, foreign_flags
+from prismo.policies.base import Policy, PolicyFamily
 from prismo.policies.checkpoint import Checkpoint, open_checkpoint
 from prismo.policies.flags import PolicyFlags
-from prismo.policies.openvla import load_openvla_policy
-from prismo.policies.settings import PolicySettings, resolve_settings, statistics_key
-from prismo.policies.spatialvla import SpatialVLASettings, load_spatialvla_policy, resolve_spatialvla_settings
+from prismo.policies.settings import statistics_key
 from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
-FAMILIES = ("openvla", "svla")
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,15 @@ class PolicySpec:
     """
 
     checkpoint: Checkpoint
-    settings: PolicySettings | SpatialVLASettings
+    settings: Any
     robot: Embodiment
     device: torch.device
     dtype: torch.dtype
 
     def load(self) -> Policy:
         """Read the weights (minutes for a 7B model on a slow disk)."""
-        checkpoint, settings, robot = self.checkpoint, self.settings, self.robot
-        if isinstance(settings, SpatialVLASettings):
-            return load_spatialvla_policy(checkpoint, settings, robot, device=self.device, dtype=self.dtype)
-        return load_openvla_policy(checkpoint, settings, robot, device=self.device, dtype=self.dtype)
+        family: PolicyFamily = self.checkpoint.kind.load(self.checkpoint.kind.policy)
+        return family.load(self.checkpoint, self.settings, self.robot, device=self.device, dtype=self.dtype)
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -64,8 +60,9 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_
     flags.validate()
     if not flags.pretrained_checkpoint:
         raise ValueError("--pretrained_checkpoint is missing: give a checkpoint folder or a hub id")
-    if flags.model_family not in (None, *FAMILIES):
-        raise ValueError(did_you_mean("model_family", flags.model_family, FAMILIES))
+    aliases = [family.alias for family in all_families()]
+    if flags.model_family is not None and flags.model_family not in aliases:
+        raise ValueError(did_you_mean("model_family", flags.model_family, aliases))
     device = _device(flags.device)
     checkpoint = open_checkpoint(flags.pretrained_checkpoint, flags.base_checkpoint)
     if flags.base_checkpoint and checkpoint.adapter is None:
@@ -76,10 +73,10 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_
     if flags.model_family not in (None, checkpoint.family):
         raise ValueError(f"--model_family {flags.model_family}, but {checkpoint.source} is of {checkpoint.family!r}")
     robot = _robot(robot, checkpoint, flags, default_key)
-    if checkpoint.family == "svla":
-        settings = resolve_spatialvla_settings(flags, checkpoint, default_key)
-    else:
-        settings = resolve_settings(flags, checkpoint, robot, default_key)
+    if given := foreign_flags(flags, checkpoint.kind):
+        raise ValueError(f"{checkpoint.source} is of {checkpoint.kind.title}; leave out {', '.join(given)}")
+    family: PolicyFamily = checkpoint.kind.load(checkpoint.kind.policy)
+    settings = family.settings(flags, checkpoint, robot, default_key)
     # The published figures are bfloat16 on a GPU; CPUs are slow at it.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return PolicySpec(checkpoint, settings, robot, device, dtype)

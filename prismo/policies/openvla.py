@@ -21,16 +21,16 @@ from prismo.data.normalize import DatasetStats, normalize, unnormalize
 from prismo.embodiment import Embodiment
 from prismo.models.adapter_file import ADAPTER_FOLDER, open_adapter
 from prismo.models.component_files import find_component, load_component, read_component
-from prismo.models.folder import missing_of_processor
+from prismo.models.folder import missing_files
 from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.self_test import run_self_test
 from prismo.models.projectors import ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.policies.base import PolicyInput, check_finite
+from prismo.policies.base import PolicyFamily, PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
-from prismo.policies.settings import PolicySettings, Quantization
+from prismo.policies.settings import PolicySettings, Quantization, resolve_settings
 
 
 class OpenVLAPolicy:
@@ -262,7 +262,7 @@ def _load_modules(checkpoint: Checkpoint, settings: PolicySettings, width: int, 
 
 def processor_folder(checkpoint: Checkpoint) -> Path:
     """Trainers copy the processor into their checkpoints; one without it has its base model's."""
-    if checkpoint.adapter is None or not missing_of_processor(checkpoint.folder, "openvla"):
+    if checkpoint.adapter is None or not missing_files(checkpoint.folder, checkpoint.kind.processor):
         return checkpoint.folder
     return weights_folder(checkpoint)
 
@@ -278,3 +278,6 @@ def _quantization_config(kind: Quantization, device: torch.device, dtype: torch.
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
+OPENVLA = PolicyFamily(resolve_settings, load_openvla_policy)

@@ -62,13 +62,6 @@ def resolve_settings(
     key = statistics_key(flags, checkpoint, default_key, robot.normalization)
     head, attention, problems = _resolve_head(flags, checkpoint)
     problems += _contradictions(flags, checkpoint)
-    for name, value, default in (
-        ("adaptive_ensemble", flags.adaptive_ensemble, None),
-        ("ensemble_alpha", flags.ensemble_alpha, PolicyFlags.ensemble_alpha),
-        ("intrinsics", flags.intrinsics, None),
-    ):
-        if value != default:
-            problems.append(Problem(f"--{name} {value}, but it is no SpatialVLA", fatal=True))
     refuse(problems, flags, checkpoint)
     steps = flags.num_diffusion_steps_train or checkpoint.diffusion_steps or _DIFFUSION_STEPS
     settings = PolicySettings(

@@ -27,7 +27,7 @@ from prismo.models.spatialvla import (
 )
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.training_record import Camera
-from prismo.policies.base import PolicyInput, check_finite
+from prismo.policies.base import PolicyFamily, PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.openvla import merge_adapter
@@ -134,14 +134,14 @@ class SpatialVLAPolicy:
 
 
 def resolve_spatialvla_settings(
-    flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None = None
+    flags: PolicyFlags, checkpoint: Checkpoint, robot: Embodiment, default_key: str | None = None
 ) -> SpatialVLASettings:
     """Settings of a SpatialVLA checkpoint.
 
     Raises:
         ValueError: an unknown unnorm_key, flags of another model family, or flags that contradict the checkpoint.
     """
-    _refuse_foreign(flags)
+    _refuse(flags)
     asked = flags.intrinsics or "checkpoint"
     camera: Camera | None = next((known for known in get_args(Camera) if known == asked), None)
     if camera is None:
@@ -160,23 +160,11 @@ def resolve_spatialvla_settings(
     )
 
 
-def _refuse_foreign(flags: PolicyFlags) -> None:
-    wrong = [
-        f"--{name} {value}"
-        for name, value, allowed in (
-            ("use_l1_regression", flags.use_l1_regression, (None, False)),
-            ("use_diffusion", flags.use_diffusion, (None, False)),
-            ("num_diffusion_steps_train", flags.num_diffusion_steps_train, (None,)),
-            ("num_diffusion_steps_inference", flags.num_diffusion_steps_inference, (None,)),
-            ("use_film", flags.use_film, (None, False)),
-            ("use_proprio", flags.use_proprio, (None, False)),
-            ("num_images_in_input", flags.num_images_in_input, (None, 1)),
-            ("attention", flags.attention, (None,)),
-            ("load_in_8bit", flags.load_in_8bit, (False,)),
-            ("load_in_4bit", flags.load_in_4bit, (False,)),
-        )
-        if value not in allowed
-    ]
+def _refuse(flags: PolicyFlags) -> None:
+    wrong = ["--use_l1_regression True"] if flags.use_l1_regression else []
+    wrong += (
+        [f"--num_images_in_input {flags.num_images_in_input}"] if flags.num_images_in_input not in (None, 1) else []
+    )
     if wrong:
         raise ValueError(
             f"SpatialVLA takes one image and an instruction and predicts action tokens; leave out {', '.join(wrong)}"
@@ -245,3 +233,6 @@ def _camera(processor: SpatialVLAProcessor, settings: SpatialVLASettings) -> Cam
     if settings.intrinsics == "checkpoint":
         return processor.camera(settings.unnorm_key)  # not changed by the crop, as the authors leave it in training
     return LIBERO_AGENTVIEW.center_cropped(_CROP_AREA) if settings.center_crop else LIBERO_AGENTVIEW
+
+
+SPATIALVLA = PolicyFamily(resolve_spatialvla_settings, load_spatialvla_policy)

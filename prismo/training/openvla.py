@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from prismo.data.dataset import Sample
 from prismo.data.loader import Batch
 from prismo.data.normalize import DatasetStats, dump_statistics
 from prismo.embodiment import Embodiment
+from prismo.merging.merge import MergeReport, merge
 from prismo.models.component_files import Step, load_component, save_component
 from prismo.models.lora import save_adapter
-from prismo.models.merge import MergeReport, merge
 from prismo.models.openvla import (
     ActionTokenizer,
     OpenVLAConfig,
@@ -77,17 +77,13 @@ def _has_content(view: Tensor) -> bool:
 
 
 def settle(config: C, base: Path, processes: int) -> C:
-    """Refuse SpatialVLA's flags.
+    """Refuse what OpenVLA cannot.
 
     Raises:
         ValueError: naming the flag.
     """
     if not config.use_lora:
         raise ValueError("--use_lora False: OpenVLA is trained through adapters here; leave the flag out")
-    spatial = ("freeze_llm_embed", "freeze_vision_tower", "adapt_emb", "adpt_feature", "min_sigma", "intrinsics")
-    defaults = {field.name: field.default for field in fields(FinetuneConfig)}
-    if given := [f"--{name}" for name in spatial if getattr(config, name) != defaults[name]]:
-        raise ValueError(f"{', '.join(given)}: only for SpatialVLA, and {config.vla_path} is an OpenVLA")
     return config
 
 

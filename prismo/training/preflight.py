@@ -16,12 +16,13 @@ from typing import Generic
 from prismo.align import outline_teacher
 from prismo.align.recipe import layer_index
 from prismo.data.resolve import resolve
-from prismo.models.merge import resolve_base
+from prismo.families import family_of, foreign_flags
+from prismo.merging.merge import resolve_base
 from prismo.models.spatialvla.action_tokenizer import load_gaussians
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.training.checkpoint import base_of, check_same_run, check_state, read_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.training.families import family_of, settings_folder
+from prismo.training.families import model_family, settings_folder
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
 from prismo.training.task import C
 from prismo.util.extras import install_hint
@@ -64,7 +65,8 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
         config = _base_of(config, resume)
     check_all(*(partial(check, config) for check in _LOCAL))
     base = settings_folder(config.vla_path)
-    family = family_of(base)
+    _refuse_foreign(config, base)
+    family = model_family(base)
     config = family.settle(config, base, world_size)
     _check_layers(config, family.hidden_states(base))
     if exact:
@@ -77,6 +79,12 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
         _check_writes_elsewhere(config, run, base)
     _warn_of_small_batch(config, world_size, family.usual_batch)
     return Plan(replace(config, resume=resume is not None), run, resume)
+
+
+def _refuse_foreign(config: FinetuneConfig, base: Path) -> None:
+    family = family_of(base)
+    if given := foreign_flags(config, family):
+        raise ValueError(f"{config.vla_path} is of {family.title}; leave out {', '.join(given)}")
 
 
 def _check_local_base(config: FinetuneConfig) -> None:

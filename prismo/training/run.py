@@ -14,13 +14,13 @@ import torch
 from prismo.data.dataset import WindowDataset, open_dataset
 from prismo.data.loader import CollateText, Loader, make_loader, usual_workers
 from prismo.data.normalize import dump_statistics
-from prismo.models.merge import resolve_base
+from prismo.merging.merge import resolve_base
 from prismo.models.openvla import SelfTestError
 from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import read_state
 from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World, start_world, stop_world
-from prismo.training.families import family_of, settings_folder
+from prismo.training.families import model_family, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import count_parameters, describe, describe_data, expected_memory, first_batch_picture
@@ -100,7 +100,7 @@ def _train(plan: Plan, world: World, online: list[Sink], log: RunLog) -> None:
     if config.compiles:
         end_descendants_of_this_process()
     base = resolve_base(config.vla_path)
-    family = family_of(base)
+    family = model_family(base)
     data = _open_datasets(config, family, base)
     collate = family.load_collate(config, base)
     robot = data[0].embodiment
@@ -174,7 +174,7 @@ def _dry_run(plan: Plan, world: World) -> None:
         return
     config = replace(plan.config, num_workers=0)
     base = settings_folder(config.vla_path)
-    family = family_of(base)
+    family = model_family(base)
     data = _open_datasets(config, family, base)
     outline = family.outline(config, base, data[0].embodiment)
     sizes = count_parameters(config, outline)

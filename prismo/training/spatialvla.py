@@ -19,9 +19,9 @@ from prismo.data.dataset import Sample
 from prismo.data.loader import Batch
 from prismo.data.normalize import DatasetStats, dump_statistics
 from prismo.embodiment import Embodiment
+from prismo.merging.merge import MergeReport, merge
 from prismo.models.component_files import Step, find_component, read_component, save_component
 from prismo.models.lora import LoraSpec, save_adapter
-from prismo.models.merge import MergeReport, merge
 from prismo.models.spatialvla import (
     LIBERO_AGENTVIEW,
     LORA_TARGETS,
@@ -64,17 +64,10 @@ def settle(config: C, base: Path, processes: int) -> C:
     """The flags as SpatialVLA means them: action tokens, alpha = rank, no shift of the image tokens.
 
     Raises:
-        ValueError: a flag of another family, or one whose value cannot be.
+        ValueError: a flag whose value cannot be.
     """
-    wrong = [
-        f"--{name} True" for name in ("use_diffusion", "use_film", "use_proprio", "compile") if getattr(config, name)
-    ]
-    wrong += [f"--action_head {config.action_head}"] if config.action_head is not None else []
-    wrong += [f"--num_images_in_input {config.num_images_in_input}"] if config.num_images_in_input != 1 else []
-    if wrong:
-        raise ValueError(
-            f"SpatialVLA takes one image and an instruction and predicts action tokens; leave out {', '.join(wrong)}"
-        )
+    if config.num_images_in_input != 1:
+        raise ValueError(f"SpatialVLA takes one image; leave out --num_images_in_input {config.num_images_in_input}")
     if config.intrinsics not in get_args(Intrinsics):
         raise ValueError(did_you_mean("value of --intrinsics", config.intrinsics, get_args(Intrinsics)))
     if config.adpt_feature and config.adapt_emb is None:

@@ -156,5 +156,4 @@ def resume_command(folder: Path, flags: JsonObject) -> str:
 
 def _evaluation(checkpoint: Path, suite: str) -> str:
     words = ["prismo", "eval", "--pretrained_checkpoint", str(checkpoint)]
-    family = ["--model_family", "svla"] if (checkpoint / "processor_config.json").is_file() else []
-    return shlex.join([*words, *family, "--task_suite_name", suite])
+    return shlex.join([*words, "--task_suite_name", suite])

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from prismo.models.merge import merge
+from prismo.merging.merge import merge
 from prismo.policies.checkpoint import open_checkpoint
 from tests.fuzz.harness import Fuzzer
 from tests.fuzz.mutate import Mutation, damage, data_starts, header_edit, json_of

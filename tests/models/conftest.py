@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from prismo.embodiment import LIBERO
+from prismo.merging.merge import merge
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.lora import add_lora, save_adapter
-from prismo.models.merge import merge
 from prismo.models.openvla import ActionTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors

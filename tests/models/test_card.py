@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from prismo import __version__
 from prismo.commands import COMMANDS
 from prismo.eval.config import EvalConfig
-from prismo.models.card import CARD, model_card
+from prismo.merging.card import CARD, model_card
+from prismo.merging.merge import merge
 from prismo.models.component_files import TRAINING_CONFIG
-from prismo.models.merge import merge
 from prismo.policies.base import PolicyInput
 from prismo.util.files import write_json
 from prismo.util.flags import parse_flags
@@ -72,7 +72,7 @@ def test_what_the_hub_reads_of_a_published_base_and_dataset(checkpoint: Path) ->
 
 
 def test_the_published_datasets_have_as_many_episodes_as_the_facts_say() -> None:
-    from prismo.models.card import _LIBERO_EPISODES  # noqa: PLC0415 (of no other use)
+    from prismo.merging.card import _LIBERO_EPISODES  # noqa: PLC0415 (of no other use)
 
     facts = read_facts()
     for name, episodes in _LIBERO_EPISODES.items():

@@ -15,10 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from prismo.data.normalize import load_statistics
+from prismo.merging.merge import merge, verify_merge
 from prismo.models.component_files import save_component
 from prismo.models.film import add_film, load_film_backbone
 from prismo.models.lora import add_lora, merged_weight, save_adapter
-from prismo.models.merge import merge, verify_merge
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.tiny import make_tiny_openvla
 from prismo.models.weight_files import stored_tensors

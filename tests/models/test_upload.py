@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from prismo.commands.merge import main
-from prismo.models.merge import merge
+from prismo.merging.merge import merge
 from prismo.models.publish import merged_files
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
 from prismo.util.cli import BrokenOffError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from prismo.embodiment import LIBERO
+from prismo.merging.merge import merge
 from prismo.models.component_files import TRAINING_CONFIG
-from prismo.models.merge import merge
 from prismo.policies.checkpoint import open_checkpoint
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.settings import resolve_settings

@@ -15,11 +15,11 @@ from prismo.data.images import center_crop, encode_jpeg, prepare_images
 from prismo.data.normalize import dump_statistics, normalize
 from prismo.data.rlds_writer import libero_episode, libero_features, write_rlds
 from prismo.embodiment import LIBERO
+from prismo.merging.merge import merge
 from prismo.models.component_files import read_component, save_component
 from prismo.models.film import add_film
 from prismo.models.heads import L1RegressionActionHead
 from prismo.models.lora import LoraSpec, add_lora, save_adapter
-from prismo.models.merge import merge
 from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.random_weights import fill_random
 from prismo.models.tiny import tiny_statistics

@@ -150,9 +150,9 @@ def test_a_base_for_merged_weights_is_refused(checkpoints) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"intrinsics": "libero"}, "--intrinsics libero, but it is no SpatialVLA"),
-        ({"adaptive_ensemble": True}, "--adaptive_ensemble True, but it is no SpatialVLA"),
-        ({"ensemble_alpha": 0.2}, "--ensemble_alpha 0.2, but it is no SpatialVLA"),
+        ({"intrinsics": "libero"}, "--intrinsics libero .only for SpatialVLA."),
+        ({"adaptive_ensemble": True}, "--adaptive_ensemble True .only for SpatialVLA."),
+        ({"ensemble_alpha": 0.2}, "--ensemble_alpha 0.2 .only for SpatialVLA."),
     ],
 )
 def test_flags_of_another_family(checkpoints, flags, says) -> None:

@@ -83,8 +83,11 @@ def test_flags_that_contradict_the_training(folder: Path, tmp_path: Path) -> Non
 
 
 def test_flags_of_the_other_family(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"leave out --use_proprio True, --num_images_in_input 2"):
-        prepared(folder, use_proprio=True, num_images_in_input=2)
+    with pytest.raises(ValueError, match=r"is of SpatialVLA; leave out --use_proprio True .only for OpenVLA."):
+        prepared(folder, use_proprio=True)
+    with pytest.raises(ValueError, match=r"leave out --use_l1_regression True, --num_images_in_input 2"):
+        prepared(folder, use_l1_regression=True, num_images_in_input=2)
+    assert prepared(folder, unnorm_key=ZERO_SHOT, use_l1_regression=False, use_proprio=False, num_images_in_input=1)
     with pytest.raises(ValueError, match="--model_family openvla, but"):
         prepared(folder, model_family="openvla")
 

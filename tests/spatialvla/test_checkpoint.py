@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from prismo.merging.merge import merge
 from prismo.models.lora import LoraSpec, add_lora, save_adapter
-from prismo.models.merge import merge
 from prismo.models.spatialvla import (
     LORA_TARGETS,
     SpatialVLAConfig,

@@ -72,7 +72,7 @@ def test_a_merge_that_fails_does_not_end_the_run(flags, tmp_path, caplog, monkey
     def differs(*_: object, **__: object) -> None:
         raise ValueError("lm_head.weight is not base + adapter")
 
-    monkeypatch.setattr("prismo.models.merge._verify", differs)
+    monkeypatch.setattr("prismo.merging.merge._verify", differs)
     options = {"max_steps": 2, "save_freq": 1, "batch_size": 1, "merge_lora_during_training": True}
     assert train(flags(tmp_path, **options)) == 0
     assert caplog.text.count("is saved, but not merged: lm_head.weight is not base + adapter; merge it later") == 2

@@ -363,7 +363,7 @@ def test_openvla_has_none_of_these_flags(flags, tmp_path, caplog):
         assert train(flags(tmp_path, use_lora=False)) == 2
         assert train(flags(tmp_path, intrinsics="libero")) == 2
     assert "--use_lora False: OpenVLA is trained through adapters" in caplog.text
-    assert "--intrinsics: only for SpatialVLA" in caplog.text
+    assert "(only for SpatialVLA)" in caplog.text
 
 
 def test_linear_schedule():

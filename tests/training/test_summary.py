@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prismo.models.merge import merge
+from prismo.merging.merge import merge
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.curves import draw_curves
 from prismo.training.run_folder import RunFolder, find_resume, run_folder

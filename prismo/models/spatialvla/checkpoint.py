@@ -19,6 +19,7 @@ from prismo.models.folder import WEIGHTS_AND_SETTINGS, missing_of_model, weight_
 from prismo.util.files import atomic_write, write_json
 from prismo.util.hub import local_folder
 
+PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json",))
 _LISTED = 8  # names per kind of problem in an error
 
 # (our name, official name) inside a BEiT layer.
@@ -49,7 +50,9 @@ def official_name(name: str) -> str:
 
 def checkpoint_folder(path: str | Path) -> Path:
     """A local folder as it is; a hub id (`IPEC-COMMUNITY/spatialvla-4b-224-pt`) as its copy in the hub's cache."""
-    return local_folder(path, WEIGHTS_AND_SETTINGS, missing=missing_of_model)
+    return local_folder(
+        path, WEIGHTS_AND_SETTINGS, missing=lambda folder: missing_of_model(folder, {"spatialvla": PROCESSOR_FILES})
+    )
 
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:

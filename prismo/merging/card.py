@@ -20,6 +20,7 @@ from annotated_types import Ge
 
 from prismo import __version__
 from prismo.data.normalize import DatasetStats, load_statistics
+from prismo.families import Family, get_family
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.util.hub import is_hub_id
 from prismo.util.schema import JsonObject, parse_json, read_json
@@ -45,21 +46,6 @@ _RECIPE = (
     *("lora_dropout", "use_l1_regression", "use_diffusion", "action_head", "use_film", "use_proprio"),
     *("num_images_in_input", "chunk", "image_aug", "seed", "precision"),
 )
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What the card says of a model family; `license` as the hub calls it."""
-
-    title: str
-    license: str
-    terms: str
-
-
-_FAMILIES = {
-    "openvla": _Family("OpenVLA", "llama2", "its language model is Llama 2, so the Llama 2 Community License applies"),
-    "spatialvla": _Family("SpatialVLA", "gemma", "its language model is Gemma 2, so the Gemma Terms of Use apply"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ def model_card(base: str, model_type: str, checkpoint: Path, rank: int, where: s
     Raises:
         ValueError: a file of the run is damaged.
     """
-    family = _FAMILIES[model_type]
+    family = get_family(model_type)
     path = checkpoint / TRAINING_CONFIG
     recipe, run = (read_json(path, JsonObject), read_json(path, _Run)) if path.is_file() else ({}, _Run())
     path = checkpoint / _STATISTICS
@@ -133,7 +119,7 @@ def _signed(text: str) -> str:
     return f"{text}<!-- Written by prismo, {digest}. Edit this page and it stays as you left it. -->\n"
 
 
-def _front_matter(family: _Family, base: str | None, statistics: Mapping[str, DatasetStats], run: _Run) -> str:
+def _front_matter(family: Family, base: str | None, statistics: Mapping[str, DatasetStats], run: _Run) -> str:
     from huggingface_hub import ModelCardData  # noqa: PLC0415 (only here)
 
     episodes = {key.partition("/")[0]: stats.num_trajectories for key, stats in statistics.items()}
@@ -225,7 +211,7 @@ def _use(where: str, statistics: Mapping[str, DatasetStats]) -> str:
     return "\n\n".join(parts)
 
 
-def _licences(family: _Family, base: str, run: _Run) -> str:
+def _licences(family: Family, base: str, run: _Run) -> str:
     lines = [f"- `{base}`: {family.terms}, besides what its authors ask for."]
     if run.align_recipe:
         lines.append(

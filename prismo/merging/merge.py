@@ -20,16 +20,16 @@ from zlib import crc32
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from prismo import __version__
-from prismo.data.normalize import load_statistics, statistics_to_json
+from prismo.families import FAMILIES, family_of, missing_of_base
+from prismo.merging.card import CARD, may_be_written, model_card
 from prismo.models.adapter_file import ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
-from prismo.models.card import CARD, may_be_written, model_card
 from prismo.models.component_files import find_component
 from prismo.models.film import add_film
-from prismo.models.folder import CONFIG, INDEX, WEIGHTS_AND_SETTINGS, check_folder, missing_of_model
+from prismo.models.folder import CONFIG, INDEX, WEIGHTS_AND_SETTINGS, check_folder
 from prismo.models.lora import (
     LoraSpec,
     add_lora,
@@ -41,13 +41,8 @@ from prismo.models.lora import (
     saved_keys,
 )
 from prismo.models.merge_check import MergeChecks, compare
-from prismo.models.openvla import AttentionKind, OpenVLAForActionPrediction
-from prismo.models.openvla.loading import read_config as openvla_config
+from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.publish import MARKER, check_space, prepared, read_marker, refuse_overwriting, side_files
-from prismo.models.spatialvla import SpatialVLAForConditionalGeneration
-from prismo.models.spatialvla.checkpoint import official_name
-from prismo.models.spatialvla.modeling import read_config as spatialvla_config
-from prismo.models.training_record import attention_kind, check_modules, read_training_record
 from prismo.models.weight_files import (
     StoredTensor,
     checksum,
@@ -60,7 +55,6 @@ from prismo.models.weight_files import (
 )
 from prismo.util.files import write_json
 from prismo.util.hub import local_folder
-from prismo.util.schema import JsonObject, read_json
 
 _LOG = logging.getLogger(__name__)
 _FILM = "vision_backbone.vision_backbone."
@@ -121,73 +115,6 @@ class _Adapter:
         return weight
 
 
-def _openvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
-    """config.json of the merged model: the base's, with the statistics of the run and how it attends."""
-    statistics = load_statistics(checkpoint / "dataset_statistics.json")
-    config = read_json(base / CONFIG, JsonObject) | {"norm_stats": statistics_to_json(statistics)}
-    config.pop("attention", None)  # the base's own
-    kind = _attention(checkpoint)
-    return config | ({"attention": kind} if kind else {})
-
-
-def _attention(checkpoint: Path) -> AttentionKind | None:
-    record = read_training_record(checkpoint)
-    check_modules(checkpoint, record)
-    return attention_kind(checkpoint, record, {})[0]
-
-
-def _spatialvla_config(base: Path, checkpoint: Path) -> dict[str, Any]:
-    """config.json of the merged model: the base's; statistics and bins are in the run's processor_config.json."""
-    if not (checkpoint / "processor_config.json").is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} has no processor_config.json, which holds the statistics and action bins of the run"
-        )
-    return read_json(base / CONFIG, JsonObject)
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What merging must know of a model family.
-
-    Attributes:
-        read_config: the configuration of a base folder; raises ValueError for one that describes no such model.
-        build: the network of a configuration, called where new tensors take no memory.
-        stored_name: name of a parameter in the files.
-        config: (base folder, checkpoint folder) -> config.json of the merged model.
-        base_code: checkpoint folder -> whether the base's model code describes the merged model, too. Whoever finds
-            vanilla OpenVLA's code takes the model for a causal one.
-    """
-
-    read_config: Callable[[Path], Any]
-    build: Callable[[Any], nn.Module]
-    stored_name: Callable[[str], str]
-    config: Callable[[Path, Path], dict[str, Any]]
-    base_code: Callable[[Path], bool]
-
-
-_FAMILIES = {
-    "openvla": _Family(
-        openvla_config,
-        OpenVLAForActionPrediction,
-        str,
-        _openvla_config,
-        lambda checkpoint: _attention(checkpoint) == "causal",
-    ),
-    "spatialvla": _Family(
-        spatialvla_config,
-        SpatialVLAForConditionalGeneration.empty,
-        official_name,
-        _spatialvla_config,
-        lambda checkpoint: True,
-    ),
-}
-
-
-def _family(base_folder: Path) -> _Family:
-    check_folder(base_folder, tuple(_FAMILIES))
-    return _FAMILIES[read_json(base_folder / CONFIG, JsonObject)["model_type"]]
-
-
 def merge(
     base: str | Path,
     checkpoint_dir: str | Path,
@@ -222,10 +149,10 @@ def merge(
     checkpoint_dir = Path(checkpoint_dir)
     output = Path(output) if output is not None else checkpoint_dir
     base_folder = resolve_base(base)
-    family = _family(base_folder)
+    family = family_of(base_folder)
     with _opened(base_folder, checkpoint_dir) as (tensors, adapter):
         marker = _marker(base, base_folder, tensors, checkpoint_dir, adapter)
-        config = family.config(base_folder, checkpoint_dir)
+        config = family.merged_config(base_folder, checkpoint_dir)
         where = hub_id or output.as_posix()
         card = model_card(str(base), config["model_type"], checkpoint_dir, adapter.spec.rank, where)
         beside = side_files(base_folder, checkpoint_dir, output, base_code=family.base_code(checkpoint_dir))
@@ -264,8 +191,9 @@ def verify_merge(
 
 def resolve_base(base: str | Path) -> Path:
     """Folder of a base model: `base` itself, or the local copy of a hub id (downloaded if it is not in the cache)."""
-    folder = local_folder(base, WEIGHTS_AND_SETTINGS, missing=missing_of_model, optional=("*.py", "tokenizer.model"))
-    _family(folder).read_config(folder)
+    folder = local_folder(base, WEIGHTS_AND_SETTINGS, missing=missing_of_base, optional=("*.py", "tokenizer.model"))
+    check_folder(folder, tuple(FAMILIES))
+    family_of(folder).read_config(folder)
     return folder
 
 
@@ -291,7 +219,7 @@ def _match(
     file: safe_open, spec: LoraSpec, base_folder: Path, tensors: dict[str, StoredTensor], checkpoint_dir: Path
 ) -> dict[str, tuple[str, str]]:
     """Base weight -> keys of its two factors. Names and shapes come from the model itself, built without memory."""
-    family = _family(base_folder)
+    family = family_of(base_folder)
     with torch.device("meta"):
         model = family.build(family.read_config(base_folder))
         for name, parameter in model.state_dict().items():

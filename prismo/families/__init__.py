@@ -1,0 +1,137 @@
+"""Model families by the `model_type` of their config.json. A new one is one file or folder, and a line in `FAMILIES`.
+
+Everything generic asks this registry, and nothing generic names a family. A family's own module is imported when it is
+asked for; what trains and runs it is named by strings, because it builds on packages that ask here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prismo.models.folder import CONFIG, missing_of_model
+from prismo.models.training_record import TrainingRecord
+from prismo.util.schema import JsonObject, read_json
+
+FAMILIES = {
+    "openvla": "prismo.families.openvla",
+    "spatialvla": "prismo.families.spatialvla",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What generic code must know of a model family.
+
+    Attributes:
+        model_type: in config.json.
+        alias: its name for --model_family, which keeps the original's words.
+        title: its name in sentences.
+        license, terms: of its base models, as the hub calls it and as a clause.
+        processor: files that its processor is read from; of several in a group one is enough.
+        statistics: files that hold the statistics of a policy; the first that has them counts.
+        marker: a file that every folder of this family has, also one with an adapter alone, and others do not have;
+            None for the family that folders without a marker are of.
+        flags: flags of training and evaluation that not every family has.
+        read_config: the configuration of a folder; raises ValueError for one that describes no such model.
+        build: the network of a configuration, called where new tensors take no memory.
+        stored_name: name of a parameter in the files.
+        merged_config: (base folder, checkpoint folder) -> config.json of the merged model.
+        base_code: checkpoint folder -> whether the base's model code describes the merged model, too. Whoever finds
+            vanilla OpenVLA's code takes the model for a causal one.
+        check_files: (checkpoint folder, its training record) raises FileNotFoundError for a part that is not there.
+        chunk: (checkpoint folder, its training record) -> actions per prediction; None = the files do not say.
+        training: "module:name" of its `prismo.training.task.ModelFamily`.
+        policy: "module:name" of its `prismo.policies.base.PolicyFamily`.
+    """
+
+    model_type: str
+    alias: str
+    title: str
+    license: str
+    terms: str
+    processor: tuple[tuple[str, ...], ...]
+    statistics: tuple[str, ...]
+    marker: str | None
+    flags: frozenset[str]
+    read_config: Callable[[Path], Any]
+    build: Callable[[Any], nn.Module]
+    stored_name: Callable[[str], str]
+    merged_config: Callable[[Path, Path], dict[str, Any]]
+    base_code: Callable[[Path], bool]
+    check_files: Callable[[Path, TrainingRecord | None], None]
+    chunk: Callable[[Path, TrainingRecord], int | None]
+    training: str
+    policy: str
+
+    def load(self, what: str) -> Any:
+        """The object of one of its strings, `self.training` or `self.policy`."""
+        module, _, name = what.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is looked at of a config.json."""
+
+    model_type: str
+
+
+def get_family(model_type: str) -> Family:
+    """The family of a name in `FAMILIES`."""
+    return importlib.import_module(FAMILIES[model_type]).FAMILY
+
+
+def all_families() -> Iterable[Family]:
+    """Every family, in the order of the registry."""
+    return map(get_family, FAMILIES)
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a model's folder.
+
+    Raises:
+        ValueError: config.json is damaged, or of none of ours.
+    """
+    return _known(folder, read_json(folder / CONFIG, _Config).model_type)
+
+
+def family_of_checkpoint(folder: Path) -> Family:
+    """The family of a policy's folder, which has no config.json if it holds an adapter alone; raises as `family_of`."""
+    if (folder / CONFIG).is_file():
+        found = read_json(folder / CONFIG, JsonObject).get("model_type")
+        if found is not None:
+            return _known(folder, found)
+    marked = [family for family in all_families() if family.marker and (folder / family.marker).is_file()]
+    return marked[0] if marked else next(family for family in all_families() if family.marker is None)
+
+
+def _known(folder: Path, model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        known = " or ".join(map(repr, FAMILIES))
+        raise ValueError(f"{folder / CONFIG} is of model_type {model_type!r}, expected {known}")
+    return get_family(model_type)
+
+
+def missing_of_base(folder: Path) -> str | None:
+    """What a folder lacks to be the base model of a family, as a sentence; None for nothing."""
+    return missing_of_model(folder, {family.model_type: family.processor for family in all_families()})
+
+
+def foreign_flags(flags: Any, family: Family) -> list[str]:
+    """Flags that were given and that another family has but not this one, each with that family's title."""
+    given = []
+    for other in all_families():
+        if other.model_type == family.model_type:
+            continue
+        for field in fields(flags):
+            value = getattr(flags, field.name)
+            off = value is None or (value is False and not field.default)  # as the original's commands spell it out
+            if field.name in other.flags - family.flags and value != field.default and not off:
+                given.append(f"--{field.name} {value} (only for {other.title})")
+    return given
