@@ -44,11 +44,9 @@ class RegenerateConfig:
 
 
 def run(cfg: RegenerateConfig) -> None:
-    from tqdm import tqdm
-
     from prismo.sim import SimWorker
     from prismo.sim.assets import resolve_assets
-    from prismo.sim.collection import Collection, Finished
+    from prismo.sim.collection import Collection, follow
     from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 
     at_least(cfg, num_workers=1, image_size=16, seed=0)
@@ -62,19 +60,15 @@ def run(cfg: RegenerateConfig) -> None:
     def make_worker() -> SimWorker:
         return SimWorker(assets, image_size=cfg.image_size)
 
-    finished: list[Finished] = []
-    with tqdm(total=len(items), unit="demo", desc=cfg.libero_task_suite) as progress:
-        for done in regenerate(
-            items,
-            cfg.libero_raw_data_dir,
-            make_worker,
-            num_workers=cfg.num_workers,
-            seed=cfg.seed,
-            collection=collection,
-        ):
-            finished.append(done)
-            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} kept", refresh=False)
-            progress.update()
+    outcomes = regenerate(
+        items,
+        cfg.libero_raw_data_dir,
+        make_worker,
+        num_workers=cfg.num_workers,
+        seed=cfg.seed,
+        collection=collection,
+    )
+    finished = follow(outcomes, len(items), cfg.libero_task_suite, "kept")
     counts = collection.join(finished, make_worker().info)
     metainfo = cfg.libero_target_dir / f"{cfg.libero_task_suite}_metainfo.json"
     write_metainfo(metainfo, finished, cfg.libero_raw_data_dir)

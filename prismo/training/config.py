@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
+from prismo.training.bounds import check_bounds
 from prismo.util.flags import parse_flags
 from prismo.util.text import did_you_mean
 
@@ -31,9 +32,15 @@ class FinetuneConfig:
     """One training run. Steps always count optimizer updates: checkpoint N holds the weights after exactly N."""
 
     # --- model
+    # --- model
+    # --- model
+    # --- model
     # Base model: checkpoint folder or hub id. With --resume True --resume_step N also a published or merged checkpoint
     vla_path: str = "openvla/openvla-7b"
 
+    # --- data
+    # --- data
+    # --- data
     # --- data
     # Folder that holds one folder per RLDS dataset
     data_root_dir: Path = Path("datasets/rlds")
@@ -41,13 +48,22 @@ class FinetuneConfig:
     dataset_name: str = "aloha_scoop_x_into_bowl"
 
     # --- run
+    # --- run
+    # --- run
+    # --- run
     # Folder of the run folders; with several machines, one that all of them see
     run_root_dir: Path = Path("runs")
 
     # --- data
+    # --- data
+    # --- data
+    # --- data
     # Accepted for old commands; nothing is buffered here, any window is read directly and the order is fully shuffled
     shuffle_buffer_size: int = 100_000
 
+    # --- model
+    # --- model
+    # --- model
     # --- model
     # Regress action chunks with the L1 head; False with use_diffusion False trains discrete action tokens
     use_l1_regression: bool = True
@@ -63,6 +79,9 @@ class FinetuneConfig:
     use_proprio: bool = False
 
     # --- optimisation
+    # --- optimisation
+    # --- optimisation
+    # --- optimisation
     # Samples per process and micro-batch
     batch_size: int = 8
     # AdamW's rate after warm-up, for everything that is trained (full fine-tuning of SpatialVLA: 2e-5)
@@ -77,6 +96,9 @@ class FinetuneConfig:
     max_steps: int = 200_000
 
     # --- validation
+    # --- validation
+    # --- validation
+    # --- validation
     # Validate on held-out episodes
     use_val_set: bool = False
     # Updates between validations
@@ -85,15 +107,24 @@ class FinetuneConfig:
     val_time_limit: int = 180
 
     # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
     # Updates between checkpoints; the last update always gives one
     save_freq: int = 10_000
     # Keep one checkpoint, in the run folder itself and named "latest", instead of a folder per step beside it
     save_latest_checkpoint_only: bool = False
 
     # --- optimisation
+    # --- optimisation
+    # --- optimisation
+    # --- optimisation
     # MultiStepLR, CosineAnnealingLR (down to a thousandth at max_steps) or LinearLR (down to 0 at max_steps)
     scheduler: str = "MultiStepLR"
 
+    # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
     # --- checkpoints
     # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
     # or with resume_step from the checkpoint in vla_path. "auto" starts the run where there is nothing to continue yet
@@ -103,13 +134,22 @@ class FinetuneConfig:
     resume_step: int | None = None
 
     # --- data
+    # --- data
+    # --- data
+    # --- data
     # Random crop and colour jitter
     image_aug: bool = True
 
     # --- validation
+    # --- validation
+    # --- validation
+    # --- validation
     # Updates between the full denoisings that measure the L1 error of a diffusion head
     diffusion_sample_freq: int = 50
 
+    # --- model
+    # --- model
+    # --- model
     # --- model
     # Adapters on a frozen base. False = full fine-tuning, for SpatialVLA only; several GPUs then share one copy (FSDP2)
     use_lora: bool = True
@@ -119,9 +159,15 @@ class FinetuneConfig:
     lora_dropout: float = 0.0
 
     # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
     # Also write each checkpoint as a complete, merged model (15 GB; can be done later by the merge script)
     merge_lora_during_training: bool = True
 
+    # --- logging
+    # --- logging
+    # --- logging
     # --- logging
     # Weights & Biases account; giving it or the project switches logging there on
     wandb_entity: str = "your-wandb-entity"
@@ -129,15 +175,24 @@ class FinetuneConfig:
     wandb_project: str = "your-wandb-project"
 
     # --- run
+    # --- run
+    # --- run
+    # --- run
     # Suffix of the run's name
     run_id_note: str | None = None
     # The run's name instead of the generated one
     run_id_override: str | None = None
 
     # --- logging
+    # --- logging
+    # --- logging
+    # --- logging
     # Updates between two entries of all logs
     wandb_log_freq: int = 10
 
+    # --- optimisation
+    # --- optimisation
+    # --- optimisation
     # --- optimisation
     # Seed of initial weights, sample order, augmentation, dropout and diffusion noise
     seed: int = 7
@@ -147,19 +202,31 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
 
     # --- machine
+    # --- machine
+    # --- machine
+    # --- machine
     # "cuda" or "cpu". Default: the GPU where there is one
     device: str | None = None
     # Of the frozen base and the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
     dtype: str = "auto"
 
     # --- optimisation
+    # --- optimisation
+    # --- optimisation
+    # --- optimisation
     # AdamW's weight decay
     weight_decay: float = 0.01
 
     # --- model
+    # --- model
+    # --- model
+    # --- model
     # Alpha of the adapters. Default: min(rank, 16) for OpenVLA, the rank for SpatialVLA
     lora_alpha: int | None = None
 
+    # --- SpatialVLA
+    # --- SpatialVLA
+    # --- SpatialVLA
     # --- SpatialVLA
     # SpatialVLA, full fine-tuning: keep the text embeddings as they are
     freeze_llm_embed: bool = True
@@ -175,19 +242,31 @@ class FinetuneConfig:
     intrinsics: str = "checkpoint"
 
     # --- machine
+    # --- machine
+    # --- machine
+    # --- machine
     # Compile the transformer blocks (faster steps after a start of a few minutes)
     compile: bool = False
     # Decoding processes per training process. Default: this process's share of the cores, 8 at most
     num_workers: int | None = None
 
     # --- data
+    # --- data
+    # --- data
+    # --- data
     # Train on the last frames of episodes, too, whose missing actions are masked (the original leaves them out)
     use_tail: bool = False
 
     # --- validation
+    # --- validation
+    # --- validation
+    # --- validation
     # Share of episodes held out by use_val_set, chosen by their content; 0 uses the dataset's own "val" split
     val_fraction: float = 0.05
 
+    # --- model
+    # --- model
+    # --- model
     # --- model
     # Start FiLM as the identity; False starts at random, as the original
     film_identity_init: bool = True
@@ -195,17 +274,26 @@ class FinetuneConfig:
     film_exclude_padding: bool = True
 
     # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
+    # --- checkpoints
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
     # Checkpoints that keep what resuming needs, newest first; it is several times as large as an adapter
     keep_states: int = 1
 
     # --- logging
+    # --- logging
+    # --- logging
+    # --- logging
     # Log to Weights & Biases (WANDB_MODE is respected). Default: when wandb_entity or wandb_project is given
     use_wandb: bool | None = None
     # Also write TensorBoard files into the run folder
     use_tensorboard: bool = False
 
+    # --- run
+    # --- run
+    # --- run
     # --- run
     # Check everything, print the resolved configuration, sizes and expected memory, write a picture of the first
     # batch as the model sees it, and stop
@@ -277,7 +365,7 @@ class FinetuneConfig:
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
         for field in fields(self):
-            _check_bounds(field.name, getattr(self, field.name))
+            check_bounds(field.name, getattr(self, field.name))
         for flag in ("run_id_note", "run_id_override"):
             if getattr(self, flag):
                 check_name(f"--{flag}", getattr(self, flag))
@@ -296,6 +384,9 @@ class FinetuneConfig:
 class FinetuneAlignConfig(FinetuneConfig):
     """A training run with Spatial Forcing: vision tokens are aligned with features of a frozen teacher."""
 
+    # --- alignment
+    # --- alignment
+    # --- alignment
     # --- alignment
     # Weights of VGGT-1B (model.pt or a folder with it), or of another teacher. "random" needs none
     vggt_path: str = "official_ckpts/vggt_model.pt"
@@ -324,9 +415,15 @@ class FinetuneAlignConfig(FinetuneConfig):
     vggt_dtype: str = "auto"
 
     # --- machine
+    # --- machine
+    # --- machine
+    # --- machine
     # Compile the teacher's blocks
     compile_vggt: bool = False
 
+    # --- alignment
+    # --- alignment
+    # --- alignment
     # --- alignment
     # Updates between pictures of the cosine map; 0 = none
     align_map_freq: int = 1000
@@ -374,41 +471,6 @@ class FinetuneAlignConfig(FinetuneConfig):
         _check_choice("vggt_dtype", self.vggt_dtype, get_args(Precision))
 
 
-_ENDLESS = 10**9  # updates
-# Every flag that is a number: the smallest and the largest value. Behind them lie slips of the keyboard, tracebacks of
-# libraries, and numbers that mean nothing (NaN is in no range).
-BOUNDS: dict[str, tuple[float, float]] = {
-    "shuffle_buffer_size": (0, _ENDLESS),
-    "num_diffusion_steps_train": (1, 10_000),
-    "num_images_in_input": (1, 16),
-    "batch_size": (1, 4096),
-    "learning_rate": (1e-12, 1),
-    "lr_warmup_steps": (0, _ENDLESS),
-    "num_steps_before_decay": (0, _ENDLESS),
-    "grad_accumulation_steps": (1, 100_000),
-    "max_steps": (1, _ENDLESS),
-    "val_freq": (1, _ENDLESS),
-    "val_time_limit": (1, 10**7),
-    "save_freq": (1, _ENDLESS),
-    "resume_step": (0, _ENDLESS),
-    "diffusion_sample_freq": (1, _ENDLESS),
-    "lora_rank": (1, 4096),
-    "lora_dropout": (0, 0.99),
-    "wandb_log_freq": (1, _ENDLESS),
-    "seed": (0, 2**32 - 1),
-    "max_grad_norm": (0, 1e6),
-    "weight_decay": (0, 1),
-    "lora_alpha": (1, 65_536),
-    "min_sigma": (0, 100),
-    "num_workers": (0, 1024),
-    "val_fraction": (0, 0.99),
-    "keep_last": (1, _ENDLESS),
-    "keep_states": (1, _ENDLESS),
-    "align_loss_coeff": (0, 1e6),
-    "vla_layers_align": (-1000, 1000),
-    "vggt_layers_align": (-1000, 1000),
-    "align_map_freq": (0, _ENDLESS),
-}
 _LONGEST_NAME = 200  # bytes; a file system takes 255, and checkpoints add to a run's name
 
 C = TypeVar("C", bound=FinetuneConfig)
@@ -438,16 +500,6 @@ def check_name(what: str, name: str) -> str:
             '/, not beginning with a dot, not ending like a checkpoint and not "latest"'
         )
     return name
-
-
-def _check_bounds(flag: str, value: float | None) -> None:
-    if flag not in BOUNDS or value is None:
-        return
-    low, high = BOUNDS[flag]
-    if not value >= low:
-        raise ValueError(f"--{flag} is {value}; expected at least {low}")
-    if value > high:
-        raise ValueError(f"--{flag} is {value}; expected at most {high}")
 
 
 def _check_choice(flag: str, value: str, options: Collection[str]) -> None:
