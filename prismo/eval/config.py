@@ -23,9 +23,6 @@ class EvalConfig(PolicyFlags):
     """An evaluation in LIBERO. The flags of the policy are inherited."""
 
     # --- benchmark
-    # --- benchmark
-    # --- benchmark
-    # --- benchmark
     # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
     task_suite_name: str = "libero_spatial"
     # Only these tasks (0-based), e.g. "[0, 5]". Default: all
@@ -33,9 +30,6 @@ class EvalConfig(PolicyFlags):
     # Episodes per task (at most 50 with LIBERO's own initial states)
     num_trials_per_task: int = 50
 
-    # --- roll-outs
-    # --- roll-outs
-    # --- roll-outs
     # --- roll-outs
     # Actions executed between two queries: the first ones of a chunk (original default: 8). Default: the whole chunk
     num_open_loop_steps: int | None = None
@@ -45,15 +39,9 @@ class EvalConfig(PolicyFlags):
     max_steps: int | None = None
 
     # --- benchmark
-    # --- benchmark
-    # --- benchmark
-    # --- benchmark
     # DEFAULT for LIBERO's initial states, or a JSON file written by `prismo data regenerate`
     initial_states_path: str = DEFAULT_STATES
 
-    # --- simulator
-    # --- simulator
-    # --- simulator
     # --- simulator
     # Height and width of the camera images in pixels
     env_img_res: int = 256
@@ -63,9 +51,6 @@ class EvalConfig(PolicyFlags):
     # Fetch LIBERO's assets (200 MB) from the hub where none are found
     download_assets: bool = True
 
-    # --- what is written
-    # --- what is written
-    # --- what is written
     # --- what is written
     # Videos of which episodes: all, failures or none (drawing every step doubles the time without a GPU)
     save_videos: str = "all"
@@ -79,9 +64,6 @@ class EvalConfig(PolicyFlags):
     run_id_note: str | None = None
 
     # --- run
-    # --- run
-    # --- run
-    # --- run
     # Continue the newest unfinished run of the same command; False starts a new one
     resume: bool = True
     # Run the episodes again that ended in an error
@@ -92,17 +74,11 @@ class EvalConfig(PolicyFlags):
     max_errors: int = 3
 
     # --- what is written
-    # --- what is written
-    # --- what is written
-    # --- what is written
     # Also log to Weights & Biases
     use_wandb: bool = False
     wandb_entity: str | None = None
     wandb_project: str = "prismo-libero-eval"
 
-    # --- run
-    # --- run
-    # --- run
     # --- run
     # Seed of whatever the policy draws at random; scenes are seeded by the trial's number, the same for every policy
     seed: int = 7

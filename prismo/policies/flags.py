@@ -17,9 +17,6 @@ class PolicyFlags:
     """Flags that describe a policy. None = not given: read from the checkpoint's files."""
 
     # --- checkpoint
-    # --- checkpoint
-    # --- checkpoint
-    # --- checkpoint
     # "openvla" (OpenVLA, OpenVLA-OFT, Spatial-Forcing) or "svla" (SpatialVLA). Default: from the checkpoint
     model_family: str | None = None
     # Checkpoint folder or Hugging Face hub id
@@ -27,9 +24,6 @@ class PolicyFlags:
     # Base model of an unmerged checkpoint (folder with lora_adapter/). Default: the one its adapter names
     base_checkpoint: str | None = None
 
-    # --- policy (left out, read from the checkpoint)
-    # --- policy (left out, read from the checkpoint)
-    # --- policy (left out, read from the checkpoint)
     # --- policy (left out, read from the checkpoint)
     # Continuous actions from the L1 head (original default: True). Default: from the checkpoint
     use_l1_regression: bool | None = None
@@ -55,9 +49,6 @@ class PolicyFlags:
     attention: str | None = None
 
     # --- SpatialVLA
-    # --- SpatialVLA
-    # --- SpatialVLA
-    # --- SpatialVLA
     # SpatialVLA: average the actions that the last chunks predict for a step (a query per step). Default: True
     adaptive_ensemble: bool | None = None
     # SpatialVLA: sharpness of that average (0 = plain mean)
@@ -66,9 +57,6 @@ class PolicyFlags:
     intrinsics: str | None = None
 
     # --- machine
-    # --- machine
-    # --- machine
-    # --- machine
     # bitsandbytes 8-bit weights (merged OpenVLA checkpoints, NVIDIA GPUs)
     load_in_8bit: bool = False
     # bitsandbytes 4-bit weights
@@ -76,9 +64,6 @@ class PolicyFlags:
     # Device of the model, e.g. "cuda:1". Default: the first GPU, else the CPU
     device: str | None = None
 
-    # --- checkpoint
-    # --- checkpoint
-    # --- checkpoint
     # --- checkpoint
     # Run although flags contradict the checkpoint
     force: bool = False

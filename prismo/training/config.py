@@ -32,15 +32,9 @@ class FinetuneConfig:
     """One training run. Steps always count optimizer updates: checkpoint N holds the weights after exactly N."""
 
     # --- model
-    # --- model
-    # --- model
-    # --- model
     # Base model: checkpoint folder or hub id. With --resume True --resume_step N also a published or merged checkpoint
     vla_path: str = "openvla/openvla-7b"
 
-    # --- data
-    # --- data
-    # --- data
     # --- data
     # Folder that holds one folder per RLDS dataset
     data_root_dir: Path = Path("datasets/rlds")
@@ -48,22 +42,13 @@ class FinetuneConfig:
     dataset_name: str = "aloha_scoop_x_into_bowl"
 
     # --- run
-    # --- run
-    # --- run
-    # --- run
     # Folder of the run folders; with several machines, one that all of them see
     run_root_dir: Path = Path("runs")
 
     # --- data
-    # --- data
-    # --- data
-    # --- data
     # Accepted for old commands; nothing is buffered here, any window is read directly and the order is fully shuffled
     shuffle_buffer_size: int = 100_000
 
-    # --- model
-    # --- model
-    # --- model
     # --- model
     # Regress action chunks with the L1 head; False with use_diffusion False trains discrete action tokens
     use_l1_regression: bool = True
@@ -79,9 +64,6 @@ class FinetuneConfig:
     use_proprio: bool = False
 
     # --- optimisation
-    # --- optimisation
-    # --- optimisation
-    # --- optimisation
     # Samples per process and micro-batch
     batch_size: int = 8
     # AdamW's rate after warm-up, for everything that is trained (full fine-tuning of SpatialVLA: 2e-5)
@@ -96,9 +78,6 @@ class FinetuneConfig:
     max_steps: int = 200_000
 
     # --- validation
-    # --- validation
-    # --- validation
-    # --- validation
     # Validate on held-out episodes
     use_val_set: bool = False
     # Updates between validations
@@ -107,24 +86,15 @@ class FinetuneConfig:
     val_time_limit: int = 180
 
     # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
     # Updates between checkpoints; the last update always gives one
     save_freq: int = 10_000
     # Keep one checkpoint, in the run folder itself and named "latest", instead of a folder per step beside it
     save_latest_checkpoint_only: bool = False
 
     # --- optimisation
-    # --- optimisation
-    # --- optimisation
-    # --- optimisation
     # MultiStepLR, CosineAnnealingLR (down to a thousandth at max_steps) or LinearLR (down to 0 at max_steps)
     scheduler: str = "MultiStepLR"
 
-    # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
     # --- checkpoints
     # Continue: from the newest complete checkpoint of this run (weights, optimizer, schedule, noise and data position),
     # or with resume_step from the checkpoint in vla_path. "auto" starts the run where there is nothing to continue yet
@@ -134,22 +104,13 @@ class FinetuneConfig:
     resume_step: int | None = None
 
     # --- data
-    # --- data
-    # --- data
-    # --- data
     # Random crop and colour jitter
     image_aug: bool = True
 
     # --- validation
-    # --- validation
-    # --- validation
-    # --- validation
     # Updates between the full denoisings that measure the L1 error of a diffusion head
     diffusion_sample_freq: int = 50
 
-    # --- model
-    # --- model
-    # --- model
     # --- model
     # Adapters on a frozen base. False = full fine-tuning, for SpatialVLA only; several GPUs then share one copy (FSDP2)
     use_lora: bool = True
@@ -159,15 +120,9 @@ class FinetuneConfig:
     lora_dropout: float = 0.0
 
     # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
     # Also write each checkpoint as a complete, merged model (15 GB; can be done later by the merge script)
     merge_lora_during_training: bool = True
 
-    # --- logging
-    # --- logging
-    # --- logging
     # --- logging
     # Weights & Biases account; giving it or the project switches logging there on
     wandb_entity: str = "your-wandb-entity"
@@ -175,24 +130,15 @@ class FinetuneConfig:
     wandb_project: str = "your-wandb-project"
 
     # --- run
-    # --- run
-    # --- run
-    # --- run
     # Suffix of the run's name
     run_id_note: str | None = None
     # The run's name instead of the generated one
     run_id_override: str | None = None
 
     # --- logging
-    # --- logging
-    # --- logging
-    # --- logging
     # Updates between two entries of all logs
     wandb_log_freq: int = 10
 
-    # --- optimisation
-    # --- optimisation
-    # --- optimisation
     # --- optimisation
     # Seed of initial weights, sample order, augmentation, dropout and diffusion noise
     seed: int = 7
@@ -202,31 +148,19 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
 
     # --- machine
-    # --- machine
-    # --- machine
-    # --- machine
     # "cuda" or "cpu". Default: the GPU where there is one
     device: str | None = None
     # Of the frozen base and the computation; "auto" = bfloat16 on a GPU, float32 on a CPU. What is trained is float32
     dtype: str = "auto"
 
     # --- optimisation
-    # --- optimisation
-    # --- optimisation
-    # --- optimisation
     # AdamW's weight decay
     weight_decay: float = 0.01
 
     # --- model
-    # --- model
-    # --- model
-    # --- model
     # Alpha of the adapters. Default: min(rank, 16) for OpenVLA, the rank for SpatialVLA
     lora_alpha: int | None = None
 
-    # --- SpatialVLA
-    # --- SpatialVLA
-    # --- SpatialVLA
     # --- SpatialVLA
     # SpatialVLA, full fine-tuning: keep the text embeddings as they are
     freeze_llm_embed: bool = True
@@ -242,31 +176,19 @@ class FinetuneConfig:
     intrinsics: str = "checkpoint"
 
     # --- machine
-    # --- machine
-    # --- machine
-    # --- machine
     # Compile the transformer blocks (faster steps after a start of a few minutes)
     compile: bool = False
     # Decoding processes per training process. Default: this process's share of the cores, 8 at most
     num_workers: int | None = None
 
     # --- data
-    # --- data
-    # --- data
-    # --- data
     # Train on the last frames of episodes, too, whose missing actions are masked (the original leaves them out)
     use_tail: bool = False
 
     # --- validation
-    # --- validation
-    # --- validation
-    # --- validation
     # Share of episodes held out by use_val_set, chosen by their content; 0 uses the dataset's own "val" split
     val_fraction: float = 0.05
 
-    # --- model
-    # --- model
-    # --- model
     # --- model
     # Start FiLM as the identity; False starts at random, as the original
     film_identity_init: bool = True
@@ -274,26 +196,17 @@ class FinetuneConfig:
     film_exclude_padding: bool = True
 
     # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
-    # --- checkpoints
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
     # Checkpoints that keep what resuming needs, newest first; it is several times as large as an adapter
     keep_states: int = 1
 
     # --- logging
-    # --- logging
-    # --- logging
-    # --- logging
     # Log to Weights & Biases (WANDB_MODE is respected). Default: when wandb_entity or wandb_project is given
     use_wandb: bool | None = None
     # Also write TensorBoard files into the run folder
     use_tensorboard: bool = False
 
-    # --- run
-    # --- run
-    # --- run
     # --- run
     # Check everything, print the resolved configuration, sizes and expected memory, write a picture of the first
     # batch as the model sees it, and stop
@@ -385,9 +298,6 @@ class FinetuneAlignConfig(FinetuneConfig):
     """A training run with Spatial Forcing: vision tokens are aligned with features of a frozen teacher."""
 
     # --- alignment
-    # --- alignment
-    # --- alignment
-    # --- alignment
     # Weights of VGGT-1B (model.pt or a folder with it), or of another teacher. "random" needs none
     vggt_path: str = "official_ckpts/vggt_model.pt"
     # Alignment objective; only "cosine"
@@ -415,15 +325,9 @@ class FinetuneAlignConfig(FinetuneConfig):
     vggt_dtype: str = "auto"
 
     # --- machine
-    # --- machine
-    # --- machine
-    # --- machine
     # Compile the teacher's blocks
     compile_vggt: bool = False
 
-    # --- alignment
-    # --- alignment
-    # --- alignment
     # --- alignment
     # Updates between pictures of the cosine map; 0 = none
     align_map_freq: int = 1000
