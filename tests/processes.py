@@ -23,6 +23,14 @@ def members(mark: str) -> dict[int, str]:
     return found
 
 
+def members_once(count: int, mark: str, seconds: float = 30) -> dict[int, str]:
+    """Members as soon as there are so many: a process that is just starting its program shows no environment yet."""
+    deadline = time.monotonic() + seconds
+    while len(found := members(mark)) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
 def left_after(seconds: float, mark: str) -> dict[int, str]:
     """Members that are still there after `seconds`; looks earlier, too."""
     deadline = time.monotonic() + seconds

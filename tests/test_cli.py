@@ -114,6 +114,7 @@ def test_every_command_has_help_at_once(name):
         shown = subprocess.run([sys.executable, "-m", "prismo", *arguments], capture_output=True, text=True, check=True)
         assert f"prismo {name} " in shown.stdout
         assert "\n  --" in shown.stdout
+        assert not re.search(r"\S {4,}--", shown.stdout), "lines of the example have run together"
         assert shown.stderr == ""
     typo = subprocess.run([sys.executable, "-c", HEAVY, *words, "--halp"], capture_output=True, text=True, check=True)
     assert typo.stdout.split() == ["False", "2"]

@@ -1,6 +1,6 @@
 """Turn regenerated LIBERO demonstrations (HDF5) into an RLDS dataset that prismo, OpenVLA and tfds can load.
 
-    prismo data build --hdf5_dir demos/libero_spatial_no_noops \
+    prismo data build --hdf5_dir demos/libero_spatial_no_noops \\
         --dataset_name libero_spatial_no_noops --data_root_dir data
 
 Needs no TensorFlow. The HDF5 files come from `prismo data regenerate`.

@@ -46,11 +46,9 @@ class CollectConfig:
 
 
 def run(cfg: CollectConfig) -> None:
-    from tqdm import tqdm
-
     from prismo.sim.assets import resolve_assets
     from prismo.sim.collect import expert_items, run_expert, success_table
-    from prismo.sim.collection import Collection, Finished
+    from prismo.sim.collection import Collection, follow
     from prismo.sim.libero_worker import LiberoWorker
 
     at_least(cfg, num_demos_per_task=1, num_workers=1, noise=0, image_size=16, seed=0)
@@ -64,19 +62,10 @@ def run(cfg: CollectConfig) -> None:
     def make_worker() -> LiberoWorker:
         return LiberoWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
 
-    finished: list[Finished] = []
-    with tqdm(total=len(items), unit="episode", desc=cfg.task_suite_name) as progress:
-        for done in run_expert(
-            items,
-            make_worker,
-            num_workers=cfg.num_workers,
-            noise=cfg.noise,
-            seed=cfg.seed,
-            collection=collection,
-        ):
-            finished.append(done)
-            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} successes", refresh=False)
-            progress.update()
+    outcomes = run_expert(
+        items, make_worker, num_workers=cfg.num_workers, noise=cfg.noise, seed=cfg.seed, collection=collection
+    )
+    finished = follow(outcomes, len(items), cfg.task_suite_name, "successes")
     print(f"Scripted expert, assets: {assets.source}, noise {cfg.noise}\n{success_table(finished)}")
     if collection is not None:
         with make_worker() as worker:

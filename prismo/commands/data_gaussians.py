@@ -1,6 +1,6 @@
 """Fit the Gaussians from which SpatialVLA cuts its action bins, on any dataset or mixture.
 
-    prismo data gaussians --data_root_dir data/libero --dataset_name libero_spatial_no_noops \
+    prismo data gaussians --data_root_dir data/libero --dataset_name libero_spatial_no_noops \\
         --output libero_spatial_gaussians.json
 
 Every action of the dataset is normalised as in training (1 % and 99 % quantiles to -1 and 1, clipped), its translation

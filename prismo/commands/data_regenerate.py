@@ -44,10 +44,8 @@ class RegenerateConfig:
 
 
 def run(cfg: RegenerateConfig) -> None:
-    from tqdm import tqdm
-
     from prismo.sim.assets import resolve_assets
-    from prismo.sim.collection import Collection, Finished
+    from prismo.sim.collection import Collection, follow
     from prismo.sim.libero_worker import LiberoWorker
     from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 
@@ -62,19 +60,15 @@ def run(cfg: RegenerateConfig) -> None:
     def make_worker() -> LiberoWorker:
         return LiberoWorker(assets, image_size=cfg.image_size)
 
-    finished: list[Finished] = []
-    with tqdm(total=len(items), unit="demo", desc=cfg.libero_task_suite) as progress:
-        for done in regenerate(
-            items,
-            cfg.libero_raw_data_dir,
-            make_worker,
-            num_workers=cfg.num_workers,
-            seed=cfg.seed,
-            collection=collection,
-        ):
-            finished.append(done)
-            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} kept", refresh=False)
-            progress.update()
+    outcomes = regenerate(
+        items,
+        cfg.libero_raw_data_dir,
+        make_worker,
+        num_workers=cfg.num_workers,
+        seed=cfg.seed,
+        collection=collection,
+    )
+    finished = follow(outcomes, len(items), cfg.libero_task_suite, "kept")
     with make_worker() as worker:
         counts = collection.join(finished, worker.info)
     metainfo = cfg.libero_target_dir / f"{cfg.libero_task_suite}_metainfo.json"

@@ -36,9 +36,22 @@ def run(cfg: ShowConfig) -> None:
     at_most(cfg, frames=1000)
     ends_in(cfg, "output", ".png", ".pdf", ".svg", ".mp4")
     output = cfg.output or Path("runs/show") / f"{Path(cfg.dataset_name).stem}_{cfg.episode}.png"
-    from prismo.data.show import show_episode
+    from prismo.data.dataset import open_dataset
+    from prismo.data.show import pick, summary, write_film, write_sheet
+    from prismo.util.extras import need
 
-    print(f"wrote {output}: {show_episode(cfg.dataset_name, cfg.data_root_dir, cfg.episode, output, cfg.frames)}")
+    for module in ("matplotlib", "imageio_ffmpeg") if output.suffix == ".mp4" else ("matplotlib",):
+        need(module, "data")
+    dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
+    for source in dataset.sources:
+        print(summary(source))
+    episode = pick(dataset.sources, cfg.episode)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".mp4":
+        write_film(episode, output)
+    else:
+        write_sheet(episode, output, cfg.frames)
+    print(f"wrote {output}: episode {cfg.episode}, {episode.steps} steps, {episode.instruction!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,10 +28,23 @@ class StatsConfig:
 
 
 def run(cfg: StatsConfig) -> None:
-    from prismo.data.histograms import show_statistics
+    from prismo.data.dataset import open_dataset
+    from prismo.data.histograms import differences, plot_histograms, statistics_table
+    from prismo.data.normalize import dump_statistics
+    from prismo.util.extras import need
 
+    need("matplotlib", "data")
+    dataset = open_dataset(cfg.data_root_dir, cfg.dataset_name, use_tail=True)
     output = cfg.output_dir or Path("runs/statistics") / Path(cfg.dataset_name).stem
-    show_statistics(cfg.dataset_name, cfg.data_root_dir, output, cfg.compare)
+    output.mkdir(parents=True, exist_ok=True)
+    for source in dataset.sources:
+        picture = output / f"{source.name.replace('/', '_')}.png"
+        plot_histograms(source, picture)
+        print(f"\n{statistics_table(source)}\nwrote {picture}")
+    dump_statistics(dataset.statistics, output / "dataset_statistics.json")
+    print(f"wrote {output / 'dataset_statistics.json'}")
+    for line in differences(dataset.sources, cfg.compare) if cfg.compare else ():
+        print(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Merge the LoRA adapter of a fine-tuning run into its base model.
 
-    prismo merge \
-        --base_checkpoint openvla/openvla-7b \
+    prismo merge \\
+        --base_checkpoint openvla/openvla-7b \\
         --lora_finetuned_checkpoint_dir runs/...--10000_chkpt
 
 The merged weights are written beside `lora_adapter/`, or to `--output`. No GPU is needed, memory stays small, and the

@@ -9,7 +9,6 @@ Training and evaluation print the same at their end.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from prismo.util.cli import run_command
 
 @dataclass
 class ReportConfig:
-    # Folder of a training or evaluation, a checkpoint of a training, or the link to the newest run
+    # Folder of a training or evaluation, a checkpoint of a training, or the link to the newest run; may stand first,
+    # without the flag
     run: Path = Path("runs/latest")
 
 
@@ -33,11 +33,5 @@ def run(cfg: ReportConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`).
-
-    The folder may be given without its flag.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--run")
-    return run_command(run, ReportConfig, words)
+    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
+    return run_command(run, ReportConfig, arguments, first="run")

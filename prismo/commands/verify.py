@@ -55,7 +55,4 @@ def run(cfg: VerifyConfig) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--source")
-    return run_command(run, VerifyConfig, arguments)
+    return run_command(run, VerifyConfig, arguments, first="source")

@@ -7,52 +7,30 @@ from pathlib import Path
 
 import numpy as np
 
-from prismo.data.dataset import Source, open_dataset
+from prismo.data.dataset import Source
 from prismo.data.names import action_names, proprio_names
-from prismo.data.normalize import FieldStats, dump_statistics, load_statistics, resolve_unnorm_key
+from prismo.data.normalize import FieldStats, load_statistics, resolve_unnorm_key
 from prismo.util.extras import need
 
 _FEW = 12  # different values
 COLUMNS = ("mean", "std", "min", "q01", "q99", "max")
 
 
-def show_statistics(name: str, root: Path, output: Path, other: Path | None) -> None:
-    """Print a dataset's statistics, draw its histograms, write dataset_statistics.json.
-
-    Args:
-        name: known dataset or mixture, or a YAML file.
-        root: folder of the dataset folders.
-        output: folder for the pictures and the file.
-        other: another dataset_statistics.json to compare with.
-
-    Raises:
-        ValueError: there is no such dataset, or `other` belongs to another robot.
-    """
-    need("matplotlib", "data")
-    dataset = open_dataset(root, name, use_tail=True)
-    output.mkdir(parents=True, exist_ok=True)
-    for source in dataset.sources:
-        stats = source.statistics
-        print(f"\n{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps")
-        robot = source.store.spec.embodiment
-        print_table("action", stats.action, action_names(robot))
-        print_table("proprio", stats.of_proprio(), proprio_names(robot))
-        picture = output / f"{source.name.replace('/', '_')}.png"
-        plot_histograms(source, picture)
-        print(f"wrote {picture}")
-    dump_statistics(dataset.statistics, output / "dataset_statistics.json")
-    print(f"wrote {output / 'dataset_statistics.json'}")
-    if other:
-        print_differences(dataset.sources, other)
+def statistics_table(source: Source) -> str:
+    """Statistics of action and proprio, a line per number."""
+    stats, robot = source.statistics, source.store.spec.embodiment
+    lines = [f"{source.name}: {stats.num_trajectories} episodes, {stats.num_transitions} steps"]
+    lines += _rows("action", stats.action, action_names(robot))
+    return "\n".join([*lines, *_rows("proprio", stats.of_proprio(), proprio_names(robot))])
 
 
-def print_table(title: str, stats: FieldStats, names: Sequence[str]) -> None:
-    print(f"  {title:>13}" + "".join(f"{column:>11}" for column in COLUMNS) + "   scaled")
+def _rows(title: str, stats: FieldStats, names: Sequence[str]) -> list[str]:
+    rows = [f"  {title:>13}" + "".join(f"{column:>11}" for column in COLUMNS) + "   scaled"]
     for dim, name in enumerate(names):
         scaled = "yes" if stats.mask is None or stats.mask[dim] else "no"
-        print(
-            f"  {name:>13}" + "".join(f"{getattr(stats, column)[dim]:11.5f}" for column in COLUMNS) + f"   {scaled:>6}"
-        )
+        values = "".join(f"{getattr(stats, column)[dim]:11.5f}" for column in COLUMNS)
+        rows.append(f"  {name:>13}{values}   {scaled:>6}")
+    return rows
 
 
 def plot_histograms(source: Source, path: Path) -> None:
@@ -83,9 +61,13 @@ def plot_histograms(source: Source, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def print_differences(sources: tuple[Source, ...], path: Path) -> None:
-    """Print how far another statistics file is from the data, in units of each dimension's 1 %..99 % range."""
-    others = load_statistics(path)
+def differences(sources: tuple[Source, ...], path: Path) -> list[str]:
+    """How far another statistics file is from the data, in units of each dimension's 1 %..99 % range; a line a field.
+
+    Raises:
+        ValueError: it belongs to another robot.
+    """
+    others, lines = load_statistics(path), []
     for source in sources:
         other = others[resolve_unnorm_key(others, source.name, source.store.spec.embodiment.normalization)]
         pairs = [("action", source.statistics.action, other.action)]
@@ -96,4 +78,5 @@ def print_differences(sources: tuple[Source, ...], path: Path) -> None:
                 raise ValueError(f"{path}: {name} has {theirs.dim} numbers, the data have {ours.dim}")
             span = np.maximum(ours.q99 - ours.q01, 1e-8)
             worst = max(float(np.abs((getattr(ours, c) - getattr(theirs, c)) / span).max()) for c in COLUMNS)
-            print(f"{source.name} {name}: largest difference to {path} is {worst:.2e} of a dimension's range")
+            lines.append(f"{source.name} {name}: largest difference to {path} is {worst:.2e} of a dimension's range")
+    return lines

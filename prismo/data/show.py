@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from prismo.data.dataset import Source, open_dataset
+from prismo.data.dataset import Source
 from prismo.data.names import action_names, proprio_groups, proprio_names, view_name
 from prismo.util.extras import need
 
@@ -42,50 +42,30 @@ class ShownEpisode:
         return [self.source.store.image(self.number, self.rows[step], camera) for camera in cameras]
 
 
-def show_episode(name: str, root: Path, number: int, output: Path, frames: int) -> str:
-    """Print what a dataset holds and draw one of its episodes.
-
-    Args:
-        name: known dataset or mixture, or a YAML file.
-        root: folder of the dataset folders.
-        number: of the episode, over all datasets of a mixture.
-        output: .png, .pdf, .svg or .mp4.
-        frames: in a contact sheet.
-
-    Returns:
-        What was drawn, in words.
-
-    Raises:
-        ValueError: there is no such dataset or episode.
-    """
-    for module in ("matplotlib", "imageio_ffmpeg") if output.suffix == ".mp4" else ("matplotlib",):
-        need(module, "data")
-    dataset = open_dataset(root, name, use_tail=True)
-    for source in dataset.sources:
-        print_summary(source)
-    episode = pick(dataset.sources, number)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".mp4":
-        write_film(episode, output)
-    else:
-        write_sheet(episode, output, frames)
-    return f"episode {number}, {episode.steps} steps, {episode.instruction!r}"
-
-
-def print_summary(source: Source) -> None:
+def summary(source: Source) -> str:
+    """What a dataset holds, in five lines."""
     store, spec = source.store, source.store.spec
     steps = store.episodes["steps"]
     idle = float((np.linalg.norm(store.column("action", slice(0, 6)), axis=1) < NO_OP).mean())
     sizes = [store.image_size(camera) for camera in range(len(spec.cameras))]
-    print(f"{source.name} ({store.root})")
-    print(f"  {len(steps)} episodes of {steps.min()} to {steps.max()} steps, {steps.sum()} in all, {idle:.1%} idle")
-    print(f"  cameras {', '.join(f'{c} {s}' for c, s in zip(spec.cameras, sizes, strict=True))}")
     robot = spec.embodiment
-    print(f"  {robot.action_dim} action and {robot.proprio_dim} proprio numbers, gripper {spec.gripper}")
-    print(f"  {len(store.instructions)} instructions, such as {store.instructions[0]!r}")
+    return "\n".join(
+        (
+            f"{source.name} ({store.root})",
+            f"  {len(steps)} episodes of {steps.min()} to {steps.max()} steps, {steps.sum()} in all, {idle:.1%} idle",
+            f"  cameras {', '.join(f'{c} {s}' for c, s in zip(spec.cameras, sizes, strict=True))}",
+            f"  {robot.action_dim} action and {robot.proprio_dim} proprio numbers, gripper {spec.gripper}",
+            f"  {len(store.instructions)} instructions, such as {store.instructions[0]!r}",
+        )
+    )
 
 
 def pick(sources: tuple[Source, ...], number: int) -> ShownEpisode:
+    """Episode `number` of all that the datasets of a mixture hold.
+
+    Raises:
+        ValueError: there are fewer.
+    """
     total = sum(len(source.episodes) for source in sources)
     if not 0 <= number < total:
         raise ValueError(f"episode {number} asked for, the dataset has {total} (0 to {total - 1})")

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from prismo.sim.demos import EpisodeOutcome, assemble, demo_file_name
 from prismo.sim.interface import SimInfo
 from prismo.sim.suites import LiberoTask
@@ -34,6 +36,17 @@ class Finished:
 
     item: Item
     outcome: EpisodeOutcome
+
+
+def follow(outcomes: Iterable[Finished], total: int, title: str, word: str) -> list[Finished]:
+    """All outcomes, with a progress bar that counts the successes and calls them `word`."""
+    finished: list[Finished] = []
+    with tqdm(total=total, unit="demo", desc=title) as progress:
+        for done in outcomes:
+            finished.append(done)
+            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} {word}", refresh=False)
+            progress.update()
+    return finished
 
 
 class Collection:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
+from prismo.training.bounds import check_bounds
 from prismo.util.flags import parse_flags
 from prismo.util.text import did_you_mean
 
@@ -286,7 +287,7 @@ class FinetuneConfig:
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
         for field in fields(self):
-            _check_bounds(field.name, getattr(self, field.name))
+            check_bounds(field.name, getattr(self, field.name))
         for flag in ("run_id_note", "run_id_override"):
             if getattr(self, flag):
                 check_name(f"--{flag}", getattr(self, flag))
@@ -383,41 +384,6 @@ class FinetuneAlignConfig(FinetuneConfig):
         _check_choice("vggt_dtype", self.vggt_dtype, get_args(Precision))
 
 
-_ENDLESS = 10**9  # updates
-# Every flag that is a number: the smallest and the largest value. Behind them lie slips of the keyboard, tracebacks of
-# libraries, and numbers that mean nothing (NaN is in no range).
-BOUNDS: dict[str, tuple[float, float]] = {
-    "shuffle_buffer_size": (0, _ENDLESS),
-    "num_diffusion_steps_train": (1, 10_000),
-    "num_images_in_input": (1, 16),
-    "batch_size": (1, 4096),
-    "learning_rate": (1e-12, 1),
-    "lr_warmup_steps": (0, _ENDLESS),
-    "num_steps_before_decay": (0, _ENDLESS),
-    "grad_accumulation_steps": (1, 100_000),
-    "max_steps": (1, _ENDLESS),
-    "val_freq": (1, _ENDLESS),
-    "val_time_limit": (1, 10**7),
-    "save_freq": (1, _ENDLESS),
-    "resume_step": (0, _ENDLESS),
-    "diffusion_sample_freq": (1, _ENDLESS),
-    "lora_rank": (1, 4096),
-    "lora_dropout": (0, 0.99),
-    "wandb_log_freq": (1, _ENDLESS),
-    "seed": (0, 2**32 - 1),
-    "max_grad_norm": (0, 1e6),
-    "weight_decay": (0, 1),
-    "lora_alpha": (1, 65_536),
-    "min_sigma": (0, 100),
-    "num_workers": (0, 1024),
-    "val_fraction": (0, 0.99),
-    "keep_last": (1, _ENDLESS),
-    "keep_states": (1, _ENDLESS),
-    "align_loss_coeff": (0, 1e6),
-    "vla_layers_align": (-1000, 1000),
-    "vggt_layers_align": (-1000, 1000),
-    "align_map_freq": (0, _ENDLESS),
-}
 _LONGEST_NAME = 200  # bytes; a file system takes 255, and checkpoints add to a run's name
 
 C = TypeVar("C", bound=FinetuneConfig)
@@ -447,16 +413,6 @@ def check_name(what: str, name: str) -> str:
             '/, not beginning with a dot, not ending like a checkpoint and not "latest"'
         )
     return name
-
-
-def _check_bounds(flag: str, value: float | None) -> None:
-    if flag not in BOUNDS or value is None:
-        return
-    low, high = BOUNDS[flag]
-    if not value >= low:
-        raise ValueError(f"--{flag} is {value}; expected at least {low}")
-    if value > high:
-        raise ValueError(f"--{flag} is {value}; expected at most {high}")
 
 
 def _check_choice(flag: str, value: str, options: Collection[str]) -> None:

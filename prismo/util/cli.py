@@ -22,16 +22,25 @@ class BrokenOffError(RuntimeError):
     """Nothing was wrong with what the user typed, but the work could not be finished."""
 
 
-def run_command(run: Callable[[C], int | None], kind: type[C], arguments: Sequence[str] | None = None) -> int:
+def run_command(
+    run: Callable[[C], int | None], kind: type[C], arguments: Sequence[str] | None = None, first: str | None = None
+) -> int:
     """Parse flags and call `run`, whose module's docstring heads the help.
+
+    Args:
+        arguments: None takes those of the process.
+        first: flag whose value may stand first, without the flag.
 
     Returns:
         Exit code: that of `run` (None is 0), 1 after a BrokenOffError, 2 after another error, 130 after Ctrl-C.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if first is not None and words and not words[0].startswith("-"):
+        words.insert(0, f"--{first}")
     set_up_logging()
     with sigterm_as_exit():
         try:
-            return run(parse_flags(kind, arguments, sys.modules[run.__module__].__doc__)) or 0
+            return run(parse_flags(kind, words, sys.modules[run.__module__].__doc__)) or 0
         except KeyboardInterrupt:
             return 130
         except Exception as error:

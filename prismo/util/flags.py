@@ -248,9 +248,8 @@ def help_text(kind: Any, about: str | None = None) -> str:
     for group, options in groups.items():
         parts.append(f"{group or 'flags'}:")
         for option in options:
-            default = "required" if option.required else f"default: {_default(option.field)}"
             parts.append(f"  --{option.name} {_shown(option.hint)}")
-            text = f"{option.help} ({default})" if option.help else f"({default})"
+            text = f"{option.help} {_default(option)}".strip()
             parts += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
         parts.append("")
     parts += [
@@ -261,8 +260,13 @@ def help_text(kind: Any, about: str | None = None) -> str:
     return "\n".join(parts)
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _default(option: _Option) -> str:
+    """What holds if the flag is left out; nothing where that is nothing, which the flag's comment explains."""
+    if option.required:
+        return "(required)"
+    field = option.field
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return "" if value in (None, "") else f"(default: {value})"
 
 
 def _shown(hint: Any) -> str:

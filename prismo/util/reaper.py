@@ -20,7 +20,8 @@ from pathlib import Path
 
 _VARIABLE = "PRISMO_JOB"
 _GRACE_S = 1.0  # of those that are about to leave by themselves
-_ROUNDS = 5  # a dying process may have started another one while we looked
+_ROUNDS = 10
+_QUIET = 3  # empty looks in a row: a process that starts another program has no environment for a moment
 
 
 def end_descendants_of_this_process() -> None:
@@ -54,14 +55,14 @@ def main(job: int, mark: str) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended before we started
         select.select([os.pidfd_open(job)], [], [])
     time.sleep(_GRACE_S)
-    for _ in range(_ROUNDS):
+    quiet = 0
+    for _ in range(_ROUNDS):  # a dying process may have started another one while we looked
         left = _marked(mark)
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        if not left:
+        quiet = 0 if left else quiet + 1
+        if quiet == _QUIET:
             return
         time.sleep(0.1)
 

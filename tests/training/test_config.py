@@ -9,7 +9,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from prismo.align import AlignRecipe
-from prismo.training.config import BOUNDS, FinetuneAlignConfig, FinetuneConfig, parse_config
+from prismo.training.bounds import BOUNDS
+from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.run_folder import run_folder, run_id
 
 ORIGINAL = {
