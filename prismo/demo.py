@@ -12,18 +12,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from prismo.models.tiny import make_tiny_openvla, make_tiny_vggt
+from prismo.testing.tiny import make_tiny_openvla, make_tiny_vggt
 from prismo.training.curves import CURVES, draw_curves
 from prismo.util.cli import BrokenOffError
 from prismo.util.reaper import end_descendants_of_this_process
 from prismo.util.schema import JsonObject, read_json, read_json_lines
-
-if TYPE_CHECKING:
-    from prismo.commands.demo import DemoConfig
 
 DATASET = "libero_object_no_noops"
 _SILENCE_S = 20  # after which a stage that works says how far it is
@@ -43,16 +39,21 @@ class Demo:
     """Runs the stages in order and remembers how long each took.
 
     Args:
-        config: what was asked.
+        folder: of everything that is made.
+        tasks: of LIBERO-Object.
+        demos: demonstrations per task.
+        train_steps: updates.
+        trials: roll-outs per task.
+        max_steps: simulator steps of a roll-out.
     """
 
-    def __init__(self, config: DemoConfig) -> None:
-        self.config = config
-        self.folder = config.output.resolve()
+    def __init__(self, folder: Path, *, tasks: int, demos: int, train_steps: int, trials: int, max_steps: int) -> None:
+        self.folder = folder.resolve()
+        self.demos, self.train_steps, self.trials, self.max_steps = demos, train_steps, trials, max_steps
         self.stages: list[Stage] = []
         assets = os.environ.get("PRISMO_LIBERO_ASSETS")
         self.assets = assets or "stand-ins"
-        self.tasks = json.dumps(list(range(config.tasks)))
+        self.tasks = json.dumps(list(range(tasks)))
 
     def stage(self, name: str, command: str, *flags: str) -> None:
         """Run a command of this project; its output goes to `logs/`, the end of it to the screen if it fails."""
@@ -89,7 +90,7 @@ class Demo:
             "scripted demonstrations",
             "data collect",
             *("--task_suite_name", "libero_object", "--task_ids", self.tasks),
-            *("--num_demos_per_task", str(self.config.demos), "--output_dir", str(self.folder / "hdf5")),
+            *("--num_demos_per_task", str(self.demos), "--output_dir", str(self.folder / "hdf5")),
             *("--libero_assets", self.assets, "--image_size", "128"),
         )
         files = sorted((self.folder / "hdf5").glob("*.hdf5"))
@@ -114,7 +115,7 @@ class Demo:
         self.stages.append(Stage("small checkpoints", time.monotonic() - start, "random weights, official layouts"))
 
     def train(self) -> Path:
-        steps = self.config.train_steps
+        steps = self.train_steps
         self.stage(
             "training with alignment",
             "train",
@@ -152,8 +153,8 @@ class Demo:
             "roll-outs",
             "eval",
             *("--pretrained_checkpoint", str(self.checkpoint(run)), "--task_suite_name", "libero_object"),
-            *("--task_ids", self.tasks, "--num_trials_per_task", str(self.config.trials)),
-            *("--libero_assets", self.assets, "--env_img_res", "128", "--max_steps", str(self.config.max_steps)),
+            *("--task_ids", self.tasks, "--num_trials_per_task", str(self.trials)),
+            *("--libero_assets", self.assets, "--env_img_res", "128", "--max_steps", str(self.max_steps)),
             *("--local_log_dir", str(self.folder / "eval"), "--rollout_dir", str(self.folder / "videos")),
         )
         results = read_json(next((self.folder / "eval").glob("*/results.json")), JsonObject)["total"]
@@ -161,7 +162,7 @@ class Demo:
         self.result(f"{episodes} episodes, " + ("all ended in errors" if rate is None else f"success rate {rate:.0%}"))
 
     def checkpoint(self, run: Path) -> Path:
-        return run.with_name(f"{run.name}--{self.config.train_steps}_chkpt")
+        return run.with_name(f"{run.name}--{self.train_steps}_chkpt")
 
     def report(self, run: Path) -> None:
         """Table on the screen and in `report.md`."""

@@ -18,7 +18,6 @@ from PIL import Image
 from prismo.benchmarks.libero import BENCHMARK
 from prismo.models.openvla.modeling import OpenVLAForActionPrediction
 from prismo.models.openvla.self_test import SelfTestError
-from prismo.models.tiny import make_tiny_openvla
 from prismo.sim.assets import cache_folder, resolve_assets
 from prismo.sim.gl import GLUnavailableError, egl_devices, physical_cuda_index
 from prismo.sim.interface import SimulatorError
@@ -26,6 +25,7 @@ from prismo.sim.libero import CAMERAS
 from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.probes import probe_floor, probe_settling
 from prismo.sim.suites import package_folder
+from prismo.testing.tiny import make_tiny_openvla
 
 MINIMUM = {"torch": "2.6", "transformers": "5.10", "peft": "0.18"}
 GIGABYTE = 1 << 30

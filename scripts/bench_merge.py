@@ -32,17 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench_models import build_openvla_7b
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prismo.data.normalize import dump_statistics
 from prismo.embodiment import LIBERO
-from prismo.models.folder import INDEX
-from prismo.models.full_size import build_openvla_7b
 from prismo.models.lora import LoraSpec, add_lora, lora_parameters, published_config
 from prismo.models.openvla import OpenVLAConfig
-from prismo.models.tiny import tiny_statistics
-from prismo.models.weight_files import StoredTensor, write_shards
+from prismo.models.weight_files import INDEX, StoredTensor, write_shards
+from prismo.testing.tiny import tiny_statistics
 from prismo.util.files import write_json
 
 _MERGE = """

@@ -41,7 +41,7 @@ from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.processing import SPACE_ID, query
 from prismo.models.projectors import ProprioProjector
 from prismo.models.random_weights import fill_random
-from prismo.models.tiny import tiny_openvla_config
+from prismo.testing.tiny import tiny_openvla_config
 
 PROMPT_TOKENS = 34  # LIBERO's prompts have 26 to 38
 

@@ -52,7 +52,7 @@ from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, Action
 from prismo.models.spatialvla.depth import ConstantPositionBias
 from prismo.models.spatialvla.ego3d import WIDOWX
 from prismo.models.spatialvla.processing import SpatialVLATextBatch
-from prismo.models.spatialvla.tiny import tiny_config
+from prismo.testing.tiny_spatialvla import tiny_config
 
 PROMPT_TOKENS = 20
 ACTION_TOKENS = 12

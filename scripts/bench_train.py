@@ -62,17 +62,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from bench_models import build_openvla_7b, build_vggt_1b
 from torch import Tensor
 
 from prismo.align import AlignRecipe, SpatialForcing, VGGTAggregator, VGGTConfig
 from prismo.align.random_teacher import random_vggt
 from prismo.data.images import sample_seeds
 from prismo.embodiment import LIBERO
-from prismo.models.full_size import build_openvla_7b, build_vggt_1b
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
-from prismo.models.tiny import tiny_openvla_config
+from prismo.testing.tiny import tiny_openvla_config
 from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations
 from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.objective import OpenVLAObjective, TrainingInputs

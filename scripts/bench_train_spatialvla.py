@@ -52,18 +52,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from bench_models import build_vggt_1b
 from torch import Tensor
 
 from prismo.align import AlignRecipe, SpatialForcing, VGGTConfig
 from prismo.align.random_teacher import random_vggt
 from prismo.data.images import sample_seeds
-from prismo.models.full_size import build_vggt_1b
 from prismo.models.lora import LoraSpec
 from prismo.models.spatialvla import LORA_TARGETS, SpatialVLAConfig, SpatialVLAForConditionalGeneration
 from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, ActionTokenizer
 from prismo.models.spatialvla.ego3d import WIDOWX
 from prismo.models.spatialvla.processing import SpatialVLATextBatch
-from prismo.models.spatialvla.tiny import tiny_config
+from prismo.testing.tiny_spatialvla import tiny_config
 from prismo.training.build import recompute_activations
 from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.spatialvla_objective import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
 from prismo.sim.gl import GLBackend, GLUnavailableError, choose_backend
+from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
 
 pytest_plugins = ("tests.skips",)
 

@@ -23,13 +23,12 @@ from prismo.align.vggt import infer_config
 from prismo.data.normalize import parse_statistics, resolve_unnorm_key, unnormalize
 from prismo.embodiment import LIBERO
 from prismo.merging.merge import merge
-from prismo.models.film import FiLMVisionBackbone
 from prismo.models.heads import DiffusionActionHead, DiffusionHead, L1Head, L1RegressionActionHead
 from prismo.models.lora import load_adapter
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
-from prismo.models.openvla.modeling import PrismaticVisionBackbone
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.openvla.processing import query
+from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticVisionBackbone
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.training.objective import OpenVLAObjective, TrainingInputs
 from tests import golden

@@ -15,24 +15,27 @@ from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# What a part of the package may import of the others (CONTRIBUTING.md). Commands and other single modules may import
-# everything, and nothing imports them.
+# The parts of the package, the lowest first, and what each may import of the others (CONTRIBUTING.md). What a registry
+# names by a string is not imported by who asks it: that is how a family can be asked for what trains it.
 BELOW = {
     "util": set(),
     "embodiment": {"util"},
     "data": {"util", "embodiment"},
+    "sim": {"util"},
     "models": {"util", "embodiment", "data"},
     "align": {"util", "models"},
-    "training": {"util", "embodiment", "data", "models", "align"},
-    "policies": {"util", "embodiment", "data", "models"},
-    "sim": {"util"},
-    "eval": {"util", "embodiment", "policies", "sim"},
+    "testing": {"util", "embodiment", "data", "models", "align"},
+    "families": {"util", "data", "models"},
+    "merging": {"util", "data", "models", "families"},
+    "training": {"util", "embodiment", "data", "models", "align", "families", "merging"},
+    "policies": {"util", "embodiment", "data", "models", "families"},
+    "eval": {"util", "embodiment", "sim", "policies"},
     "benchmarks": {"util", "embodiment", "sim", "eval"},
-}
-EXCEPTIONS = {
-    ("prismo.models.tiny", "prismo.align.vggt"): "checkpoints for tests, a teacher among them",
-    ("prismo.models.full_size", "prismo.align.vggt"): "random weights for benchmarks, a teacher's among them",
-    ("prismo.training.spatialvla", "prismo.policies.flags"): "the cameras that a flag may name",
+    "verify": {"util", "embodiment", "data", "models", "align", "families", "policies", "eval"},
+    "doctor": {"models", "sim", "testing", "benchmarks"},
+    "demo": {"util", "testing", "training"},
+    "commands": {"util", "data", "sim", "models", "testing", "merging", "training", "eval", "verify", "doctor", "demo"},
+    "__main__": {"commands"},
 }
 
 PROGRAM = """
@@ -62,16 +65,19 @@ def test_every_module_imports_without_heavy_packages(tmp_path: Path) -> None:
 
 def imports() -> Iterator[tuple[str, str]]:
     """(module, imported module) inside the package, wherever in a file the import stands."""
-    for path in sorted((REPOSITORY / "prismo").rglob("*.py")):
-        module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+    files = sorted((REPOSITORY / "prismo").rglob("*.py"))
+    modules = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in files
+    }
+    for module, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{module}: imports are absolute here"
-                # `from prismo import eval` is one of a part; `from prismo.data import x` of a name in it or a module.
-                whole = node.module == "prismo"
-                found = [f"prismo.{alias.name}" for alias in node.names] if whole else [node.module or ""]
+                # `from prismo.data import x` is one of a module, or of a name in one.
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found = [name if name in modules or node.module == "prismo" else node.module or "" for name in names]
             else:
                 continue
             yield from ((module, name) for name in found if name.startswith("prismo."))
@@ -81,12 +87,34 @@ def test_imports_go_one_way() -> None:
     def part(module: str) -> str:
         return module.split(".")[1] if "." in module else ""
 
+    everything = {path.stem for path in (REPOSITORY / "prismo").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert everything - {"__init__", "__pycache__"} == set(BELOW), "a part that the table does not know, or no longer"
+    order = list(BELOW)
+    assert all(order.index(name) < order.index(above) for above, names in BELOW.items() for name in names)
     wrong = {
         (module, name)
         for module, name in imports()
-        if part(module) in BELOW and part(name) not in {part(module), "__version__", *BELOW[part(module)]}
+        if module != "prismo" and part(name) not in {part(module), "__version__", *BELOW[part(module)]}
     }
-    assert wrong == set(EXCEPTIONS), "either an import that goes up, or an exception that is no longer one"
+    assert not wrong, "imports that go up"
+
+
+def test_no_modules_import_one_another() -> None:
+    """Neither directly nor in a circle, wherever in a file the import stands."""
+    edges: dict[str, set[str]] = {}
+    for module, name in imports():
+        edges.setdefault(module, set()).add(name)
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in done:
+            for name in edges.get(module, ()):
+                visit(name, (*above, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
 
 
 @pytest.mark.parametrize("package", ["torch", "peft", "transformers"])

@@ -45,7 +45,8 @@ def run(cfg: DemoConfig) -> None:
     need("matplotlib", "data")
     package_folder()  # before minutes of work
     fresh_folder(cfg.output, overwrite=cfg.overwrite)
-    Demo(cfg).run()
+    sizes = {name: getattr(cfg, name) for name in ("tasks", "demos", "train_steps", "trials", "max_steps")}
+    Demo(cfg.output, **sizes).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,7 +39,7 @@ class MergeConfig:
 
 def run(cfg: MergeConfig) -> None:
     from prismo.merging.merge import merge
-    from prismo.models.publish import merged_files
+    from prismo.merging.publish import merged_files
 
     if cfg.push_to_hub is not None:
         check_upload(cfg.push_to_hub, private=cfg.hub_private)

@@ -29,8 +29,8 @@ class TinyConfig:
 def run(cfg: TinyConfig) -> None:
     at_least(cfg, seed=0)
     at_most(cfg, seed=2**32 - 1)
-    from prismo.models.spatialvla.tiny import make_tiny_spatialvla
-    from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
+    from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy, make_tiny_vggt
+    from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 
     for path in (
         make_tiny_openvla(cfg.output / "base", cfg.seed),

@@ -26,10 +26,12 @@ from tqdm import tqdm
 from prismo import __version__
 from prismo.families import FAMILIES, family_of, missing_of_base
 from prismo.merging.card import CARD, may_be_written, model_card
+from prismo.merging.merge_check import MergeChecks, compare
+from prismo.merging.publish import check_space, prepared, refuse_overwriting, side_files
 from prismo.models.adapter_file import ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
 from prismo.models.component_files import find_component
 from prismo.models.film import add_film
-from prismo.models.folder import CONFIG, INDEX, WEIGHTS_AND_SETTINGS, check_folder
+from prismo.models.folder import CONFIG, MARKER, WEIGHTS_AND_SETTINGS, check_folder, read_marker
 from prismo.models.lora import (
     LoraSpec,
     add_lora,
@@ -40,10 +42,9 @@ from prismo.models.lora import (
     read_adapter_spec,
     saved_keys,
 )
-from prismo.models.merge_check import MergeChecks, compare
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.publish import MARKER, check_space, prepared, read_marker, refuse_overwriting, side_files
 from prismo.models.weight_files import (
+    INDEX,
     StoredTensor,
     checksum,
     combine_checksums,

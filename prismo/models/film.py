@@ -8,104 +8,15 @@ model in place; trained wrappers are stored whole as `vision_backbone--*_checkpo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import Step, find_component, load_state, read_component
+from prismo.models.folder import read_marker
 from prismo.models.lora import LoraSpec, merged_weight, read_adapter_spec
-from prismo.models.publish import read_marker
-from prismo.models.vit import VisionTransformer
-
-if TYPE_CHECKING:
-    from prismo.models.openvla import OpenVLAForActionPrediction
-    from prismo.models.openvla.modeling import PrismaticVisionBackbone
-
-
-class FiLMBlock(nn.Module):
-    """A transformer block whose residual stream is scaled and shifted by the language between its two branches."""
-
-    def __init__(self, block: nn.Module, condition_width: int, identity_init: bool) -> None:
-        super().__init__()
-        weight = block.get_parameter("norm1.weight")
-        self.block = block
-        # fp32 as in the published files; a policy casts the whole backbone afterwards.
-        self.scale = nn.Linear(condition_width, len(weight), device=weight.device, dtype=torch.float32)
-        self.shift = nn.Linear(condition_width, len(weight), device=weight.device, dtype=torch.float32)
-        if identity_init:
-            for parameter in (*self.scale.parameters(), *self.shift.parameters()):
-                nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens `x` [B, N, C] and language embedding `condition` [B, D] -> [B, N, C]."""
-        condition = condition.to(self.scale.weight.dtype)
-        gamma, beta = (layer(condition).to(x.dtype).unsqueeze(1) for layer in (self.scale, self.shift))
-        return self.block(x, modulation=(gamma, beta))
-
-
-class FiLMVisionBackbone(nn.Module):
-    """A vision backbone with FiLM in every block, under the published names (`vision_backbone.featurizer...`).
-
-    Args:
-        vision_backbone: wrapped in place.
-        condition_width: width D of the language embedding.
-        identity_init: start with a modulation that changes nothing. The original starts with random layers, which
-            disturbs the pre-trained towers at first; False keeps that.
-        exclude_padding: leave padding tokens out of the language mean. In the original they are in it, so that the
-            same instruction gives another condition in another batch; False keeps that, and published checkpoints
-            need it.
-    """
-
-    film = True
-
-    def __init__(
-        self,
-        vision_backbone: PrismaticVisionBackbone,
-        condition_width: int,
-        *,
-        identity_init: bool = False,
-        exclude_padding: bool = False,
-    ) -> None:
-        super().__init__()
-        self.vision_backbone = vision_backbone
-        self.exclude_padding = exclude_padding
-        for tower in vision_backbone.towers:
-            tower.blocks = nn.ModuleList(FiLMBlock(block, condition_width, identity_init) for block in tower.blocks)
-
-    @property
-    def towers(self) -> list[VisionTransformer]:
-        """The towers in the order of their channels."""
-        return self.vision_backbone.towers
-
-    @property
-    def width(self) -> int:
-        """Feature channels per patch."""
-        return self.vision_backbone.width
-
-    def language_mean(self, embeddings: Tensor, action_mask: Tensor | None, real: Tensor | None) -> Tensor:
-        """Mean of the text embeddings except the action tokens.
-
-        Args:
-            embeddings: [B, L, D].
-            action_mask: True at action tokens [B, L].
-            real: True at tokens that are not padding [B, L]; only `exclude_padding` looks at it.
-
-        Returns:
-            The condition [B, D].
-        """
-        keep = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        if action_mask is not None:
-            keep = keep & ~action_mask
-        if self.exclude_padding and real is not None:
-            keep = keep & real.bool()
-        weights = keep.unsqueeze(-1).to(embeddings.dtype)
-        return (embeddings * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def forward(self, pixel_values: Tensor, condition: Tensor) -> Tensor:
-        """Features [B, V * patches, width] of `pixel_values` [B, V * 6, H, W] under the condition [B, D]."""
-        return self.vision_backbone(pixel_values, condition)
+from prismo.models.openvla import OpenVLAForActionPrediction
+from prismo.models.openvla.vision import FiLMVisionBackbone
 
 
 def add_film(

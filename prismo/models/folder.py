@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Le
-from safetensors import SafetensorError, safe_open
+from pydantic import FiniteFloat
 
+from prismo.models.weight_files import stored_tensors
 from prismo.util.hub import is_hub_id, no_such_folder
 from prismo.util.schema import read_json
 
@@ -17,19 +18,11 @@ Size = Annotated[int, Ge(1), Le(1 << 24)]  # a width, a vocabulary, ...
 Layers = Annotated[int, Ge(1), Le(1000)]
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 WEIGHTS_AND_SETTINGS = ("*.json", "*.safetensors")  # what a model is read from, in a hub repository
+MARKER = "merge.json"
 MERGING = ".merging"  # where a merge prepares its files, inside the folder in which they will appear
 UNFINISHED = "It holds an unfinished merge (or copy): run the merge again, `prismo merge`"
 _EXPECTED = "Expected a folder with config.json, model*.safetensors and preprocessor_config.json"
-
-
-@dataclass(frozen=True)
-class _Index:
-    """`model.safetensors.index.json`: which file holds a tensor."""
-
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -39,42 +32,34 @@ class _Config:
     model_type: str
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by its index.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard of the index is missing.
-        ValueError: the index is damaged, or names a file outside of the folder.
-    """
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX, _Index).weight_map.values()))
-        outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\\" in name]
-        if outside or not names:
-            found = repr(outside[0]) if outside else "nothing"
-            raise ValueError(f"{folder / INDEX} names {found}, expected files beside it; download the checkpoint again")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder / INDEX} names {', '.join(missing)}, which is not there; download the checkpoint again"
-            )
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    adapter = " It holds a LoRA adapter: merge it first (`prismo merge`)."
-    raise FileNotFoundError(
-        f"{folder} has neither {INDEX} nor {SINGLE}.{adapter if (folder / 'lora_adapter').is_dir() else ''}"
-    )
-
-
 def is_model(folder: Path) -> bool:
     """Whether the folder holds a model, not an adapter alone; its files may still be damaged."""
     return (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors"))
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a merge into this folder was cut off: config.json comes last (`prismo.models.publish`)."""
+    """Whether a merge into this folder was cut off: config.json comes last (`prismo.merging.publish`)."""
     cut_off = (folder / MERGING).is_dir() or any(folder.glob("model*.safetensors"))
     return cut_off and not (folder / CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class MergeMarker:
+    """Content of `merge.json`, as far as it is read again.
+
+    Attributes:
+        adapters: SHA-256 of the adapters that these weights contain, oldest first.
+        scale: of the last one.
+    """
+
+    adapters: list[str]
+    scale: FiniteFloat
+
+
+def read_marker(folder: Path) -> MergeMarker | None:
+    """What a merge wrote into the folder of merged weights; None where somebody else merged them, or nobody did."""
+    path = folder / MARKER
+    return read_json(path, MergeMarker) if path.is_file() else None
 
 
 def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) -> None:
@@ -101,8 +86,7 @@ def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) ->
     if model_type not in model_types:
         expected = " or ".join(repr(name) for name in model_types)
         raise ValueError(f"{config} is of model_type {model_type!r}, expected {expected}")
-    for file in weight_files(folder):
-        _check_whole(file)
+    stored_tensors(folder)
 
 
 def missing_of_model(folder: Path, processors: Mapping[str, Sequence[Sequence[str]]]) -> str | None:
@@ -122,12 +106,3 @@ def missing_of_model(folder: Path, processors: Mapping[str, Sequence[Sequence[st
 def missing_files(folder: Path, groups: Sequence[Sequence[str]]) -> list[str]:
     """Of each group of names one has to be there: the groups of which none is."""
     return [" or ".join(names) for names in groups if not any((folder / name).is_file() for name in names)]
-
-
-def _check_whole(file: Path) -> None:
-    """safetensors compares the header's byte ranges with the file's size on opening."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or broken ({error}); download it again") from error

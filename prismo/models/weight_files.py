@@ -1,6 +1,6 @@
 """Safetensors checkpoints tensor by tensor: read, fingerprint and write them without ever holding a whole model.
 
-Used by `prismo.merging.merge`. The safetensors library maps whole files into memory, which counts as resident memory
+The safetensors library maps whole files into memory, which counts as resident memory
 as pages are touched; this module reads and writes the byte ranges it needs (the format is a JSON header with offsets,
 followed by the data).
 """
@@ -23,12 +23,14 @@ from typing import Annotated, TypeVar
 import google_crc32c
 import torch
 from annotated_types import Ge
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from prismo.models.folder import weight_files
-from prismo.util.schema import parse_json
+from prismo.util.schema import parse_json, read_json
 
 T = TypeVar("T")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,8 +41,16 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LISTED = 8  # names per kind of problem in an error
 _SAMPLE = 4096  # bytes per tensor that enter a fingerprint
 _ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`model.safetensors.index.json`: which file holds a tensor."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,33 @@ class StoredTensor:
         return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard of the index is missing.
+        ValueError: the index is damaged, or names a file outside of the folder.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX, _Index).weight_map.values()))
+        outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\\" in name]
+        if outside or not names:
+            found = repr(outside[0]) if outside else "nothing"
+            raise ValueError(f"{folder / INDEX} names {found}, expected files beside it; download the checkpoint again")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder / INDEX} names {', '.join(missing)}, which is not there; download the checkpoint again"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    adapter = " It holds a LoRA adapter: merge it first (`prismo merge`)."
+    raise FileNotFoundError(
+        f"{folder} has neither {INDEX} nor {SINGLE}.{adapter if (folder / 'lora_adapter').is_dir() else ''}"
+    )
+
+
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, in the order of its files.
 
@@ -85,8 +122,36 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(Path(folder)):
-        tensors |= _read_header(file)
+        tensors |= read_header(file)
     return tensors
+
+
+def load_weights(
+    model: nn.Module, folder: Path, stored_name: Callable[[str], str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace every parameter of `model` (which may be on the meta device) by the one stored in `folder`.
+
+    `stored_name` gives the name in the files of one of ours.
+    Names and shapes are compared before a single weight is read; a tensor goes straight from the file to `device`.
+
+    Raises:
+        FileNotFoundError: the folder holds no safetensors weights.
+        ValueError: tensors miss, are unknown or do not fit; names them.
+    """
+    parameters = {stored_name(name): (name, parameter) for name, parameter in model.named_parameters()}
+    found = stored_tensors(folder)
+    _check_fit({name: p.shape for name, (_, p) in parameters.items()}, found, folder)
+    for file in sorted({tensor.file for tensor in found.values()}):
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            for official in stored.keys():  # noqa: SIM118 (not a dict)
+                name, parameter = parameters[official]
+                set_parameter(model, name, stored.get_tensor(official).to(dtype), parameter.requires_grad)
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
+    """Put `value` in the place of the parameter called `name`."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
 
 
 def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
@@ -196,8 +261,8 @@ class _Entry:
     data_offsets: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]]
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """Entries of one safetensors file in the order of their data."""
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Entries of one safetensors file in the order of their data; raises as `stored_tensors` does."""
     total = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -205,7 +270,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         header = parse_json(text, dict[str, _Entry | dict[str, str]], str(file))
     except ValueError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file; copy or download it again") from error
+        raise ValueError(f"{file} is truncated or broken; copy or download it again") from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: getattr(item[1], "data_offsets", (0, 0))):
@@ -249,3 +314,22 @@ def _split(layout: Mapping[str, StoredTensor], limit: int) -> list[list[str]]:
 def total_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Bytes of data."""
     return sum(stored.size for stored in tensors)
+
+
+def _check_fit(expected: Mapping[str, torch.Size], found: Mapping[str, StoredTensor], folder: Path) -> None:
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != tuple(shape)
+        ],
+    }
+    parts = [
+        f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"the tensors in {folder} do not fit its config.json: {'; '.join(parts)}")

@@ -25,7 +25,6 @@ from prismo.models.folder import missing_files
 from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.openvla.prediction import ActionModules, predict_actions
-from prismo.models.openvla.self_test import run_self_test
 from prismo.models.projectors import ProprioProjector
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.policies.base import PolicyFamily, PolicyInput, check_finite
@@ -169,7 +168,7 @@ def load_openvla_policy(
     for module in modules.by_stem().values():
         module.to(device, dtype).eval()
     vla.eval()
-    run_self_test(vla)
+    vla.self_test()
     stats = checkpoint.statistics[settings.unnorm_key]
     return OpenVLAPolicy(vla, modules, processor, settings, robot, stats, checkpoint.source)
 

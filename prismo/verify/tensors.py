@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.initialization import no_init_weights
 
 from prismo.models.component_files import plain_keys
-from prismo.models.folder import INDEX
-from prismo.models.weight_files import DTYPES, stored_tensors
+from prismo.models.weight_files import DTYPES, INDEX, read_header, stored_tensors
 from prismo.util.schema import read_json
 from prismo.verify.checks import Finding, difference, judge, some
 from prismo.verify.facts import Architecture, Part
@@ -66,9 +64,7 @@ def read_file(path: Path) -> dict[str, Stored]:
     """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                return {name: Stored(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            return {name: Stored(tensor.shape, tensor.dtype) for name, tensor in read_header(path).items()}
         # Mapped into memory, or torch reads every weight before it drops it; only zip files can be.
         state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # over what is no such file torch's unpickler stumbles with anything

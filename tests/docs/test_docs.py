@@ -16,8 +16,8 @@ import pytest
 from prismo.data.normalize import statistics_to_json
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.embodiment import LIBERO
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
-from prismo.models.tiny import make_tiny_policy, make_tiny_vggt, tiny_statistics
+from prismo.testing.tiny import make_tiny_policy, make_tiny_vggt, tiny_statistics
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, fences, links
 from tests.docs.shell import Shell, copy
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from prismo.eval.config import EvalConfig
-from prismo.models.tiny import make_tiny_policy
 from prismo.sim.assets import ASSETS_VARIABLE, STAND_INS, resolve_assets
 from prismo.sim.gl import GLBackend
 from prismo.sim.libero_worker import LiberoWorker
+from prismo.testing.tiny import make_tiny_policy
 
 SUITE = "libero_object"
 ASSETS = os.environ.get(ASSETS_VARIABLE) or STAND_INS

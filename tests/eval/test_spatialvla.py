@@ -13,7 +13,7 @@ import pytest
 from prismo.commands.train import train
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.eval.run import evaluate
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 from prismo.training.config import FinetuneConfig
 from tests.eval.conftest import SUITE, lines, make_config
 from tests.eval.test_run import SCRIPT

@@ -11,7 +11,7 @@ import pytest
 from prismo.commands.train import train
 from prismo.data.dataset import open_dataset
 from prismo.data.synthetic import write_synthetic_libero
-from prismo.models.tiny import make_tiny_openvla
+from prismo.testing.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
 from tests.fuzz.harness import Fuzzer
 

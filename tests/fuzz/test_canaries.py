@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from prismo.align.vggt import load_vggt
 from prismo.data.dataset import open_dataset
-from prismo.models.tiny import make_tiny_policy, make_tiny_vggt
+from prismo.testing.tiny import make_tiny_policy, make_tiny_vggt
 from prismo.training.config import FinetuneConfig, parse_config
 from tests.fuzz.conftest import DATASET
 from tests.fuzz.harness import Fuzzer

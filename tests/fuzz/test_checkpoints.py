@@ -13,11 +13,11 @@ import pytest
 from hypothesis import strategies as st
 
 from prismo.embodiment import LIBERO
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
-from prismo.models.tiny import make_tiny_policy
 from prismo.policies.base import PolicyInput
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy
+from prismo.testing.tiny import make_tiny_policy
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 from tests.fuzz.conftest import DATASET
 from tests.fuzz.harness import Fuzzer
 from tests.fuzz.mutate import Mutation, damage, data_starts, header_edit, json_of

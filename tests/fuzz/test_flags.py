@@ -21,7 +21,7 @@ import prismo.sim.libero_worker
 from prismo.commands import data_collect, data_gaussians, data_show, data_stats, merge, tiny
 from prismo.commands.train import train
 from prismo.eval.config import EvalConfig
-from prismo.models.tiny import make_tiny_policy, make_tiny_vggt
+from prismo.testing.tiny import make_tiny_policy, make_tiny_vggt
 from prismo.training.config import FinetuneAlignConfig
 from prismo.util.flags import parse_flags
 from tests.fuzz.conftest import DATASET, training_flags

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prismo.data.normalize import load_statistics, normalize, resolve_unnorm_key, statistics_to_json, unnormalize
 from prismo.embodiment import LIBERO
-from prismo.models.tiny import tiny_statistics
+from prismo.testing.tiny import tiny_statistics
 from tests.fuzz.conftest import DATASET
 from tests.fuzz.harness import Fuzzer
 from tests.fuzz.mutate import Mutation, damage, json_of

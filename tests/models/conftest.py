@@ -12,8 +12,8 @@ from prismo.merging.merge import merge
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.lora import add_lora, save_adapter
 from prismo.models.openvla import ActionTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
-from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
+from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy
 from prismo.util.files import write_json
 from tests.models.adapted import SPEC, load, randomize_lora
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismo.models.folder import INDEX, check_folder, weight_files
+from prismo.models.folder import check_folder
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
-from prismo.models.weight_files import stored_tensors
+from prismo.models.weight_files import INDEX, stored_tensors, weight_files
 
 
 @pytest.fixture

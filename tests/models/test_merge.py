@@ -20,8 +20,8 @@ from prismo.models.component_files import save_component
 from prismo.models.film import add_film, load_film_backbone
 from prismo.models.lora import add_lora, merged_weight, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
-from prismo.models.tiny import make_tiny_openvla
 from prismo.models.weight_files import stored_tensors
+from prismo.testing.tiny import make_tiny_openvla
 from tests.golden import close, figures, salt, sizes, weight
 from tests.models.adapted import SPEC, action_states, load, randomize_lora
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from prismo.merging.merge import merge, resolve_base
+from prismo.merging.publish import prepared
 from prismo.models.component_files import TRAINING_CONFIG, save_component
 from prismo.models.heads import L1RegressionActionHead
 from prismo.models.openvla import PrismaticProcessor
-from prismo.models.publish import prepared
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
 from prismo.policies.openvla import processor_folder
 from prismo.util.files import write_json

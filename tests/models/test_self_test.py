@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.openvla.self_test import SelfTestError, run_self_test
+from prismo.models.openvla.self_test import SelfTestError
 
 
 class Int8Linear(nn.Module):
@@ -30,7 +30,7 @@ def test_damaged_weights(tiny_base):
     model = OpenVLAForActionPrediction.from_pretrained(tiny_base, dtype=torch.float32, self_test=False)
     model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     with pytest.raises(SelfTestError, match="not finite"):
-        run_self_test(model)
+        model.self_test()
 
 
 def test_quantised_models(tiny_base):
@@ -41,4 +41,4 @@ def test_quantised_models(tiny_base):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, Int8Linear(layer))
     assert not next(model.projector.parameters()).is_floating_point()
-    run_self_test(model)
+    model.self_test()

@@ -19,7 +19,7 @@ from prismo.models.component_files import load_component
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
 from prismo.models.openvla import ActionTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
-from prismo.models.tiny import make_tiny_openvla, make_tiny_policy
+from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy
 from tests.golden import sizes
 
 INSTRUCTION = "Pick up the black bowl between the plate and the ramekin and place it on the plate"

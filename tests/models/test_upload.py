@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 
 from prismo.commands.merge import main
 from prismo.merging.merge import merge
-from prismo.models.publish import merged_files
+from prismo.merging.publish import merged_files
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
 from prismo.util.cli import BrokenOffError
 from prismo.util.upload import check_upload, upload

@@ -13,11 +13,11 @@ from prismo.data.normalize import dump_statistics
 from prismo.embodiment import LIBERO
 from prismo.models.lora import LoraSpec, add_lora, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.tiny import make_tiny_openvla, make_tiny_policy, tiny_statistics
 from prismo.policies.base import PolicyInput
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy
 from prismo.policies.openvla import OpenVLAPolicy
+from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy, tiny_statistics
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, read_json
 

@@ -12,8 +12,8 @@ import torch
 
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import TRAINING_CONFIG
-from prismo.models.tiny import make_tiny_policy
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint, weights_folder
+from prismo.testing.tiny import make_tiny_policy
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from prismo.models.heads import L1RegressionActionHead
 from prismo.models.lora import LoraSpec, add_lora, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.random_weights import fill_random
-from prismo.models.tiny import tiny_statistics
 from prismo.policies.base import PolicyInput, environment_actions
+from prismo.testing.tiny import tiny_statistics
 from tests.models.adapted import randomize_lora
 from tests.policies.conftest import observe
 

@@ -14,11 +14,11 @@ from prismo.data.images import observation_image
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.spatialvla import LIBERO_AGENTVIEW
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 from prismo.policies.base import PolicyInput
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import PolicySpec, prepare_policy
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 from tests.policies.conftest import observe
 
 SUITE = "libero_spatial"

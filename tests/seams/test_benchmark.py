@@ -12,7 +12,7 @@ import pytest
 from prismo.commands.eval import main
 from prismo.eval.benchmark import BENCHMARKS, benchmark_of
 from prismo.eval.config import EvalConfig
-from prismo.models.tiny import make_tiny_policy
+from prismo.testing.tiny import make_tiny_policy
 
 pytestmark = pytest.mark.processes
 

@@ -12,7 +12,6 @@ from prismo.eval.config import EvalConfig
 from prismo.eval.episode import Progress, Query, Reset, RolloutSettings, Step, play
 from prismo.eval.plan import plan_episodes
 from prismo.eval.rollout import run_episode
-from prismo.models.tiny import make_tiny_policy
 from prismo.policies.base import Policy
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy
@@ -20,6 +19,7 @@ from prismo.sim.assets import STAND_INS, resolve_assets
 from prismo.sim.gl import GLBackend
 from prismo.sim.libero import CAMERAS, STATES
 from prismo.sim.libero_worker import LiberoWorker
+from prismo.testing.tiny import make_tiny_policy
 
 pytestmark = pytest.mark.processes
 

@@ -12,9 +12,9 @@ from prismo import families
 from prismo.commands import main
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.embodiment import LIBERO
-from prismo.models.tiny import make_tiny_openvla
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy
+from prismo.testing.tiny import make_tiny_openvla
 
 DATASET = "libero_spatial_no_noops"
 FILE = """

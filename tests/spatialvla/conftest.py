@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 
 INSTRUCTIONS = ("Pick up the black bowl", "put it on the plate", "open the top drawer of the cabinet, please")
 _TESTS = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from prismo.models.spatialvla import (
 )
 from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name
 from prismo.models.spatialvla.modeling import read_config
-from prismo.models.spatialvla.tiny import tiny_config
+from prismo.testing.tiny_spatialvla import tiny_config
 from prismo.util.schema import JsonObject, read_json
 
 PARAMETERS_4B = 4_027_854_731

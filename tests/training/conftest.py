@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from prismo.commands import train as command
 from prismo.data.synthetic import write_synthetic_libero
-from prismo.models.tiny import make_tiny_vggt
+from prismo.testing.tiny import make_tiny_vggt
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -23,7 +23,7 @@ from prismo.data.synthetic import write_synthetic_libero
 from prismo.embodiment import LIBERO
 from prismo.models.component_files import read_component
 from prismo.models.lora import open_adapter
-from prismo.models.tiny import make_tiny_openvla
+from prismo.testing.tiny import make_tiny_openvla
 from prismo.training.config import FinetuneConfig
 from prismo.training.logs import JsonLines, chart_name
 from prismo.training.run_folder import RunFolder

@@ -25,10 +25,10 @@ from prismo.models.lora import load_adapter
 from prismo.models.spatialvla import LIBERO_AGENTVIEW, SpatialVLAForConditionalGeneration, SpatialVLAProcessor
 from prismo.models.spatialvla.action_tokenizer import ActionTokenizer, Gaussian, load_gaussians, save_gaussians
 from prismo.models.spatialvla.rediscretize import interpolate_rows
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
 from prismo.policies.base import PolicyInput
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig, parse_config
 from prismo.training.optim import Schedule
 from prismo.training.run_folder import RunFolder

@@ -10,7 +10,7 @@ from prismo.align import AlignRecipe, SpatialForcing, VGGTConfig
 from prismo.align.random_teacher import random_vggt
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
 from prismo.models.spatialvla.ego3d import WIDOWX
-from prismo.models.spatialvla.tiny import make_tiny_spatialvla
+from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
 from prismo.training.spatialvla_objective import SpatialVLAInputs, build_objective, policy_inputs
 
 MASK = np.array([[False] * 4, [False, False, True, True]])  # the second chunk reaches beyond its episode

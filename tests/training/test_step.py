@@ -17,7 +17,7 @@ from prismo.models.lora import LoraSpec
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, TextBatch, pad_rows
 from prismo.models.random_weights import fill_random
-from prismo.models.tiny import tiny_openvla_config
+from prismo.testing.tiny import tiny_openvla_config
 from prismo.training.build import build_objective, policy_inputs, recompute_activations
 from prismo.training.distributed import World
 from prismo.training.objective import Losses, OpenVLAObjective, TrainingInputs

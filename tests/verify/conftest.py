@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from prismo.data.normalize import load_statistics
 from prismo.data.synthetic import write_synthetic_libero
-from prismo.models.tiny import make_tiny_openvla
+from prismo.testing.tiny import make_tiny_openvla
 from prismo.verify import Options, Report, verify
 from prismo.verify.facts import Architecture, DatasetFacts, Facts, Part, Published, read_facts
 from prismo.verify.tensors import parameters, read_file, read_model

@@ -14,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prismo.models.lora import LoraSpec, add_lora, lora_parameters, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.tiny import make_tiny_openvla
 from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.testing.tiny import make_tiny_openvla
 from prismo.verify import Options, page, verify
 from prismo.verify.facts import Facts
 from tests.verify.conftest import (

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -27,83 +26,11 @@ from prismo.models.openvla.action_tokenizer import ActionTokenizer
 from prismo.models.openvla.attention import attention_mask_for
 from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.openvla.loading import check_loaded, read_config
-from prismo.models.openvla.self_test import run_self_test
-from prismo.models.vit import VisionTransformer, ViTConfig
+from prismo.models.openvla.self_test import judge
+from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticProjector, PrismaticVisionBackbone
 
-if TYPE_CHECKING:
-    from prismo.models.film import FiLMVisionBackbone
-
-
-class PrismaticVisionBackbone(nn.Module):
-    """One or two towers over every camera view; features are concatenated per patch.
-
-    `film` is True on the wrapper of `prismo.models.film`, whose blocks need a language embedding.
-    """
-
-    film = False
-
-    def __init__(self, towers: Sequence[ViTConfig]) -> None:
-        super().__init__()
-        self.featurizer = VisionTransformer(towers[0])
-        self.fused_featurizer = VisionTransformer(towers[1]) if len(towers) == 2 else None
-
-    @property
-    def width(self) -> int:
-        """Feature channels per patch (1024 + 1152 for DINOv2 + SigLIP)."""
-        return sum(tower.config.width for tower in self.towers)
-
-    @property
-    def towers(self) -> list[VisionTransformer]:
-        """The towers in the order of their channels."""
-        return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
-
-    def language_mean(self, embeddings: Tensor, action_mask: Tensor | None, real: Tensor | None) -> Tensor | None:
-        """The condition of FiLM's blocks: these are none."""
-        return None
-
-    def forward(self, pixel_values: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Features of the second-to-last block, without final norm and prefix tokens.
-
-        Args:
-            pixel_values: [B, V * 3 * towers, H, W], per view the channels of each tower.
-            condition: language embedding [B, D], only with FiLM.
-
-        Returns:
-            [B, V * patches, width], view-major, patches row-major.
-
-        Raises:
-            ValueError: channels or image size do not fit the towers.
-        """
-        batch, channels, height, width = pixel_values.shape
-        per_view, size = 3 * len(self.towers), self.featurizer.config.image_size
-        if channels % per_view or (height, width) != (size, size):
-            raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape)}; expected [B, {per_view} * views, {size}, {size}]"
-            )
-        views = channels // per_view
-        images = pixel_values.reshape(batch * views, len(self.towers), 3, height, width)
-        if condition is not None:
-            condition = condition.repeat_interleave(views, dim=0)
-        features = [
-            tower(images[:, i], blocks=tower.config.depth - 1, condition=condition)
-            for i, tower in enumerate(self.towers)
-        ]
-        return torch.cat(features, dim=-1).reshape(batch, -1, self.width)
-
-
-class PrismaticProjector(nn.Module):
-    """From vision features to LLM embeddings: three layers for fused towers, two for a single one."""
-
-    def __init__(self, vision_width: int, llm_width: int, fused: bool) -> None:
-        super().__init__()
-        hidden = 4 * vision_width if fused else llm_width
-        self.fc1 = nn.Linear(vision_width, hidden)
-        self.fc2 = nn.Linear(hidden, llm_width)
-        self.fc3 = nn.Linear(llm_width, llm_width) if fused else None
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = self.fc2(F.gelu(self.fc1(features)))
-        return x if self.fc3 is None else self.fc3(F.gelu(x))
+_TEST_TOKENS = 16  # text of the self-test
+_TEST_STRIDE = 16  # a sixteenth of the patches is enough to see whether the image has an influence
 
 
 @dataclass(frozen=True)
@@ -191,7 +118,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         model, report = loaded  # what it returns depends on output_loading_info
         check_loaded(pretrained_model_name_or_path, report)
         if self_test and all(p.device.type != "meta" for p in model.parameters()):
-            run_self_test(model)
+            model.self_test()
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -344,6 +271,41 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     ) -> Tensor | None:
         """FiLM's condition [B, D] from text embeddings [B, L, D]; None for a model without FiLM."""
         return self.vision_backbone.language_mean(embeddings, action_mask, attention_mask)
+
+    @torch.no_grad()
+    def self_test(self) -> None:
+        """Run four short sequences that differ in one later token or in the image; raises as `judge` does."""
+        was_training = self.training
+        self.eval()
+        try:
+            influences = self._influences()
+        finally:
+            self.train(was_training)
+        judge(self.config.attention, *influences)
+
+    def _influences(self) -> tuple[float, float, float]:
+        """Largest change of (earlier states by a later token, later states by it, states by the image)."""
+        embedding = self.get_input_embeddings()
+        table = embedding.get_parameter("weight")
+        size = self.config.towers[0].image_size
+        channels = 3 * len(self.config.towers)
+        # Of the model, not of some weight: quantised ones are integers.
+        pixels = torch.ones(2, channels, size, size, device=table.device, dtype=self.dtype)
+        pixels[0] *= -1
+        condition = None
+        ids = torch.arange(3, 3 + _TEST_TOKENS, device=table.device)[None].repeat(3, 1)
+        ids[1, -2] += 100  # the later token that differs
+        embeddings = embedding(ids)
+        if self.vision_backbone.film:
+            condition = embeddings[:2].mean(dim=1)
+        black, white = self.project_vision(pixels, condition)[:, ::_TEST_STRIDE].to(embeddings.dtype)
+        sequence = torch.cat([torch.stack([black, black, white]), embeddings], dim=1)
+        states, _ = self.run_llm(sequence)
+        early = black.shape[0] + 2
+        before = (states[0, early] - states[1, early]).abs().max()
+        after = (states[0, -1] - states[1, -1]).abs().max()
+        image = (states[0, early] - states[2, early]).abs().max()
+        return before.item(), after.item(), image.item()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on hidden states [..., D] -> float32 [..., vocabulary]. Ask only for the positions you need."""

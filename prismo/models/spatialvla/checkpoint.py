@@ -1,4 +1,4 @@
-"""Official SpatialVLA tensors <-> our modules: names, strict loading, saving. Called by `modeling.py`.
+"""Official SpatialVLA tensors <-> our modules: names, saving. Called by `modeling.py`.
 
 Only ZoeDepth's backbone is named differently in today's transformers; every other module keeps the published name.
 """
@@ -11,16 +11,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from prismo.models.folder import WEIGHTS_AND_SETTINGS, missing_of_model, weight_files
+from prismo.models.folder import WEIGHTS_AND_SETTINGS, missing_of_model
 from prismo.util.files import atomic_write, write_json
 from prismo.util.hub import local_folder
 
 PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json",))
-_LISTED = 8  # names per kind of problem in an error
 
 # (our name, official name) inside a BEiT layer.
 _BEIT_LAYER = (
@@ -55,32 +53,6 @@ def checkpoint_folder(path: str | Path) -> Path:
     )
 
 
-def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace every parameter of `model` (which may be on the meta device) by the one stored in `folder`.
-
-    Names and shapes are compared before a single weight is read; a tensor goes straight from the file to `device`.
-
-    Raises:
-        FileNotFoundError: the folder holds no safetensors weights.
-        ValueError: tensors miss, are unknown or do not fit; names them.
-    """
-    parameters = {official_name(name): (name, parameter) for name, parameter in model.named_parameters()}
-    files = weight_files(folder)
-    found = {name: shape for file in files for name, shape in _headers(file).items()}
-    _check({name: p.shape for name, (_, p) in parameters.items()}, found, folder)
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            for official in stored.keys():  # noqa: SIM118 (not a dict)
-                name, parameter = parameters[official]
-                set_parameter(model, name, stored.get_tensor(official).to(dtype), parameter.requires_grad)
-
-
-def set_parameter(model: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
-    """Put `value` in the place of the parameter called `name`."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
-
-
 def save_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str | int) -> None:
     """Write our parameters `state` under their official names, in shards with an index when they exceed one."""
     tensors = {official_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -95,30 +67,3 @@ def save_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str 
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def _headers(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or broken ({error}); download it again") from error
-
-
-def _check(expected: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unknown": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {list(found[name])} instead of {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name] != tuple(shape)
-        ],
-    }
-    parts = [
-        f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if parts:
-        raise ValueError(f"the tensors in {folder} do not fit its config.json: {'; '.join(parts)}")

@@ -25,10 +25,11 @@ from transformers.utils import ModelOutput
 
 from prismo.models.folder import CONFIG, Layers, Size
 from prismo.models.random_weights import fill_random
-from prismo.models.spatialvla.checkpoint import checkpoint_folder, load_weights, save_weights, set_parameter
+from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name, save_weights
 from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
 from prismo.models.spatialvla.depth import depth_at_image, freeze_zoe, predict_depth
 from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
+from prismo.models.weight_files import load_weights, set_parameter
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject, check, read_json
 from prismo.util.text import first_line
@@ -196,7 +197,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         folder = checkpoint_folder(pretrained_model_name_or_path)
         config = read_config(folder, geometry=geometry, prefix_mask=prefix_mask)
         model = cls.empty(config)
-        load_weights(model, folder, torch.device(device), dtype or config.stored_dtype)
+        load_weights(model, folder, official_name, torch.device(device), dtype or config.stored_dtype)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         return model.to(device)
 

@@ -21,9 +21,9 @@ from prismo.models.adapter_file import (
     open_adapter,
     read_adapter_file,
 )
-from prismo.models.folder import CONFIG, is_model, weight_files
+from prismo.models.folder import CONFIG, is_model
 from prismo.models.training_record import read_training_record
-from prismo.models.weight_files import fingerprint, stored_tensors
+from prismo.models.weight_files import fingerprint, stored_tensors, weight_files
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import PolicySpec, prepare_policy
 from prismo.util.hub import is_hub_id

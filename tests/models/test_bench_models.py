@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from prismo.align.vggt import VGGTAggregator
-from prismo.models.full_size import build_openvla_7b, build_vggt_1b
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.openvla.self_test import run_self_test
-from prismo.models.tiny import tiny_openvla_config
+from prismo.testing.tiny import tiny_openvla_config
+from scripts.bench_models import build_openvla_7b, build_vggt_1b
 
 
 def test_sizes_are_the_published_ones():
@@ -22,7 +21,7 @@ def test_sizes_are_the_published_ones():
 def test_the_construction_gives_a_working_model():
     config = tiny_openvla_config()
     model = build_openvla_7b("cpu", torch.bfloat16, config=config)
-    run_self_test(model)
+    model.self_test()
     assert all(p.isfinite().all() and p.std() > 0 for p in model.parameters() if p.numel() > 1)
     usual = OpenVLAForActionPrediction(config)
     for (name, ours), (_, expected) in zip(model.named_buffers(), usual.named_buffers(), strict=True):
@@ -35,7 +34,7 @@ def test_the_construction_gives_a_working_model():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_both_fit_and_run_on_a_gpu():
     openvla = build_openvla_7b("cuda")
-    run_self_test(openvla)
+    openvla.self_test()
     vggt: VGGTAggregator = build_vggt_1b("cuda", torch.bfloat16)
     features = vggt.features(torch.rand(1, 2, 3, 224, 224, device="cuda"), -1)
     assert features.shape == (1, 2, 37, 37, 2048)

@@ -9,19 +9,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import FiniteFloat
 
 from prismo.merging.card import CARD
 from prismo.models.adapter_file import ADAPTER_FOLDER
 from prismo.models.component_files import TRAINING_CONFIG
-from prismo.models.folder import CONFIG, INDEX, MERGING, is_model
+from prismo.models.folder import CONFIG, MARKER, MERGING, is_model
+from prismo.models.weight_files import INDEX
 from prismo.util.files import flush_folder
 from prismo.util.schema import JsonObject, read_json
 
-MARKER = "merge.json"
 _CODE = "*.py"  # the original's model code, which config.json may name; copied, never run
 _PROCESSOR = (
     "processor_config.json",
@@ -39,25 +36,6 @@ _MISLEADING = (*_OF_RUN, "processor_config.json", "modeling_prismatic.py")
 _WEIGHTS = "model*.safetensors"
 # In this order behind all others: without one of them an unmerged checkpoint takes its processor from the base.
 _LATE = ("tokenizer.model", "tokenizer.json", "preprocessor_config.json", CONFIG)
-
-
-@dataclass(frozen=True)
-class MergeMarker:
-    """Content of `merge.json`, as far as it is read again.
-
-    Attributes:
-        adapters: SHA-256 of the adapters that these weights contain, oldest first.
-        scale: of the last one.
-    """
-
-    adapters: list[str]
-    scale: FiniteFloat
-
-
-def read_marker(folder: Path) -> MergeMarker | None:
-    """What `merge` wrote into the folder of merged weights; None where somebody else merged them, or nobody did."""
-    path = folder / MARKER
-    return read_json(path, MergeMarker) if path.is_file() else None
 
 
 def side_files(base_folder: Path, checkpoint_dir: Path, output: Path, *, base_code: bool) -> dict[str, Path]:

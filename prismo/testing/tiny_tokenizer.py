@@ -1,4 +1,4 @@
-"""A synthetic Llama-2 style tokenizer for tiny checkpoints (`prismo.models.tiny`).
+"""A synthetic Llama-2 style tokenizer for tiny checkpoints (`prismo.testing.tiny`).
 
 Llama-2's own vocabulary may not be redistributed, so this one is made up, but whatever OpenVLA relies on is the same:
 normaliser and decoder, 32,000 ids and `<PAD>`, the byte tokens, the lone space 29871, 256 single characters at the end

@@ -22,8 +22,8 @@ from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, Pri
 from prismo.models.openvla.prediction import ActionModules
 from prismo.models.projectors import ProprioProjector
 from prismo.models.random_weights import fill_random
-from prismo.models.tiny_tokenizer import write_tiny_tokenizer
 from prismo.models.vit import ViTConfig
+from prismo.testing.tiny_tokenizer import write_tiny_tokenizer
 from prismo.util.files import atomic_write
 
 # openvla-7b's statistics: ImageNet's, rounded to bfloat16 (see `PrismaticImageProcessor`), then SigLIP's.
