@@ -7,7 +7,7 @@ asked for; what trains and runs it is named by strings, because it builds on pac
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ class Family:
         read_config: the configuration of a folder; raises ValueError for one that describes no such model.
         build: the network of a configuration, called where new tensors take no memory.
         stored_name: name of a parameter in the files.
+        wrap: (network, checkpoint folder, keys of its adapter) puts around the network what the adapter was trained
+            inside of; raises FileNotFoundError where the file of that is missing.
+        repeated: a table's name in the files -> the one whose rows they repeat at its end.
         merged_config: (base folder, checkpoint folder) -> config.json of the merged model.
         base_code: checkpoint folder -> whether the base's model code describes the merged model, too. Whoever finds
             vanilla OpenVLA's code takes the model for a causal one.
@@ -62,6 +65,8 @@ class Family:
     read_config: Callable[[Path], Any]
     build: Callable[[Any], nn.Module]
     stored_name: Callable[[str], str]
+    wrap: Callable[[nn.Module, Path, Sequence[str]], None]
+    repeated: Mapping[str, str]
     merged_config: Callable[[Path, Path], dict[str, Any]]
     base_code: Callable[[Path], bool]
     check_files: Callable[[Path, TrainingRecord | None], None]

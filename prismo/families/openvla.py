@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from prismo.data.normalize import load_statistics, statistics_to_json
 from prismo.families import Family
+from prismo.models.component_files import find_component
 from prismo.models.folder import CONFIG
 from prismo.models.openvla import AttentionKind, OpenVLAForActionPrediction
 from prismo.models.openvla.loading import read_config
@@ -29,6 +33,15 @@ def _attention(checkpoint: Path) -> AttentionKind | None:
     return attention_kind(checkpoint, record, {})[0]
 
 
+def _wrap(model: nn.Module, checkpoint: Path, keys: Sequence[str]) -> None:
+    """FiLM, whose towers are stored whole, with their LoRA."""
+    if any(key.startswith("base_model.model.vision_backbone.vision_backbone.") for key in keys):
+        from prismo.models.film import add_film  # noqa: PLC0415 (imports peft)
+
+        find_component(checkpoint, "vision_backbone")
+        add_film(cast(OpenVLAForActionPrediction, model))
+
+
 FAMILY = Family(
     model_type="openvla",
     alias="openvla",
@@ -48,6 +61,8 @@ FAMILY = Family(
     read_config=read_config,
     build=OpenVLAForActionPrediction,
     stored_name=str,
+    wrap=_wrap,
+    repeated={},
     merged_config=_merged_config,
     base_code=lambda checkpoint: _attention(checkpoint) == "causal",
     check_files=check_modules,

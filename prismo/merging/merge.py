@@ -8,10 +8,9 @@ are the same on every machine (the original merges in bf16, and its results depe
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prismo import __version__
-from prismo.families import FAMILIES, family_of, missing_of_base
+from prismo.families import FAMILIES, Family, family_of, missing_of_base
 from prismo.merging.card import CARD, may_be_written, model_card
 from prismo.merging.merge_check import MergeChecks, compare
 from prismo.merging.publish import check_space, prepared, refuse_overwriting, side_files
 from prismo.models.adapter_file import ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
-from prismo.models.component_files import find_component
-from prismo.models.film import add_film
 from prismo.models.folder import CONFIG, MARKER, WEIGHTS_AND_SETTINGS, check_folder, read_marker
 from prismo.models.lora import (
     LoraSpec,
@@ -42,7 +39,6 @@ from prismo.models.lora import (
     read_adapter_spec,
     saved_keys,
 )
-from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.weight_files import (
     INDEX,
     StoredTensor,
@@ -56,10 +52,6 @@ from prismo.models.weight_files import (
 )
 from prismo.util.files import write_json
 from prismo.util.hub import local_folder
-
-_LOG = logging.getLogger(__name__)
-_FILM = "vision_backbone.vision_backbone."
-_TEXT_TABLE, _ACTION_TABLE = "language_model.model.embed_tokens.weight", "spatial_embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -92,12 +84,14 @@ class _Adapter:
         spec: rank and scale.
         keys: name of a base weight -> keys of A and B in the file.
         saved: name of a base weight -> key of the trained one that replaces it.
+        repeated: see `prismo.families.Family`.
     """
 
     file: safe_open
     spec: LoraSpec
     keys: dict[str, tuple[str, str]]
     saved: dict[str, str]
+    repeated: Mapping[str, str]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self.keys[name]
@@ -109,10 +103,9 @@ class _Adapter:
             return merged_weight(weight, *self.factors(name), self.spec.scale)
         if name in self.saved:
             return self.file.get_tensor(self.saved[name]).to(weight.dtype)
-        if name == _TEXT_TABLE and _ACTION_TABLE in self.saved:
-            # SpatialVLA's files repeat the action embeddings at the end of the text embeddings.
-            actions = self.file.get_tensor(self.saved[_ACTION_TABLE])
-            return torch.cat((weight[: -len(actions)], actions.to(weight.dtype)))
+        if (part := self.repeated.get(name)) in self.saved:
+            rows = self.file.get_tensor(self.saved[part])
+            return torch.cat((weight[: -len(rows)], rows.to(weight.dtype)))
         return weight
 
 
@@ -205,7 +198,8 @@ def _opened(base_folder: Path, checkpoint_dir: Path) -> Generator[tuple[dict[str
     folder = checkpoint_dir / ADAPTER_FOLDER
     spec = read_adapter_spec(folder)
     with open_adapter(folder) as file:
-        keys = _match(file, spec, base_folder, tensors, checkpoint_dir)
+        family = family_of(base_folder)
+        keys = _match(file, spec, family, base_folder, tensors, checkpoint_dir)
         for key in base_copies(file, spec):
             own = tensors.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
             if own is None or not torch.equal(own.read(), file.get_tensor(key)):
@@ -213,14 +207,18 @@ def _opened(base_folder: Path, checkpoint_dir: Path) -> Generator[tuple[dict[str
                     f"{folder} was trained on another base model than {base_folder}: its copy of {key} differs. "
                     "Pass the model that training started from as --base_checkpoint"
                 )
-        yield tensors, _Adapter(file, spec, keys, saved_keys(file, spec))
+        yield tensors, _Adapter(file, spec, keys, saved_keys(file, spec), family.repeated)
 
 
 def _match(
-    file: safe_open, spec: LoraSpec, base_folder: Path, tensors: dict[str, StoredTensor], checkpoint_dir: Path
+    file: safe_open,
+    spec: LoraSpec,
+    family: Family,
+    base_folder: Path,
+    tensors: dict[str, StoredTensor],
+    checkpoint_dir: Path,
 ) -> dict[str, tuple[str, str]]:
     """Base weight -> keys of its two factors. Names and shapes come from the model itself, built without memory."""
-    family = family_of(base_folder)
     with torch.device("meta"):
         model = family.build(family.read_config(base_folder))
         for name, parameter in model.state_dict().items():
@@ -228,15 +226,12 @@ def _match(
             shape = tensors[stored].shape if stored in tensors else None
             if shape != tuple(parameter.shape):
                 raise ValueError(f"{base_folder}: {stored} has shape {shape}, its config.json means {parameter.shape}")
-        film = any(key.startswith(f"base_model.model.{_FILM}") for key in file.keys())  # noqa: SIM118 (not a dict)
-        if film and isinstance(model, OpenVLAForActionPrediction):
-            find_component(checkpoint_dir, "vision_backbone")  # it holds the towers with their LoRA
-            _LOG.info("FiLM run: the vision LoRA stays in the vision_backbone file")
-            add_film(model)
+        of_base = {name.removesuffix(".weight") for name in model.state_dict()}
+        family.wrap(model, checkpoint_dir, list(file.keys()))
         add_lora(model, spec)
     found = match_adapter(file, model, checkpoint_dir / ADAPTER_FOLDER)
     match_saved(file, model, spec, checkpoint_dir / ADAPTER_FOLDER)
-    modules = {name.rpartition(".lora_")[0] for name in found if not name.startswith(_FILM)}
+    modules = {name.rpartition(".lora_")[0] for name in found} & of_base  # the files of what wraps it hold the others
     return {
         family.stored_name(f"{m}.weight"): (found[f"{m}.lora_A.weight"], found[f"{m}.lora_B.weight"])
         for m in sorted(modules)

@@ -77,7 +77,7 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.flo
     """Freeze `model` and give it new LoRA layers in place (A gaussian with deviation 1/rank, B zero).
 
     Args:
-        model: SpatialVLA, or OpenVLA with or without FiLM, whose own layers stay trainable.
+        model: any; layers that its modules name as `trained_beside_adapters` (FiLM) are trained, too.
         dtype: of what is trained. fp32 is right for training: in bf16, as in the original, AdamW's small updates and
             its second moment round away.
 
@@ -101,11 +101,9 @@ def add_lora(model: nn.Module, spec: LoraSpec, *, dtype: torch.dtype = torch.flo
         parameter.data = parameter.data.to(dtype)
     for parameter in saved_parameters(model, spec).values():
         parameter.requires_grad_(True).data = parameter.data.to(dtype)
-    if _has_film(model):  # injecting froze it with everything else
-        for tower in _towers(model):
-            for block in tower.blocks:
-                block.get_submodule("scale").requires_grad_(True)
-                block.get_submodule("shift").requires_grad_(True)
+    for module in model.modules():
+        for name in getattr(module, "trained_beside_adapters", ()):  # injecting froze it with everything else
+            module.get_submodule(name).requires_grad_(True)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -125,24 +123,14 @@ def saved_parameters(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Parameter
     }
 
 
-def _has_film(model: nn.Module) -> bool:
-    backbone = getattr(model, "vision_backbone", None)
-    return backbone is not None and backbone.film
-
-
-def _towers(model: nn.Module) -> list[VisionTransformer]:
-    """OpenVLA's vision towers; SpatialVLA's are of another kind."""
-    return [module for module in model.modules() if isinstance(module, VisionTransformer)]
-
-
 def never_used_modules(model: nn.Module, *, lm_head_used: bool) -> list[str]:
     """Names of modules whose output never reaches a loss, so that their weights get no gradient.
 
-    Features are taken from the second-to-last block of each tower: the last block, the final norm and the attention
-    pool are dead weights. So is `lm_head`, unless actions are predicted as tokens (`lm_head_used`). That is OpenVLA;
-    SpatialVLA uses every layer.
+    Features are taken from the second-to-last block of each `VisionTransformer`: the last block, the final norm and the
+    attention pool are dead weights. So is `lm_head` beside such towers, unless actions are predicted as tokens
+    (`lm_head_used`). A model with other towers uses every layer.
     """
-    towers = _towers(model)
+    towers = [module for module in model.modules() if isinstance(module, VisionTransformer)]
     if not towers:
         return []
     unused: set[nn.Module] = set() if lm_head_used else {model.get_submodule("language_model.lm_head")}

@@ -92,6 +92,8 @@ class PrismaticProjector(nn.Module):
 class FiLMBlock(nn.Module):
     """A transformer block whose residual stream is scaled and shifted by the language between its two branches."""
 
+    trained_beside_adapters = ("scale", "shift")
+
     def __init__(self, block: nn.Module, condition_width: int, identity_init: bool) -> None:
         super().__init__()
         weight = block.get_parameter("norm1.weight")
