@@ -73,17 +73,6 @@ class NoisyActions:
     time_embedding: Tensor
 
 
-class NoisePredictionModel(nn.Module):
-    """The MLP under its published name `noise_predictor.mlp_resnet`."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
-        super().__init__()
-        self.mlp_resnet = MLPResNet(input_dim, hidden_dim, output_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp_resnet(x)
-
-
 class DiffusionActionHead(nn.Module):
     """Noise prediction for a chunk of normalised actions; the timestep enters as a token of the language model.
 
@@ -102,13 +91,14 @@ class DiffusionActionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.action_dim, self.chunk = action_dim, chunk
-        self.noise_predictor = NoisePredictionModel(input_dim * action_dim, hidden_dim or input_dim, action_dim)
+        mlp = MLPResNet(input_dim * action_dim, hidden_dim or input_dim, action_dim)
+        self.noise_predictor = nn.ModuleDict({"mlp_resnet": mlp})  # its published name
         self.time_encoder = TimeEmbedding(input_dim)
         self.ddim = DDIM(train_steps)
 
     def forward(self, action_hidden: Tensor) -> Tensor:
         """Hidden states of the action slots [B, K*A, D] -> predicted noise [B, K, A]."""
-        return self.noise_predictor(group_by_action(action_hidden, self.chunk, self.action_dim))
+        return self.noise_predictor["mlp_resnet"](group_by_action(action_hidden, self.chunk, self.action_dim))
 
     def noisy_actions(
         self, actions: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None

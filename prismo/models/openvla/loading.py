@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le
 from pydantic import FiniteFloat
 
-from prismo.models.folder import CONFIG, Layers, Size
+from prismo.models.folder import Layers, Size
 from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.vit import ViTConfig
-from prismo.util.schema import JsonObject, check, read_json
-from prismo.util.text import first_line
+from prismo.models.vla import read_model_config
+from prismo.util.schema import JsonObject
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,8 @@ class _OpenVLAFile:
 
 
 def read_config(folder: Path) -> OpenVLAConfig:
-    """The configuration of a checkpoint folder.
-
-    Raises:
-        ValueError: config.json is damaged or describes no OpenVLA.
-    """
-    path = folder / CONFIG
-    stored = read_json(path, JsonObject)
-    check(stored, _OpenVLAFile, str(path))
-    try:
-        return OpenVLAConfig.from_dict(stored)
-    except Exception as error:  # whatever transformers has against sizes that contradict each other
-        raise ValueError(f"{path} describes no OpenVLA ({first_line(error)}); fetch it again") from error
+    """The configuration of a checkpoint folder; raises as `read_model_config` does."""
+    return read_model_config(folder, OpenVLAConfig, _OpenVLAFile)
 
 
 def check_loaded(path: str | Path, report: Any) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from prismo.models.folder import check_folder
@@ -28,6 +28,7 @@ from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.openvla.loading import check_loaded, read_config
 from prismo.models.openvla.self_test import judge
 from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticProjector, PrismaticVisionBackbone
+from prismo.models.vla import VLAModel
 
 _TEST_TOKENS = 16  # text of the self-test
 _TEST_STRIDE = 16  # a sixteenth of the patches is enough to see whether the image has an influence
@@ -65,7 +66,7 @@ class OpenVLAOutput:
         return states[action_mask[:, 1:]].unflatten(0, (states.shape[0], -1))
 
 
-class OpenVLAForActionPrediction(PreTrainedModel):
+class OpenVLAForActionPrediction(VLAModel):
     """OpenVLA with the parameter names of the published checkpoints.
 
     `forward` stops at hidden states. Nothing computes the LM head unless `logits` is called, and no cache is built
@@ -121,45 +122,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             model.self_test()
         return model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.lm_head = new_embeddings
-
-    @property
-    def llm_dim(self) -> int:
-        """Width of the language model."""
-        return self.config.text_config.hidden_size
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the language model (32)."""
-        return len(self.language_model.model.layers)
-
     def set_attention(self, kind: AttentionKind) -> None:
         """Choose "bidirectional" or "causal" attention for every decoder layer."""
         self.config.attention = kind
         for module in self.language_model.modules():
             if isinstance(module, LlamaAttention):
                 module.is_causal = kind == "causal"  # what sdpa and flash read when they get no mask
-
-    def layer_index(self, layer: int) -> int:
-        """Non-negative index of a state: 0 = input embeddings, i = output of decoder layer i-1, last = after the norm.
-
-        Raises:
-            IndexError: outside the `num_layers + 1` states.
-        """
-        count = self.num_layers + 1
-        if not -count <= layer < count:
-            raise IndexError(f"hidden layer {layer} asked, the language model has {-count}..{count - 1}")
-        return layer % count
 
     def project_vision(self, pixel_values: Tensor, condition: Tensor | None = None) -> Tensor:
         """Vision tokens [B, P, D] of `pixel_values` [B, V * 6, H, W]."""

@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from annotated_types import Ge, Le
 from torch import Tensor, nn
-from transformers import Gemma2ForCausalLM, PreTrainedModel, SiglipVisionModel, ZoeDepthForDepthEstimation
+from transformers import Gemma2ForCausalLM, SiglipVisionModel, ZoeDepthForDepthEstimation
 from transformers.utils import ModelOutput
 
-from prismo.models.folder import CONFIG, Layers, Size
+from prismo.models.folder import Layers, Size
 from prismo.models.random_weights import fill_random
 from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name, save_weights
 from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
 from prismo.models.spatialvla.depth import depth_at_image, freeze_zoe, predict_depth
 from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
+from prismo.models.vla import VLAModel, read_model_config
 from prismo.models.weight_files import load_weights, set_parameter
 from prismo.util.files import write_json
-from prismo.util.schema import JsonObject, check, read_json
-from prismo.util.text import first_line
+from prismo.util.schema import JsonObject
 
 IGNORE_INDEX = -100
 
@@ -131,7 +131,7 @@ class _Projector(nn.Module):
         return self.linear(features)
 
 
-class SpatialVLAForConditionalGeneration(PreTrainedModel):
+class SpatialVLAForConditionalGeneration(VLAModel):
     """SpatialVLA with a language-model head.
 
     ZoeDepth is frozen, stays in evaluation mode and takes no gradient.
@@ -238,28 +238,6 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         config["torch_dtype"] = str(state["spatial_embed_tokens.weight"].dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         save_weights(state, folder, max_shard_size)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.lm_head = new_embeddings
-
-    @property
-    def llm_dim(self) -> int:
-        """Width of the language model."""
-        return self.config.text_config.hidden_size
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the language model (26)."""
-        return len(self.language_model.model.layers)
 
     def train(self, mode: bool = True) -> SpatialVLAForConditionalGeneration:
         """Like any module, except that ZoeDepth stays in evaluation mode: its drop-path would make depth noisy."""
@@ -374,17 +352,6 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         kept[self.num_layers] = x = gemma.norm(x)
         return x, {i: kept[self.layer_index(i)] for i in hidden_layers}
 
-    def layer_index(self, layer: int) -> int:
-        """Non-negative index of a hidden state (see `run_llm`).
-
-        Raises:
-            IndexError: outside the `num_layers + 1` states.
-        """
-        count = self.num_layers + 1
-        if not -count <= layer < count:
-            raise IndexError(f"hidden layer {layer} asked, the language model has {-count}..{count - 1}")
-        return layer % count
-
     def lm_logits(self, hidden: Tensor, rows: slice | None = None) -> Tensor:
         """Soft-capped logits [..., V] fp32 of hidden states [..., D], or only those of a range of token ids."""
         head, cap = self.language_model.lm_head, self.language_model.config.final_logit_softcapping
@@ -445,18 +412,9 @@ def read_config(
     Raises:
         FileNotFoundError, ValueError: no config.json, or one of another model.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint: no config.json")
-    stored = read_json(path, JsonObject)
-    if stored.get("model_type") != "spatialvla":
-        raise ValueError(f"{path} is of model_type {stored.get('model_type')!r}, expected 'spatialvla'")
-    check(stored, _SpatialVLAFile, str(path))
     switches = {"geometry": geometry, "prefix_mask": prefix_mask}
-    try:
-        return SpatialVLAConfig.from_dict({**stored, **{k: v for k, v in switches.items() if v is not None}})
-    except Exception as error:  # whatever transformers has against sizes that contradict each other
-        raise ValueError(f"{path} describes no SpatialVLA: {first_line(error)}") from error
+    given = {name: value for name, value in switches.items() if value is not None}
+    return read_model_config(folder, SpatialVLAConfig, _SpatialVLAFile, **given)
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
