@@ -33,6 +33,8 @@ class Embodiment:
         control_hz: rate at which actions are executed.
         gripper_dims: action indices that are gripper commands. Datasets store 1 = open, 0 = close; they are not scaled.
         gripper_env_sign: factor from "+1 open / -1 close" to the environment's own convention (LIBERO: -1 opens).
+        cameras: of an observation, in the order in which a policy takes their views; empty = not known.
+        states: vectors of an observation that make up proprio, in this order; empty = not known.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Embodiment:
     control_hz: Rate
     gripper_dims: tuple[int, ...] = (-1,)
     gripper_env_sign: Sign = -1
+    cameras: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
 
     @property
     def action_tokens(self) -> int:
@@ -50,7 +54,11 @@ class Embodiment:
         return self.chunk * self.action_dim
 
 
-LIBERO = Embodiment("libero", 7, 8, 8, "bounds_q99", 20.0)
+LIBERO = Embodiment(
+    *("libero", 7, 8, 8, "bounds_q99", 20.0),
+    cameras=("agentview", "robot0_eye_in_hand"),
+    states=("eef_pos", "eef_axis_angle", "gripper_qpos"),
+)
 BRIDGE = Embodiment("bridge", 7, 7, 5, "bounds_q99", 5.0, gripper_env_sign=1)
 FRACTAL = Embodiment("fractal", 7, 8, 8, "bounds_q99", 3.0, gripper_env_sign=1)
 FRANKA = Embodiment("franka", 7, 8, 8, "bounds_q99", 15.0)

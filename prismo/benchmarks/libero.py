@@ -14,7 +14,6 @@ from prismo.eval.benchmark import Benchmark
 from prismo.eval.config import DEFAULT_STATES, EvalConfig
 from prismo.sim.assets import resolve_assets
 from prismo.sim.interface import Task
-from prismo.sim.libero import CAMERAS, STATES
 from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.suites import (
     MAX_STEPS,
@@ -37,8 +36,6 @@ class LiberoBenchmark:
     """See `prismo.eval.benchmark.Benchmark`."""
 
     robot = LIBERO
-    cameras: tuple[str, ...] = CAMERAS
-    states: tuple[str, ...] = STATES
     flags: tuple[str, ...] = ("initial_states_path", "env_img_res", "libero_assets", "download_assets")
 
     def validate(self, cfg: EvalConfig) -> None:

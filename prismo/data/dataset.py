@@ -192,8 +192,8 @@ def open_dataset(
         length = chunk or spec.embodiment.chunk
         episodes, ends = _windows(store, split, val_fraction, length, use_tail)
         sources.append(Source(store, _statistics(store, statistics), entry.weight, episodes, ends))
-    robot = _common_robot(sources, chunk)
     views = _common_views(sources, num_images)
+    robot = _common_robot(sources, chunk, views)
     sizes = {source.store.image_size(camera) for source in sources for camera in range(views)}
     stored = sizes.pop() if len(sizes) == 1 else None
     return WindowDataset(sources, robot, views, stored or (size, size), resize=stored is None)
@@ -244,7 +244,8 @@ def held_out(crc: np.ndarray, fraction: float) -> np.ndarray:
     return uniform(mix(0x76616C, crc.astype(np.int64))) < fraction
 
 
-def _common_robot(sources: Sequence[Source], chunk: int | None) -> Embodiment:
+def _common_robot(sources: Sequence[Source], chunk: int | None, views: int) -> Embodiment:
+    """The first one's, without names of cameras and states that are not all the same."""
     robots = [source.store.spec.embodiment for source in sources]
     robots = robots if chunk is None else [replace(robot, chunk=chunk) for robot in robots]
     first = robots[0]
@@ -255,7 +256,9 @@ def _common_robot(sources: Sequence[Source], chunk: int | None) -> Embodiment:
                 f"{(first.action_dim, first.proprio_dim, first.chunk)} and "
                 f"{(robot.action_dim, robot.proprio_dim, robot.chunk)}. A common `chunk` can be given"
             )
-    return first
+    names = {(robot.cameras[:views], robot.states) for robot in robots}
+    cameras, states = names.pop() if len(names) == 1 else ((), ())
+    return replace(first, cameras=cameras, states=states)
 
 
 def _common_views(sources: Sequence[Source], wanted: int | None) -> int:

@@ -149,7 +149,7 @@ def _resolve_yaml(data_root: Path, file: Path, within: tuple[Path, ...]) -> list
     check_all(lambda: _check_robot(description, file), lambda: read_features(find_folder(named)))
     features = read_features(folder := find_folder(named))
     try:
-        spec = _described(description, features)
+        spec = _described(description, features, _roles(content["cameras"]), _roles(content["proprio"]))
         check_features(spec, features)
     except ValueError as error:
         raise ValueError(f"{file}: {folder}: {error}") from error
@@ -161,18 +161,32 @@ def _check_robot(text: _Description, file: Path) -> None:
         raise ValueError(f"{file}: {did_you_mean('embodiment', text.embodiment, EMBODIMENTS)}")
 
 
-def _described(text: _Description, features: Mapping[str, Feature]) -> DatasetSpec:
-    """The spec that a description means for a dataset."""
+def _roles(value: Any) -> tuple[str, ...]:
+    """Names of features: their roles where they have some."""
+    return tuple(map(str, value)) if isinstance(value, dict) else tuple(_listed(value))
+
+
+def _described(
+    text: _Description, features: Mapping[str, Feature], cameras: tuple[str, ...], states: tuple[str, ...]
+) -> DatasetSpec:
+    """The spec that a description means, of a robot with these names, or those of `embodiment` where they fit."""
     base = EMBODIMENTS[text.embodiment] if text.embodiment else LIBERO
+    proprio_dim = total_width(text.proprio, features)
+    if text.embodiment and len(cameras) <= len(base.cameras):
+        cameras = base.cameras[: len(cameras)]
+    if text.embodiment and base.states and proprio_dim == base.proprio_dim:
+        states = base.states
     embodiment = Embodiment(
         name=text.embodiment or text.name,
         action_dim=total_width(text.action, features),
-        proprio_dim=total_width(text.proprio, features),
+        proprio_dim=proprio_dim,
         chunk=text.chunk or base.chunk,
         normalization=text.normalization or base.normalization,
         control_hz=float(text.control_hz),
         gripper_dims=base.gripper_dims if text.gripper_dims is None else tuple(text.gripper_dims),
         gripper_env_sign=text.gripper_env_sign or base.gripper_env_sign,
+        cameras=cameras,
+        states=states,
     )
     return DatasetSpec(
         name=text.name,

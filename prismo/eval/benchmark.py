@@ -26,15 +26,11 @@ class Benchmark(Protocol):
     """Tasks, robot and simulator.
 
     Attributes:
-        robot: that policies drive.
-        cameras: of an `Observation`, in the order in which policies take them; the first one is filmed.
-        states: of an `Observation`, that make up the proprioceptive state of the robot, in this order.
+        robot: that policies drive, with its `Observation`: the first of its cameras is filmed.
         flags: that mean something here, of those that not all benchmarks have.
     """
 
     robot: Embodiment
-    cameras: tuple[str, ...]
-    states: tuple[str, ...]
     flags: tuple[str, ...]
 
     def validate(self, cfg: EvalConfig) -> None:

@@ -299,23 +299,43 @@ def seed_everything(seed: int) -> None:
 
 
 def _rollout_settings(cfg: EvalConfig, spec: PolicySpec, benchmark: Benchmark) -> RolloutSettings:
-    chunk, images, cameras = spec.settings.chunk, spec.settings.num_images, benchmark.cameras
-    film = cameras if cfg.annotate_videos else cameras[:1]
+    chunk, images, views = spec.settings.chunk, spec.settings.num_images, benchmark.robot.cameras
+    film = views if cfg.annotate_videos else views[:1]
     if cfg.num_open_loop_steps is not None and cfg.num_open_loop_steps > chunk:
         raise ValueError(
             f"--num_open_loop_steps is {cfg.num_open_loop_steps}, but the checkpoint predicts chunks of {chunk} actions"
         )
-    if images > len(cameras):
-        has = f"--benchmark {cfg.benchmark} has {len(cameras)} ({', '.join(cameras)})"
+    if images > len(views):
+        has = f"--benchmark {cfg.benchmark} has {len(views)} ({', '.join(views)})"
         raise ValueError(f"the checkpoint takes {images} camera images; {has}")
+    cameras = spec.robot.cameras if images <= len(spec.robot.cameras) else views
+    states = () if spec.checkpoint.proprio_dim is None else spec.robot.states
     return RolloutSettings(
         max_steps=cfg.max_steps or benchmark.max_steps(cfg),
         open_loop_steps=cfg.num_open_loop_steps or chunk,
         settle_steps=cfg.num_steps_wait,
-        cameras=cameras[:images],
-        states=benchmark.states,
+        cameras=_present(cfg, "cameras", cameras[:images], views)[:images],
+        states=_present(cfg, "states", states, benchmark.robot.states) or benchmark.robot.states,
         film=film if cfg.save_videos != "none" else (),
     )
+
+
+def _present(cfg: EvalConfig, what: str, names: tuple[str, ...], available: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that the policy was trained with, if the benchmark has all of them.
+
+    Raises:
+        ValueError: it has not; with --force a warning, and the benchmark's own take their places.
+    """
+    if set(names) <= set(available):
+        return names
+    text = (
+        f"{cfg.pretrained_checkpoint} was trained with the {what} {', '.join(names)}, but --benchmark {cfg.benchmark} "
+        f"has {', '.join(available)}"
+    )
+    if not cfg.force:
+        raise ValueError(f"{text}; --force True takes these in that order")
+    _LOG.warning("%s, which are taken in that order (--force)", text)
+    return available
 
 
 def _cuda_device(spec: PolicySpec) -> int | None:

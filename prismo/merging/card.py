@@ -20,6 +20,7 @@ from annotated_types import Ge
 
 from prismo import __version__
 from prismo.data.normalize import DatasetStats, load_statistics
+from prismo.embodiment import Embodiment
 from prismo.families import Family, get_family
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.util.hub import is_hub_id
@@ -56,6 +57,7 @@ class _Run:
     dataset_name: str | None = None
     teacher: str | None = None
     align_recipe: JsonObject | None = None
+    embodiment: Embodiment | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,10 @@ def _recipe(recipe: Mapping[str, Any], run: _Run) -> str:
         return f"Not known: the checkpoint has no `{TRAINING_CONFIG}`."
     values = {name: recipe[name] for name in _RECIPE if recipe.get(name) is not None}
     values |= {"teacher": run.teacher, **run.align_recipe} if run.align_recipe else {"alignment": "none"}
-    rows = [(f"`{name}`", f"{value}") for name, value in values.items()]
+    robot = vars(run.embodiment) if run.embodiment else {}
+    values |= {("robot" if name == "name" else name): value for name, value in robot.items() if value != ()}
+    words = {name: ", ".join(map(str, v)) if isinstance(v, tuple) else f"{v}" for name, v in values.items()}
+    rows = [(f"`{name}`", text) for name, text in words.items()]
     return f"{_table(('setting', 'value'), rows)}\n\nEvery flag and version is in `{TRAINING_CONFIG}`."
 
 

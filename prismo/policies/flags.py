@@ -65,7 +65,7 @@ class PolicyFlags:
     device: str | None = None
 
     # --- checkpoint
-    # Run although flags contradict the checkpoint
+    # Run although flags, or the names of cameras and states, contradict the checkpoint
     force: bool = False
 
     def validate(self) -> None:

@@ -83,11 +83,30 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_
 
 
 def _robot(given: Embodiment | None, checkpoint: Checkpoint, flags: PolicyFlags, key: str | None) -> Embodiment:
-    """The robot to drive. How its numbers are scaled is the checkpoint's affair, its rate and gripper the caller's."""
+    """The robot to drive.
+
+    What it is shown and how its numbers are scaled is the checkpoint's affair, its rate and gripper the caller's.
+    """
     trained = checkpoint.robot
-    if given is None:
-        return trained or embodiment_for(statistics_key(flags, checkpoint, key))
-    return given if trained is None else replace(given, normalization=trained.normalization)
+    if given is None or trained is None:
+        return trained or given or embodiment_for(statistics_key(flags, checkpoint, key))
+    found, expected = (
+        f"actions of {size} numbers with grippers at {sorted(dim % size for dim in robot.gripper_dims)}"
+        for robot in (trained, given)
+        for size in (robot.action_dim,)
+    )
+    if found != expected:
+        raise ValueError(
+            f"{checkpoint.source} has {found}, but {given.name} takes {expected}: it was trained for another robot, "
+            f"{trained.name}"
+        )
+    if trained.control_hz != given.control_hz:
+        _LOG.warning(
+            "%s was trained on actions for %g Hz, which %s executes at %g Hz",
+            checkpoint.source, trained.control_hz, given.name, given.control_hz,
+        )  # fmt: skip
+    cameras, states = trained.cameras or given.cameras, trained.states or given.states
+    return replace(given, normalization=trained.normalization, cameras=cameras, states=states)
 
 
 def _device(name: str | None) -> torch.device:

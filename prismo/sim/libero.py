@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from prismo.embodiment import LIBERO
 from prismo.sim.assets import Assets
 from prismo.sim.interface import SETTLE_STEPS, Observation, SimulatorError
 from prismo.sim.suites import LiberoTask
 
-AGENT_CAMERA = "agentview"
-WRIST_CAMERA = "robot0_eye_in_hand"
-CAMERAS = (AGENT_CAMERA, WRIST_CAMERA)
+AGENT_CAMERA, WRIST_CAMERA = CAMERAS = LIBERO.cameras
 # States that OpenVLA-OFT's LIBERO checkpoints expect, in this order: end-effector position (m), its orientation as
 # axis-angle (rad), two finger positions (m).
-STATES = ("eef_pos", "eef_axis_angle", "gripper_qpos")
+STATES = LIBERO.states
 
 # Gripper command of an action: LIBERO's -1 opens, +1 closes.
 GRIPPER_OPEN = -1.0

@@ -69,9 +69,9 @@ from prismo.sim.worker import SimWorker
 
 
 class ArmsBenchmark:
-    robot = Embodiment("arms", 14, 14, 25, "bounds", 10.0, gripper_dims=(6, 13))
-    cameras = ("front",)
-    states = ("left", "right")
+    robot = Embodiment(
+        "arms", 14, 14, 25, "bounds", 10.0, gripper_dims=(6, 13), cameras=("front",), states=("left", "right")
+    )
     flags = ("env_img_res",)
 
     def validate(self, cfg):
