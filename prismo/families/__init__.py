@@ -51,6 +51,7 @@ class Family:
         chunk: (checkpoint folder, its training record) -> actions per prediction; None = the files do not say.
         training: "module:name" of its `prismo.training.task.ModelFamily`.
         policy: "module:name" of its `prismo.policies.base.PolicyFamily`.
+        checks: "module:name" of its `prismo.verify.kinds.policy.PolicyFolder`.
     """
 
     model_type: str
@@ -73,9 +74,10 @@ class Family:
     chunk: Callable[[Path, TrainingRecord], int | None]
     training: str
     policy: str
+    checks: str = "prismo.verify.kinds.policy:PolicyFolder"
 
     def load(self, what: str) -> Any:
-        """The object of one of its strings, `self.training` or `self.policy`."""
+        """The object of one of its strings: `self.training`, `self.policy`, `self.checks`."""
         module, _, name = what.partition(":")
         return getattr(importlib.import_module(module), name)
 

@@ -69,4 +69,5 @@ FAMILY = Family(
     chunk=lambda folder, record: record.chunk,
     training="prismo.training.openvla:OPENVLA",
     policy="prismo.policies.openvla:OPENVLA",
+    checks="prismo.verify.kinds.openvla:OpenVLAFolder",
 )

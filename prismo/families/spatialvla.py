@@ -64,4 +64,5 @@ FAMILY = Family(
     chunk=_chunk,
     training="prismo.training.spatialvla:SPATIALVLA",
     policy="prismo.policies.spatialvla:SPATIALVLA",
+    checks="prismo.verify.kinds.spatialvla:SpatialVLAFolder",
 )

@@ -245,14 +245,18 @@ def _center_crop(folder: Path, source: str | Path, record: TrainingRecord) -> bo
     return True if "image_aug" in f"{source} {folder.name}" else None
 
 
+def statistics_file(folder: Path, family: Family) -> Path | None:
+    """The first file with statistics. A merged model's config.json may still carry those of its base model."""
+    for path in (folder / name for name in family.statistics):
+        if path.is_file() and (path.name != CONFIG or read_json(path, JsonObject).get("norm_stats")):
+            return path
+    return None
+
+
 def _statistics(folder: Path, family: Family) -> dict[str, DatasetStats]:
-    """From the first file that has them. A merged model's config.json may still carry those of its base model."""
-    names = family.statistics
-    for name in names:
-        path = folder / name
-        if path.is_file() and (name != "config.json" or read_json(path, JsonObject).get("norm_stats")):
-            return load_statistics(path)
+    if path := statistics_file(folder, family):
+        return load_statistics(path)
     raise FileNotFoundError(
-        f"{folder} has no statistics ({' or '.join(names)}), so actions cannot be un-normalised; copy the file from "
-        "the training run's folder"
+        f"{folder} has no statistics ({' or '.join(family.statistics)}), so actions cannot be un-normalised; copy the "
+        "file from the training run's folder"
     )

@@ -6,7 +6,7 @@ import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prismo.util.schema import own_keys, read_yaml
 from prismo.util.text import did_you_mean
@@ -65,7 +65,7 @@ class Published:
     """A published checkpoint or dataset; None and empty mean that it is not known.
 
     Attributes:
-        kind: key of `prismo.verify.kinds.KINDS`.
+        kind: key of `prismo.verify.kinds.kinds()`.
         source: where the facts come from.
         architecture: key of `Facts.architectures`.
         files: what the repository holds, besides the weights.
@@ -76,7 +76,7 @@ class Published:
         builder, shards: of an RLDS folder.
     """
 
-    kind: Literal["openvla", "spatialvla", "vggt", "rlds"]
+    kind: str
     source: str
     architecture: str | None = None
     files: list[str] = field(default_factory=list)

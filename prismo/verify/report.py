@@ -13,7 +13,7 @@ from prismo.util.hub import local_folder
 from prismo.verify.checks import Row, Status, run_checks
 from prismo.verify.environment import environment
 from prismo.verify.facts import Facts, read_facts
-from prismo.verify.kinds import KINDS, find_kind
+from prismo.verify.kinds import find_kind
 from prismo.verify.subject import Options, Subject
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def verify(source: str, options: Options, name: str | None = None, facts: Facts 
     name = None if alone else name or facts.identify(path.resolve())
     subject = Subject(source, path, name, facts, options, alone)
     known = subject.known
-    kind = KINDS[find_kind(path, known.kind if known else None)]
+    kind = find_kind(path, known.kind if known else None)
     rows = []
     for row in run_checks(kind.checks(subject)):
         _LOG.info("%-10s %s: %s", row.finding.status, row.name, row.finding.text)

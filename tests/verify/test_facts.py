@@ -25,7 +25,7 @@ from prismo.models.spatialvla.modeling import read_config
 from prismo.models.weight_files import DTYPES
 from prismo.verify import Options, page, verify
 from prismo.verify.facts import PUBLISHED, read_facts
-from prismo.verify.kinds import KINDS
+from prismo.verify.kinds import kinds
 from prismo.verify.sample import FILE as SAMPLE
 from prismo.verify.tensors import Shapes, on_meta, shapes_of
 from tests.verify.conftest import NO_FORWARD, differing, found, statuses
@@ -44,7 +44,7 @@ def test_what_is_not_python_is_packaged() -> None:
 @pytest.mark.parametrize("name", FACTS.published)
 def test_every_entry_is_complete(name: str) -> None:
     known = FACTS.get(name)
-    assert known.kind in KINDS
+    assert known.kind in kinds()
     assert known.source
     assert (known.architecture in FACTS.architectures) == (known.kind != "rlds")
     assert all(FACTS.dataset(key) is not None for key in known.keys or ())

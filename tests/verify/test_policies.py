@@ -16,7 +16,7 @@ from prismo.models.lora import LoraSpec, add_lora, lora_parameters, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.testing.tiny import make_tiny_openvla
-from prismo.verify import Options, page, verify
+from prismo.verify import Options, Report, page, verify
 from prismo.verify.facts import Facts
 from tests.verify.conftest import (
     DATASET,
@@ -175,6 +175,12 @@ def rename_dataset(folder: Path) -> None:
         statistics["libero_goal_no_noops"] = statistics.pop(DATASET)
 
 
+def only(report: Report, check: str, text: str) -> None:
+    """This check found a difference, and no other did."""
+    assert differing(report) == {check}, page(report)
+    assert text in found(report, check)
+
+
 NAN = float("nan")
 WRONG = {
     "a missing file": (remove("tokenizer_config.json"), "files", "`tokenizer_config.json`: expected a file"),
@@ -246,9 +252,7 @@ def test_one_wrong_thing_is_named_by_its_check(name: str, tiny_policy: Path, fac
     break_it, check, text = WRONG[name]
     folder = copy(tiny_policy)
     break_it(folder)
-    report = look(folder, "test/policy", facts)
-    assert differing(report) == {check}, page(report)
-    assert text in found(report, check)
+    only(look(folder, "test/policy", facts), check, text)
 
 
 def test_a_model_that_was_used_as_a_base_by_the_original(tiny_vanilla: Path, facts: Facts, copy: Copy) -> None:
@@ -256,8 +260,7 @@ def test_a_model_that_was_used_as_a_base_by_the_original(tiny_vanilla: Path, fac
     folder = copy(tiny_vanilla)
     (folder / "modeling_prismatic.py").write_text("from prismatic.vla.constants import NUM_ACTIONS_CHUNK\n")
     report = look(folder, "test/vanilla", facts)
-    assert differing(report) == {"settings"}, page(report)
-    assert "attention: expected causal, found bidirectional (the model code in its folder" in found(report, "settings")
+    only(report, "settings", "attention: expected causal, found bidirectional (the model code in its folder")
 
 
 def test_an_attention_function_that_was_replaced(
@@ -270,8 +273,7 @@ def test_an_attention_function_that_was_replaced(
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", causal)
     report = look(tiny_policy, "test/policy", facts, forward=True)
-    assert differing(report) == {"self-test"}, page(report)
-    assert "a later token does not influence an earlier one" in found(report, "self-test")
+    only(report, "self-test", "a later token does not influence an earlier one")
     assert statuses(report)["prediction"] == "skipped"
 
 
@@ -293,9 +295,7 @@ def test_one_wrong_thing_that_only_a_prediction_shows(
 ) -> None:
     folder = copy(tiny_policy)
     break_it(folder)
-    report = look(folder, "test/policy", facts, forward=True)
-    assert differing(report) == {check}, page(report)
-    assert text in found(report, check)
+    only(look(folder, "test/policy", facts, forward=True), check, text)
 
 
 # ------------------------------------------------------------------------------------------------------- SpatialVLA
@@ -333,9 +333,7 @@ def test_one_wrong_thing_in_spatialvla(
 ) -> None:
     folder = copy(tiny_spatialvla)
     break_it(folder)
-    report = look(folder, "test/svla", facts)
-    assert differing(report) == {check}, page(report)
-    assert text in found(report, check)
+    only(look(folder, "test/svla", facts), check, text)
 
 
 def test_a_spatialvla_that_does_not_see(tiny_spatialvla: Path, facts: Facts, copy: Copy) -> None:
@@ -380,16 +378,13 @@ def test_one_wrong_thing_in_an_adapter(
 ) -> None:
     folder = copy(unmerged)
     break_it(folder)
-    report = verify(str(folder), Options(forward=False))
-    assert differing(report) == {check}, page(report)
-    assert text in found(report, check)
+    only(verify(str(folder), Options(forward=False)), check, text)
 
 
 def test_an_adapter_on_another_base(unmerged: Path, tmp_path: Path) -> None:
     other = make_tiny_openvla(tmp_path / "other", seed=1)
     report = verify(str(unmerged), Options(base_checkpoint=str(other), forward=False))
-    assert differing(report) == {"adapter"}
-    assert "expected the one that it was trained on, found another in" in found(report, "adapter")
+    only(report, "adapter", "expected the one that it was trained on, found another in")
 
 
 def test_an_adapter_without_its_base_is_checked_as_far_as_it_goes(unmerged: Path, copy: Copy) -> None:

@@ -1,31 +1,22 @@
-"""OpenVLA, OpenVLA-OFT and Spatial-Forcing: merged models, full fine-tunes, and adapters alone."""
+"""What is asked of OpenVLA, OpenVLA-OFT and Spatial-Forcing besides: tokenizer, images, modules beside the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from prismo.models.component_files import find_component, has_component
-from prismo.models.folder import CONFIG
 from prismo.models.heads import HEADS, HeadSizes, recognise
-from prismo.models.openvla import (
-    OpenVLAConfig,
-    OpenVLAForActionPrediction,
-    PrismaticImageProcessor,
-    PrismaticProcessor,
-)
-from prismo.models.openvla.loading import read_config
+from prismo.models.openvla import PrismaticImageProcessor, PrismaticProcessor
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID
 from prismo.models.projectors import ProprioProjector
-from prismo.util.schema import JsonObject, read_json
 from prismo.verify import tensors
 from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed, some
-from prismo.verify.kinds.policy import PolicyFolder, model_type
+from prismo.verify.kinds.policy import PolicyFolder
 from prismo.verify.sample import instruction
-from prismo.verify.subject import Subject
 
 _BOS_ID, _PAD_ID, _TOKENS = 1, 32000, 32001
 # Llama-2's ids of the prompt with the sample observation's instruction.
@@ -43,29 +34,15 @@ _PARTS = {
 } | {stem: stem.replace("_", " ") for head in HEADS.values() for stem in head.stems()}
 
 
-class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
+class OpenVLAFolder(PolicyFolder):
     """The checks of one folder."""
 
-    needed_files = ((CONFIG,), ("preprocessor_config.json",), _TOKENIZERS, ("tokenizer_config.json",))
+    more_files = ("tokenizer_config.json",)
     shown_settings = ("head", "attention", "film", "num_images", "proprio", "center_crop", "chunk", "unnorm_key")
     loading = "self-test"
 
-    @property
-    def statistics_file(self) -> Path:
-        path, config = self.folder / "dataset_statistics.json", self.folder / CONFIG
-        # A merged model's config.json may still hold those of its base, so the other file comes first.
-        if path.is_file() or not config.is_file():
-            return path
-        return config if needed(lambda: read_json(config, JsonObject), "configuration").get("norm_stats") else path
-
-    def read_config(self) -> OpenVLAConfig:
-        return read_config(self.file(CONFIG).parent)
-
-    def build(self) -> OpenVLAForActionPrediction:
-        return OpenVLAForActionPrediction(self.config)
-
     def build_for_adapter(self) -> nn.Module:
-        model = self.build()
+        model: Any = super().build_for_adapter()
         if has_component(self.folder, "vision_backbone"):
             from prismo.models.film import add_film  # noqa: PLC0415 (imports peft)
 
@@ -147,15 +124,3 @@ class OpenVLAFolder(PolicyFolder[OpenVLAConfig]):
         if longer:
             lines.append(difference("the 256 action tokens", "single characters", some(set(map(str, longer)))))
         return judge(f"{len(tokenizer):,} tokens, special ids, {len(_PROMPT)} prompt ids and 256 action tokens", lines)
-
-
-class OpenVLA:
-    """The kind."""
-
-    title = "OpenVLA policy"
-
-    def recognises(self, path: Path) -> bool:
-        return path.is_dir() and model_type(path) == "openvla"
-
-    def checks(self, subject: Subject) -> list[Check]:
-        return OpenVLAFolder(subject).checks()

@@ -1,19 +1,19 @@
-"""What the checkpoints of both policy families have in common: files, tensors, adapters, statistics, prediction."""
+"""Policies: files, tensors, adapters, statistics, prediction; a family adds what is its own (`Family.checks`)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import PreTrainedConfig
 
 from prismo.data.normalize import DatasetStats, load_statistics, resolve_unnorm_key
 from prismo.embodiment import Embodiment, embodiment_for
+from prismo.families import Family, family_of_checkpoint
 from prismo.models.adapter_file import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
@@ -24,6 +24,7 @@ from prismo.models.adapter_file import (
 from prismo.models.folder import CONFIG, is_model
 from prismo.models.training_record import read_training_record
 from prismo.models.weight_files import fingerprint, stored_tensors, weight_files
+from prismo.policies.checkpoint import statistics_file
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import PolicySpec, prepare_policy
 from prismo.util.hub import is_hub_id
@@ -41,43 +42,30 @@ _TENSORS = ("weight files", "tensor names", "tensor shapes")
 # The datasets whose statistics a prediction uses, the first that there is; the sample observation is of the first.
 _PREFERRED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "bridge_orig", "droid")
 
-Config = TypeVar("Config", bound=PreTrainedConfig)
 
+class PolicyFolder:
+    """The checks of one policy; a family may add its own."""
 
-class PolicyFolder(ABC, Generic[Config]):
-    """The checks of one policy; a family fills in what is its own."""
+    more_files: tuple[str, ...] = ()  # beside configuration and processor
+    shown_settings: tuple[str, ...] = ("chunk", "unnorm_key")
+    loading = "loading"  # name of the check that loads the policy
 
-    # In the folder, or in the base model's where there is only an adapter; of several names one is enough.
-    needed_files: tuple[tuple[str, ...], ...]
-    shown_settings: tuple[str, ...]
-    loading: str  # name of the check that loads the policy
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.folder = subject, subject.path
+    def __init__(self, family: Family, subject: Subject) -> None:
+        self.family, self.subject, self.folder = family, subject, subject.path
         self.known = subject.known
+        # In the folder, or in the base model's where there is only an adapter; of several names one is enough.
+        self.needed_files = ((CONFIG,), *family.processor, *((name,) for name in self.more_files))
         self.forward = Forward(lambda: self.spec, self._parameters, subject.options.forward, self.loading)
 
     # ------------------------------------------------------------------ what a family says
 
-    @abstractmethod
-    def read_config(self) -> Config:
-        """The configuration of the model."""
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """The network; called where modules take no memory."""
-
-    @abstractmethod
     def own_checks(self) -> list[Check]:
         """Tokenizer, images, modules beside the model."""
-
-    def stored_shapes(self, model: nn.Module) -> tensors.Shapes:
-        """Names and shapes that the files must have."""
-        return tensors.shapes_of(model)
+        return []
 
     def build_for_adapter(self) -> nn.Module:
         """The network in the form whose names an adapter uses."""
-        return self.build()
+        return self.family.build(self.config)
 
     def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
         """How to run it."""
@@ -85,9 +73,10 @@ class PolicyFolder(ABC, Generic[Config]):
         return PolicyFlags(pretrained_checkpoint=folder, base_checkpoint=base, unnorm_key=key, device=device)
 
     @property
-    @abstractmethod
     def statistics_file(self) -> Path:
-        """Where the statistics are."""
+        """Where the statistics are, or should be."""
+        found = needed(lambda: statistics_file(self.folder, self.family), "configuration")
+        return found or self.folder / self.family.statistics[0]
 
     # ------------------------------------------------------------------ parts, read when somebody asks
 
@@ -125,14 +114,15 @@ class PolicyFolder(ABC, Generic[Config]):
         return None if name is None else self.subject.facts.architectures[name]
 
     @cached_property
-    def config(self) -> Config:
-        return self.read_config()
+    def config(self) -> Any:
+        return self.family.read_config(self.file(CONFIG).parent)
 
     @cached_property
     def expected(self) -> tensors.Shapes:
         needed(lambda: self.config, "configuration")
         with tensors.on_meta():
-            return self.stored_shapes(self.build())
+            shapes = tensors.shapes_of(self.family.build(self.config))
+        return {self.family.stored_name(name): shape for name, shape in shapes.items()}
 
     @cached_property
     def stored(self) -> Mapping[str, tensors.Stored]:
@@ -284,13 +274,25 @@ class PolicyFolder(ABC, Generic[Config]):
         return judge(", ".join(f"{name} {settings[name]}" for name in self.shown_settings), lines)
 
 
+@dataclass(frozen=True)
+class PolicyKind:
+    """The kind of a family's checkpoints: merged models, full fine-tunes, and adapters alone."""
+
+    family: Family
+
+    @property
+    def title(self) -> str:
+        return f"{self.family.title} policy"
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_dir() and model_type(path) == self.family.model_type
+
+    def checks(self, subject: Subject) -> list[Check]:
+        return self.family.load(self.family.checks)(self.family, subject).checks()
+
+
 def model_type(folder: Path) -> str | None:
     """What config.json says, None without that file; for an adapter alone, what lies beside it."""
-    path = folder / CONFIG
-    if path.is_file():
-        return read_json(path, JsonObject).get("model_type")
-    if not (folder / ADAPTER_FOLDER).is_dir():
-        return None
-    processor = folder / "processor_config.json"
-    stored = read_json(processor, JsonObject) if processor.is_file() else {}
-    return "spatialvla" if "bin_policy" in stored else "openvla"
+    if (folder / CONFIG).is_file():
+        return read_json(folder / CONFIG, JsonObject).get("model_type")
+    return family_of_checkpoint(folder).model_type if (folder / ADAPTER_FOLDER).is_dir() else None

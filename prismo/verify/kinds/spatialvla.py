@@ -1,51 +1,28 @@
-"""SpatialVLA: whole models and adapters alone."""
+"""What is asked of a SpatialVLA besides: tokenizer and action grid."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from torch import nn
 
-from prismo.models.folder import CONFIG
-from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
+from prismo.models.spatialvla import SpatialVLAProcessor
 from prismo.models.spatialvla.action_tokenizer import OFFICIAL_GAUSSIANS, ActionTokenizer
-from prismo.models.spatialvla.checkpoint import official_name
-from prismo.models.spatialvla.configuration import SpatialVLAConfig
-from prismo.models.spatialvla.modeling import read_config
 from prismo.policies.flags import PolicyFlags
-from prismo.verify import tensors
 from prismo.verify.checks import Check, Finding, difference, judge, needed
-from prismo.verify.kinds.policy import PolicyFolder, model_type
+from prismo.verify.kinds.policy import PolicyFolder
 from prismo.verify.sample import instruction
-from prismo.verify.subject import Subject
 
 _MIN_SIGMA = 0.5  # with which the published bins were made
 _NEWLINE_ID, _UNKNOWN_ID = 108, 3
 _ROUNDING = 2e-6  # the known actions have six digits
 
 
-class SpatialVLAFolder(PolicyFolder[SpatialVLAConfig]):
+class SpatialVLAFolder(PolicyFolder):
     """The checks of one folder."""
 
-    needed_files = ((CONFIG,), ("processor_config.json",), ("tokenizer.json",))
-    loading = "loading"
     shown_settings = ("chunk", "center_crop", "intrinsics", "unnorm_key")
-
-    @property
-    def statistics_file(self) -> Path:
-        return self.folder / "processor_config.json"
-
-    def read_config(self) -> SpatialVLAConfig:
-        return read_config(self.file(CONFIG).parent)
-
-    def build(self) -> nn.Module:
-        return SpatialVLAForConditionalGeneration.empty(self.config)
-
-    def stored_shapes(self, model: nn.Module) -> tensors.Shapes:
-        return {official_name(name): tuple(value.shape) for name, value in model.named_parameters()}
 
     def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
         # Without the ensemble, whose answer is one action, the whole chunk can be looked at.
@@ -99,15 +76,3 @@ class SpatialVLAFolder(PolicyFolder[SpatialVLAConfig]):
             if np.abs(found - expected).max() > _ROUNDING:
                 lines.append(difference(f"action of {[int(i) for i in offsets]}", expected, found.round(6).tolist()))
         return judge(f"{grid.size:,} tokens ({bins} and 2), {len(known)} actions as published", lines)
-
-
-class SpatialVLA:
-    """The kind."""
-
-    title = "SpatialVLA policy"
-
-    def recognises(self, path: Path) -> bool:
-        return path.is_dir() and model_type(path) == "spatialvla"
-
-    def checks(self, subject: Subject) -> list[Check]:
-        return SpatialVLAFolder(subject).checks()
