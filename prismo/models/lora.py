@@ -219,6 +219,18 @@ def load_adapter(model: nn.Module, checkpoint_dir: str | Path, *, dtype: torch.d
     return spec
 
 
+def merge_in_memory(model: nn.Module, checkpoint_dir: str | Path) -> None:
+    """Fold `lora_adapter/` into the weights of `model`, rounded once, to the bytes that merging to disk gives."""
+    spec = load_adapter(model, checkpoint_dir)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer()
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            base.weight.data = merged_weight(base.weight.data, a.data, b.data, spec.scale)
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, base)
+
+
 def match_adapter(file: safe_open, model: nn.Module, folder: Path) -> dict[str, str]:
     """Which tensor of an adapter file belongs to which LoRA parameter of `model` (as `lora_parameters` names it).
 

@@ -7,7 +7,7 @@ file here and nothing elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +67,47 @@ class Policy(Protocol):
         """Every setting that changes the actions, as JSON values, for result files."""
 
 
+class LoadedPolicy:
+    """What the policies of all families have in common.
+
+    Args:
+        model: in eval mode on its device.
+        family, source: of the checkpoint, for `describe` and errors.
+        settings: resolved; a dataclass with `chunk` and `num_images`.
+        robot: sizes and conventions of the robot.
+    """
+
+    def __init__(self, model: Any, family: str, source: str, settings: Any, robot: Embodiment) -> None:
+        self._model, self._family, self._source, self._settings = model, family, source, settings
+        self._robot = replace(robot, chunk=settings.chunk)
+
+    @property
+    def robot(self) -> Embodiment:
+        return self._robot
+
+    @property
+    def num_images(self) -> int:
+        return self._settings.num_images
+
+    def describe(self) -> dict[str, Any]:
+        """See `Policy`."""
+        return {
+            "family": self._family,
+            **asdict(self._settings),
+            "robot": self._robot.name,
+            "device": str(self._model.device),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+        }
+
+    def _finite(self, actions: np.ndarray) -> np.ndarray:
+        """`actions` as they are; ValueError where one is NaN or infinite, which no robot should be sent."""
+        if not np.isfinite(actions).all():
+            raise ValueError(
+                f"{self._source} predicts actions that are not finite: its weights are damaged, copy it again"
+            )
+        return actions
+
+
 @dataclass(frozen=True)
 class PolicyFamily:
     """How policies of a model family are run.
@@ -79,17 +120,6 @@ class PolicyFamily:
 
     settings: Callable[[Any, Any, Embodiment, str | None], Any]
     load: Callable[..., Policy]
-
-
-def check_finite(actions: np.ndarray, source: str) -> np.ndarray:
-    """`actions` as they are.
-
-    Raises:
-        ValueError: one is NaN or infinite, which no robot should be sent.
-    """
-    if not np.isfinite(actions).all():
-        raise ValueError(f"{source} predicts actions that are not finite: its weights are damaged, copy it again")
-    return actions
 
 
 def environment_actions(actions: np.ndarray, robot: Embodiment) -> np.ndarray:

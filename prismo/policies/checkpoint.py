@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismo.data.normalize import DatasetStats, load_statistics
 from prismo.embodiment import Embodiment
 from prismo.families import FAMILIES, Family, family_of_checkpoint, missing_of_base
-from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_adapter_file
+from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
 from prismo.models.component_files import find_component, has_component, read_component
 from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished
 from prismo.models.heads import HEADS, Shapes, recognise
@@ -161,6 +161,26 @@ def weights_folder(checkpoint: Checkpoint) -> Path:
         return local_folder(checkpoint.adapter.base, _HUB_FILES, missing=missing_of_base, optional=_HUB_EXTRAS)
     except FileNotFoundError as error:
         raise FileNotFoundError(_no_base(checkpoint.folder, str(error))) from error
+
+
+def fold_adapter(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """`model`, in the dtype of the stored weights, with the adapter of an unmerged checkpoint merged in memory.
+
+    Raises:
+        ValueError: the adapter belongs to another base model; it would give noise.
+    """
+    from prismo.models.lora import merge_in_memory  # noqa: PLC0415 (imports peft; merged checkpoints need none of it)
+
+    base = weights_folder(checkpoint)
+    with open_adapter(checkpoint.folder / ADAPTER_FOLDER) as file:
+        trained_on = (file.metadata() or {}).get("base_fingerprint")  # of this project's trainer
+    if trained_on not in (None, fingerprint(stored_tensors(base))):
+        raise ValueError(
+            f"the adapter in {checkpoint.folder} was trained on other weights than those in {base}; give the model "
+            "that training started from as --base_checkpoint"
+        )
+    merge_in_memory(model, checkpoint.folder)
+    return model
 
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:

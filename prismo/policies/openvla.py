@@ -8,41 +8,35 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prismo.data.images import observation_image
-from prismo.data.normalize import DatasetStats, normalize, unnormalize
+from prismo.data.normalize import normalize, unnormalize
 from prismo.embodiment import Embodiment
-from prismo.models.adapter_file import ADAPTER_FOLDER, open_adapter
 from prismo.models.component_files import find_component, load_component, read_component
 from prismo.models.folder import missing_files
 from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.openvla.prediction import ActionModules, predict_actions
 from prismo.models.projectors import ProprioProjector
-from prismo.models.weight_files import fingerprint, stored_tensors
-from prismo.policies.base import PolicyFamily, PolicyInput, check_finite
-from prismo.policies.checkpoint import Checkpoint, weights_folder
+from prismo.policies.base import LoadedPolicy, PolicyFamily, PolicyInput
+from prismo.policies.checkpoint import Checkpoint, fold_adapter, weights_folder
 from prismo.policies.settings import PolicySettings, Quantization, resolve_settings
 
 
-class OpenVLAPolicy:
+class OpenVLAPolicy(LoadedPolicy):
     """A loaded model of the OpenVLA family; see `prismo.policies.base.Policy`.
 
     Args:
         vla: the model, in eval mode on its device.
         modules: action head and projectors on the same device.
         processor: of the checkpoint.
-        settings: resolved settings.
-        robot: sizes and conventions of the robot.
-        stats: statistics of `settings.unnorm_key`.
-        source: the checkpoint, named in errors.
+        checkpoint, settings, robot: see `load_openvla_policy`.
     """
 
     def __init__(
@@ -50,28 +44,15 @@ class OpenVLAPolicy:
         vla: OpenVLAForActionPrediction,
         modules: ActionModules,
         processor: PrismaticProcessor,
+        checkpoint: Checkpoint,
         settings: PolicySettings,
         robot: Embodiment,
-        stats: DatasetStats,
-        source: str,
     ) -> None:
-        self._vla = vla
-        self._modules = modules
-        self._processor = processor
-        self._settings = settings
-        self._robot = replace(robot, chunk=settings.chunk)
-        self._stats = stats
-        self._source = source
+        super().__init__(vla, checkpoint.family, checkpoint.source, settings, robot)
+        self._vla, self._modules, self._processor = vla, modules, processor
+        self._stats = checkpoint.statistics[settings.unnorm_key]
         self._image_size = processor.image_processor.input_sizes[0][-1]
         self._noise: dict[int, torch.Generator] = {}
-
-    @property
-    def robot(self) -> Embodiment:
-        return self._robot
-
-    @property
-    def num_images(self) -> int:
-        return self._settings.num_images
 
     def start_episode(self, slot: int, seed: int) -> None:
         # On the CPU, so that an episode's noise depends neither on the device nor on its neighbours in the batch.
@@ -90,17 +71,10 @@ class OpenVLAPolicy:
             start=self._start_noise(slots),
         )
         actions = unnormalize(normalised.cpu().numpy(), self._stats.action, self._robot.normalization)
-        return check_finite(actions, self._source)
+        return self._finite(actions)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "family": "openvla",
-            **asdict(self._settings),
-            "robot": self._robot.name,
-            "device": str(self._vla.device),
-            "dtype": str(self._vla.dtype).removeprefix("torch."),
-            "attention_kernel": self._vla.config.text_config._attn_implementation,
-        }
+        return super().describe() | {"attention_kernel": self._vla.config.text_config._attn_implementation}
 
     def pixel_values(self, inputs: Sequence[PolicyInput]) -> Tensor:
         """What the vision towers see [B, V * 6, H, W]: JPEG round trip, lanczos3, center crop, normalisation.
@@ -169,8 +143,7 @@ def load_openvla_policy(
         module.to(device, dtype).eval()
     vla.eval()
     vla.self_test()
-    stats = checkpoint.statistics[settings.unnorm_key]
-    return OpenVLAPolicy(vla, modules, processor, settings, robot, stats, checkpoint.source)
+    return OpenVLAPolicy(vla, modules, processor, checkpoint, settings, robot)
 
 
 def _load_vla(
@@ -185,64 +158,19 @@ def _load_vla(
     if device.type != "cpu":
         arguments["device_map"] = {"": device}  # straight from the files to the device
     vla = OpenVLAForActionPrediction.from_pretrained(folder, attention=settings.attention, self_test=False, **arguments)
-    if checkpoint.adapter is not None:
-        merge_adapter(vla, checkpoint)
-        vla.to(dtype)
-    if settings.film:
-        _load_film(vla, checkpoint)
-    if settings.quantization is None:
-        vla.to(device, dtype)
-    return vla
+    if settings.film:  # before the adapter, whose names contain the wrapper
+        from prismo.models.film import add_film, load_film_backbone  # noqa: PLC0415 (imports peft)
 
-
-def merge_adapter(vla: nn.Module, checkpoint: Checkpoint) -> None:
-    """Fold `lora_adapter/` into the weights: `W + scale * B @ A`, rounded once, as merging to disk does.
-
-    Args:
-        vla: OpenVLA or SpatialVLA, in the dtype of the stored weights.
-        checkpoint: an unmerged one.
-
-    Raises:
-        ValueError: the adapter belongs to another base model.
-    """
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 (peft is slow to import; merged checkpoints need none of it)
-
-    from prismo.models.film import add_film  # noqa: PLC0415
-    from prismo.models.lora import load_adapter, merged_weight  # noqa: PLC0415
-
-    _check_base(checkpoint)
-    if checkpoint.film and isinstance(vla, OpenVLAForActionPrediction):
-        add_film(vla, exclude_padding=True)  # the adapter's names contain the wrapper
-    spec = load_adapter(vla, checkpoint.folder)
-    for name, layer in list(vla.named_modules()):
-        if isinstance(layer, LoraLayer):
-            base = layer.get_base_layer()
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            base.weight.data = merged_weight(base.weight.data, a.data, b.data, spec.scale)
-            parent, _, attribute = name.rpartition(".")
-            setattr(vla.get_submodule(parent), attribute, base)
-
-
-def _check_base(checkpoint: Checkpoint) -> None:
-    """Adapters of this project's trainer know the base that they belong to; on another one they give noise."""
-    with open_adapter(checkpoint.folder / ADAPTER_FOLDER) as file:
-        trained_on = (file.metadata() or {}).get("base_fingerprint")
-    base = weights_folder(checkpoint)
-    if trained_on not in (None, fingerprint(stored_tensors(base))):
-        raise ValueError(
-            f"the adapter in {checkpoint.folder} was trained on other weights than those in {base}; give the model "
-            "that training started from as --base_checkpoint"
-        )
-
-
-def _load_film(vla: OpenVLAForActionPrediction, checkpoint: Checkpoint) -> None:
-    from prismo.models.film import add_film, load_film_backbone  # noqa: PLC0415 (imports peft)
-
-    if not vla.vision_backbone.film:
         # Without padding in the language mean a prediction does not depend on the other prompts of its batch, and
         # equals the original's, whose batches hold one prompt.
         add_film(vla, exclude_padding=True)
-    load_film_backbone(vla, checkpoint.folder)
+    if checkpoint.adapter is not None:
+        fold_adapter(vla, checkpoint).to(dtype)
+    if settings.film:
+        load_film_backbone(vla, checkpoint.folder)
+    if settings.quantization is None:
+        vla.to(device, dtype)
+    return vla
 
 
 def _load_modules(checkpoint: Checkpoint, settings: PolicySettings, width: int, robot: Embodiment) -> ActionModules:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ from prismo.models.spatialvla import (
 )
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.training_record import Camera
-from prismo.policies.base import PolicyFamily, PolicyInput, check_finite
-from prismo.policies.checkpoint import Checkpoint, weights_folder
+from prismo.policies.base import LoadedPolicy, PolicyFamily, PolicyInput
+from prismo.policies.checkpoint import Checkpoint, fold_adapter, weights_folder
 from prismo.policies.flags import PolicyFlags
-from prismo.policies.openvla import merge_adapter
 from prismo.policies.settings import Problem, refuse, statistics_key
 from prismo.util.text import did_you_mean
 
@@ -63,33 +62,22 @@ class SpatialVLASettings:
     num_images: int = 1
 
 
-class SpatialVLAPolicy:
+class SpatialVLAPolicy(LoadedPolicy):
     """A loaded SpatialVLA; see `prismo.policies.base.Policy`."""
 
     def __init__(
         self,
         model: SpatialVLAForConditionalGeneration,
         processor: SpatialVLAProcessor,
+        checkpoint: Checkpoint,
         settings: SpatialVLASettings,
         robot: Embodiment,
-        source: str,
     ) -> None:
-        self._model = model
-        self._source = source
+        super().__init__(model, checkpoint.family, checkpoint.source, settings, robot)
         self._processor = processor
         self._decoder = TokenDecoder(model, processor.action_tokenizer.slots, processor.action_tokens)
-        self._settings = settings
-        self._robot = replace(robot, chunk=settings.chunk)
         self._camera = _camera(processor, settings)
         self._ensembles: dict[int, AdaptiveEnsemble] = {}
-
-    @property
-    def robot(self) -> Embodiment:
-        return self._robot
-
-    @property
-    def num_images(self) -> int:
-        return 1
 
     def start_episode(self, slot: int, seed: int) -> None:
         # A new object: chunks of the last episode would steer the first steps of this one.
@@ -104,7 +92,7 @@ class SpatialVLAPolicy:
             self._settings.unnorm_key,
             camera=self._camera,
         )
-        check_finite(chunks, self._source)
+        self._finite(chunks)
         if not self._settings.adaptive_ensemble:
             return chunks
         return np.stack([self._ensembles[slot](chunk) for slot, chunk in zip(slots, chunks, strict=True)])[:, None]
@@ -122,15 +110,6 @@ class SpatialVLAPolicy:
         crop = self._settings.center_crop
         frames = [observation_image(item.images[0], size, crop=crop) for item in inputs]
         return [frame.permute(1, 2, 0).numpy() for frame in frames]
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "family": "svla",
-            **asdict(self._settings),
-            "robot": self._robot.name,
-            "device": str(self._model.device),
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-        }
 
 
 def resolve_spatialvla_settings(
@@ -202,9 +181,8 @@ def load_spatialvla_policy(
         model = SpatialVLAForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=dtype, device=device)
     else:  # merged in the stored dtype, as merging to disk does
         model = SpatialVLAForConditionalGeneration.from_pretrained(weights_folder(checkpoint), device=device)
-        merge_adapter(model, checkpoint)
-        model.to(dtype)
-    return SpatialVLAPolicy(model.eval(), processor, settings, robot, checkpoint.source)
+        fold_adapter(model, checkpoint).to(dtype)
+    return SpatialVLAPolicy(model.eval(), processor, checkpoint, settings, robot)
 
 
 def _unnorm_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | None) -> str:
