@@ -37,7 +37,7 @@ import torch
 from prismo.embodiment import LIBERO
 from prismo.models.heads import L1Head, L1RegressionActionHead
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-from prismo.models.openvla.prediction import ActionModules, predict_actions
+from prismo.models.openvla.prediction import ActionModules, predict_normalized
 from prismo.models.openvla.processing import SPACE_ID, query
 from prismo.models.projectors import ProprioProjector
 from prismo.models.random_weights import fill_random
@@ -69,7 +69,7 @@ def latencies(vla: OpenVLAForActionPrediction, modules: ActionModules, args: Ben
     seconds = []
     for _ in range(3 + args.repeats):
         start = time.perf_counter()
-        predict_actions(vla, modules, text, pixels, LIBERO, proprio=proprio).cpu()
+        predict_normalized(vla, modules, text, pixels, LIBERO, proprio=proprio).cpu()
         seconds.append(time.perf_counter() - start)
     return seconds[3:]
 

@@ -26,7 +26,7 @@ from prismo.merging.merge import merge
 from prismo.models.heads import DiffusionActionHead, DiffusionHead, L1Head, L1RegressionActionHead
 from prismo.models.lora import load_adapter
 from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
-from prismo.models.openvla.prediction import ActionModules, predict_actions
+from prismo.models.openvla.prediction import ActionModules, predict_normalized
 from prismo.models.openvla.processing import query
 from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticVisionBackbone
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
@@ -124,7 +124,7 @@ def test_l1_inference(
         extra_tokens=modules.proprio_projector(inputs.proprio[1:]),
     )
     close(out.action_states(mask), expected["states"])
-    actions = predict_actions(vla, modules, text, inputs.pixels[1:], LIBERO, proprio=inputs.proprio[1:])
+    actions = predict_normalized(vla, modules, text, inputs.pixels[1:], LIBERO, proprio=inputs.proprio[1:])
     close(to_environment(config, actions), expected["actions"])
 
 
@@ -148,7 +148,7 @@ def test_discrete(vla: OpenVLAForActionPrediction, inputs: Inputs, config: OpenV
     )
     close(loss, expected["lm_loss"])
     prompt = sample_query(vla, "infer_l1.npz")
-    actions = predict_actions(vla, ActionModules(), prompt, pixels[1:], LIBERO)
+    actions = predict_normalized(vla, ActionModules(), prompt, pixels[1:], LIBERO)
     close(to_environment(config, actions), expected["actions"])
 
 
@@ -181,7 +181,7 @@ def test_diffusion(
     close(head(out.action_states(mask)), expected["eps"])
     steps = len(expected["timesteps"])
     assert head.ddim.timesteps(steps) == expected["timesteps"].int().tolist()
-    actions = predict_actions(
+    actions = predict_normalized(
         vla,
         diffusion_modules,
         sample_query(vla, "infer_l1.npz"),
@@ -316,7 +316,7 @@ def test_adapter_and_merge(
 
     def predict(model: OpenVLAForActionPrediction) -> Tensor:
         text = sample_query(model, "infer_l1.npz")
-        actions = predict_actions(model, modules, text, inputs.pixels[1:], LIBERO, proprio=inputs.proprio[1:])
+        actions = predict_normalized(model, modules, text, inputs.pixels[1:], LIBERO, proprio=inputs.proprio[1:])
         return to_environment(config, actions)
 
     adapted = OpenVLAForActionPrediction.from_pretrained(base, dtype=torch.float32).eval()

@@ -65,7 +65,7 @@ class Step:
 Request = Reset | Query | Step
 
 
-class Progress:
+class EpisodeProgress:
     """How far an episode has come; holds what there is by then where it breaks off.
 
     Attributes:
@@ -83,7 +83,7 @@ class Progress:
 
 
 def play(
-    episode: Episode, settings: RolloutSettings, robot: Embodiment, progress: Progress
+    episode: Episode, settings: RolloutSettings, robot: Embodiment, progress: EpisodeProgress
 ) -> Generator[Request, Any, None]:
     """From reset to the goal or the last step.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prismo.eval.episode import Progress, Query, Request, RolloutSettings, Step, play
+from prismo.eval.episode import EpisodeProgress, Query, Request, RolloutSettings, Step, play
 from prismo.eval.plan import Episode
 from prismo.policies.base import Policy
 from prismo.sim.interface import Observation, SimulatorCrashed, SimulatorTimeout, StepResult
@@ -63,7 +63,7 @@ def run_episode(
     """
     start = time.perf_counter()
     for attempt in range(1, _ATTEMPTS + 1):
-        player, progress = _Player(worker, policy, slot), Progress()
+        player, progress = _Player(worker, policy, slot), EpisodeProgress()
         error = None
         try:
             player.play(play(episode, settings, policy.robot, progress))

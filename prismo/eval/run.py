@@ -27,7 +27,7 @@ from prismo.eval.episode import RolloutSettings
 from prismo.eval.plan import Episode, plan_episodes
 from prismo.eval.results import EpisodeResult, Summary, summarize
 from prismo.eval.rollout import Rollout, run_episode
-from prismo.eval.run_folder import EPISODES, RunFolder, RunIdentity, open_run
+from prismo.eval.run_folder import EPISODES, EvalFolder, RunIdentity, open_run
 from prismo.eval.summary import report
 from prismo.eval.text_log import TextLog, WandbLog
 from prismo.eval.versions import (
@@ -121,7 +121,7 @@ class Evaluation:
 
     cfg: EvalConfig
     benchmark: Benchmark
-    run_folder: RunFolder
+    run_folder: EvalFolder
     worker: SimWorker
     policy: Policy | None
     episodes: tuple[Episode, ...]
@@ -349,12 +349,12 @@ def _try_first_scene(worker: SimWorker, episode: Episode) -> None:
     worker.reset(episode.task.suite, episode.task.index, start, seed=episode.env_seed, settle_steps=0)
 
 
-def _versions_of(run: RunFolder, results: Iterable[EpisodeResult]) -> list[Mapping[str, Any]]:
+def _versions_of(run: EvalFolder, results: Iterable[EpisodeResult]) -> list[Mapping[str, Any]]:
     """What played each episode; lines of earlier releases do not say it."""
     return [result.versions or run.about.versions for result in results]
 
 
-def _refuse_mixture(run: RunFolder, todo: Collection[int], versions: dict[str, Any]) -> None:
+def _refuse_mixture(run: EvalFolder, todo: Collection[int], versions: dict[str, Any]) -> None:
     """Raise ValueError where the episodes that stay were played with other versions than those of now."""
     kept = [result for number, result in run.log.results.items() if number not in todo]
     changed = changed_versions(_versions_of(run, kept), versions)

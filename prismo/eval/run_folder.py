@@ -107,7 +107,7 @@ class PlanFile:
     tasks: tuple[PlannedTask, ...]
 
 
-class RunFolder:
+class EvalFolder:
     """An open run; only one process at a time has it.
 
     Attributes:
@@ -168,7 +168,7 @@ def open_run(
     versions: dict[str, Any],
     resume: bool,
     retry_errors: bool,
-) -> tuple[RunFolder, bool]:
+) -> tuple[EvalFolder, bool]:
     """The newest unfinished run of this identity, or a new one.
 
     A finished run is continued only for `retry_errors`, if it has errors. A run that another process is at work on is
@@ -194,7 +194,7 @@ def open_run(
     return _create(root, identity, checkpoint, versions), False
 
 
-def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> RunFolder | None:
+def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> EvalFolder | None:
     """The run in `path`, if it is ours to go on with."""
     try:
         about = read_json(path / RUN, RunFile)
@@ -212,14 +212,14 @@ def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> RunFolde
     if finished and not retry_errors:
         lock.close()
         return None
-    run = RunFolder(path, about, lock)
+    run = EvalFolder(path, about, lock)
     if finished and not any(r.outcome == "error" for r in run.log.results.values()):
         run.close()
         return None
     return run
 
 
-def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[str, Any]) -> RunFolder:
+def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[str, Any]) -> EvalFolder:
     """A new run. Two started in the same second get different names."""
     while True:
         timestamp = datetime.now().strftime(TIMESTAMP)
@@ -232,4 +232,4 @@ def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[s
     lock = take_lock(path / _LOCK)
     about = RunFile(identity.suite, identity.family, identity.note, timestamp, identity.settings, checkpoint, versions)
     write_json(path / RUN, asdict(about))
-    return RunFolder(path, about, lock)
+    return EvalFolder(path, about, lock)

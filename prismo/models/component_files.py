@@ -112,11 +112,11 @@ def load_component(module: nn.Module, folder: str | Path, stem: str, step: Step 
         ValueError: the file cannot be read, or its tensors are not those of the module.
     """
     path = find_component(folder, stem, step)
-    load_state(module, read_component(path), path)
+    load_tensors(module, read_component(path), path)
     return path
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_tensors(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Load `state` strictly; `path` is only named in errors.
 
     Raises:

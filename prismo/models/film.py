@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prismo.models.adapter_file import ADAPTER_FOLDER
-from prismo.models.component_files import Step, find_component, load_state, read_component
+from prismo.models.component_files import Step, find_component, load_tensors, read_component
 from prismo.models.folder import read_marker
 from prismo.models.lora import LoraSpec, merged_weight, read_adapter_spec
 from prismo.models.openvla import OpenVLAForActionPrediction
@@ -47,7 +47,7 @@ def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path, st
     state = _merge_lora(read_component(path), path)
     if not model.vision_backbone.film:
         add_film(model)
-    load_state(model.vision_backbone, state, path)
+    load_tensors(model.vision_backbone, state, path)
     return path
 
 

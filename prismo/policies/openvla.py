@@ -22,7 +22,7 @@ from prismo.models.component_files import find_component, load_component, read_c
 from prismo.models.folder import missing_files
 from prismo.models.heads import HEADS, HeadSizes
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
-from prismo.models.openvla.prediction import ActionModules, predict_actions
+from prismo.models.openvla.prediction import ActionModules, predict_normalized
 from prismo.models.projectors import ProprioProjector
 from prismo.policies.base import LoadedPolicy, PolicyFamily, PolicyInput
 from prismo.policies.checkpoint import Checkpoint, fold_adapter, weights_folder
@@ -60,7 +60,7 @@ class OpenVLAPolicy(LoadedPolicy):
 
     def predict(self, inputs: Sequence[PolicyInput], slots: Sequence[int]) -> np.ndarray:
         text = self._text([item.instruction for item in inputs]).to(self._vla.device)
-        normalised = predict_actions(
+        normalised = predict_normalized(
             self._vla,
             self._modules,
             text,

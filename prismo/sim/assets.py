@@ -120,7 +120,7 @@ def _fetch(*, local_files_only: bool = False) -> Assets:
 
 def _stand_ins() -> Path:
     """The generated stand-ins; the folder's name holds the generator's hash, so that an old set is never used."""
-    folder = cache_folder() / f"stand-ins-{standins.fingerprint()}"
+    folder = cache_folder() / f"stand-ins-{standins.scenes_fingerprint()}"
     if not folder.is_dir():
         temporary = Path(tempfile.mkdtemp(dir=cache_folder()))
         standins.write(temporary)

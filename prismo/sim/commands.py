@@ -10,7 +10,7 @@ import numpy as np
 from prismo.sim import standins
 from prismo.sim.assets import ASSETS_VARIABLE, Assets
 from prismo.sim.demos import DemoError, EpisodeOutcome, read_demo, write_demo
-from prismo.sim.expert import run_episode
+from prismo.sim.expert import demonstrate
 from prismo.sim.gl import GLBackend
 from prismo.sim.interface import Observation, Render, SimInfo, SimulatorError, StepResult
 from prismo.sim.libero import AGENT_CAMERA, CAMERAS, LiberoEnv
@@ -74,7 +74,7 @@ class Commands:
         """An episode of the scripted expert; with `target`, a success is drawn and written there."""
         state = self._init_state(suite, task_id, init_state)
         env = self._environment(suite, task_id)
-        demo, success = run_episode(env, state, seed=seed, noise=noise, draw=target is not None)
+        demo, success = demonstrate(env, state, seed=seed, noise=noise, draw=target is not None)
         if success and target is not None:
             write_demo(Path(target), demo)
         return EpisodeOutcome(success, len(demo))

@@ -211,7 +211,7 @@ class Expert:
         yield Phase("retreat", place + 0.08 * UP, GRIPPER_OPEN, steps=1000)
 
 
-def run_episode(env: LiberoEnv, init_state: np.ndarray, *, seed: int, noise: float, draw: bool) -> tuple[Demo, bool]:
+def demonstrate(env: LiberoEnv, init_state: np.ndarray, *, seed: int, noise: float, draw: bool) -> tuple[Demo, bool]:
     """One episode of the expert, ended by success or by the suite's step limit.
 
     Args:

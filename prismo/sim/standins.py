@@ -134,7 +134,7 @@ def write(folder: Path) -> None:
         Image.fromarray(image).save(folder / "textures" / name, optimize=False)
 
 
-def fingerprint() -> str:
+def scenes_fingerprint() -> str:
     """Ten hex digits that change with anything in this file."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
 

@@ -20,13 +20,15 @@ from prismo.merging.merge import MergeReport, merge
 from prismo.models.component_files import Step, load_component, save_component
 from prismo.models.lora import save_adapter
 from prismo.models.openvla import (
-    ActionTokenizer,
+    BinTokenizer as ActionTokenizer,
+)
+from prismo.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     PrismaticProcessor,
     TextBatch,
 )
-from prismo.models.openvla.prediction import predict_actions
+from prismo.models.openvla.prediction import predict_normalized as predict_actions
 from prismo.models.openvla.processing import prompt_text
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations

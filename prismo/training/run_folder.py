@@ -52,7 +52,7 @@ _MERGED = ("config.json", "merge.json", "model*.safetensors*")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedStep:
     """A complete checkpoint of a run.
 
     Attributes:
@@ -83,7 +83,7 @@ class RunFolder:
         """Folder of the checkpoint after `step` updates."""
         return self.path.with_name(f"{self.path.name}--{step}_chkpt")
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self) -> list[SavedStep]:
         """Complete checkpoints, newest first."""
         folders = [self.path, *self.path.parent.glob("*_chkpt")] if self.path.parent.is_dir() else []
         found = []
@@ -175,7 +175,7 @@ class RunFolder:
         return deleted
 
 
-def _checkpoint_in(folder: Path) -> list[Checkpoint]:
+def _checkpoint_in(folder: Path) -> list[SavedStep]:
     """The checkpoint of a folder, if there is one.
 
     Raises:
@@ -189,8 +189,8 @@ def _checkpoint_in(folder: Path) -> list[Checkpoint]:
             step = read_json(state, _State, advice=advice).step
             if named and step != int(named[1]):
                 raise ValueError(f"{state}: its step is {step}, that of the folder {int(named[1])}; {advice}")
-            return [Checkpoint(folder, step, True)]
-    return [Checkpoint(folder, int(named[1]), False)] if named else []
+            return [SavedStep(folder, step, True)]
+    return [SavedStep(folder, int(named[1]), False)] if named else []
 
 
 def _clear_leftovers(folder: Path, names: str) -> None:
@@ -296,7 +296,7 @@ def _started_with(config: FinetuneConfig, run: RunFolder) -> str:
     return f", started with {', '.join(differing)}" if differing else ""
 
 
-def _without_newer(found: Resume, present: Sequence[Checkpoint], wanted: int | None) -> Resume:
+def _without_newer(found: Resume, present: Sequence[SavedStep], wanted: int | None) -> Resume:
     """`found`, unless there are newer checkpoints, which the next start would take for those of this attempt."""
     if wanted is not None and present and present[0].step > wanted:
         raise ValueError(
@@ -307,7 +307,7 @@ def _without_newer(found: Resume, present: Sequence[Checkpoint], wanted: int | N
     return found
 
 
-def _state_is_gone(lacking: Path, present: Sequence[Checkpoint]) -> str:
+def _state_is_gone(lacking: Path, present: Sequence[SavedStep]) -> str:
     """Why a checkpoint of the right step is not enough, and what else there is."""
     resumable = [checkpoint.folder for checkpoint in present if checkpoint.resumable]
     newest = f"Go on from {resumable[0]} by leaving --resume_step out, or merge" if resumable else "Merge"
@@ -319,7 +319,7 @@ def _state_is_gone(lacking: Path, present: Sequence[Checkpoint]) -> str:
     )
 
 
-def _nothing_found(config: FinetuneConfig, run: RunFolder, present: Sequence[Checkpoint]) -> str:
+def _nothing_found(config: FinetuneConfig, run: RunFolder, present: Sequence[SavedStep]) -> str:
     """What was looked for, what there is, and the run that was probably meant."""
     step = "" if config.resume_step is None else f" of step {config.resume_step}"
     shown = ", ".join(f"{c.folder.name} (step {c.step}, no trainer state)" for c in present) or "nothing"

@@ -45,7 +45,7 @@ class AsyncFlag:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class UpdateResult:
     """What one update gives; everything stays on the device.
 
     Attributes:
@@ -97,7 +97,7 @@ class TrainStep(Generic[Objective]):
         self.sharded = is_sharded(objective)
         self.module = objective if self.sharded else wrap(objective, world)
 
-    def __call__(self, inputs: Iterable[Any], done: int, rate: float) -> StepResult:
+    def __call__(self, inputs: Iterable[Any], done: int, rate: float) -> UpdateResult:
         """Make update number `done + 1` from `accumulation` micro-batches at learning rate `rate`."""
         results: list[Losses] = []
         for micro, batch in enumerate(inputs):
@@ -117,7 +117,7 @@ class TrainStep(Generic[Objective]):
         names = results[0].metrics
         metrics = {name: torch.stack([r.metrics[name].float() for r in results]).mean() for name in names}
         actions = results[-1].actions
-        return StepResult(
+        return UpdateResult(
             metrics,
             [r.total for r in results],
             norm,

@@ -13,7 +13,7 @@ from pathlib import Path
 from prismo.models.folder import is_model
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.curves import CURVES, METRICS, draw_curves
-from prismo.training.run_folder import TRAINING_CONFIG, Checkpoint, RunFolder
+from prismo.training.run_folder import TRAINING_CONFIG, RunFolder, SavedStep
 from prismo.training.run_name import run_id
 from prismo.training.text_log import LOG
 from prismo.util.flags import flag_words
@@ -37,7 +37,7 @@ class _Run:
 
     folder: Path
     flags: JsonObject
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[SavedStep, ...]
 
     @property
     def step(self) -> int:

@@ -40,7 +40,7 @@ from prismo.training.logs import Progress, Sink, gpu_peak_flops, log_all, open_s
 from prismo.training.pictures import cosine_sheet, save_picture
 from prismo.training.run_folder import LATEST, Resume, RunFolder
 from prismo.training.signals import StopSignals
-from prismo.training.step import StepResult, TrainStep
+from prismo.training.step import TrainStep, UpdateResult
 from prismo.training.summary import SHOWN, merge_command
 from prismo.training.task import TrainingTask
 from prismo.training.validate import validate
@@ -86,7 +86,7 @@ class _Update:
     number: int
     batches: list[Batch]
     position: dict[str, int]
-    result: StepResult
+    result: UpdateResult
 
 
 class Trainer:

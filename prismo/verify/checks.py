@@ -52,7 +52,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Row:
+class Answer:
     """A check that was run."""
 
     name: str
@@ -96,7 +96,7 @@ def needed(get: Callable[[], T], check: str) -> T:
         raise SkippedError(f"see '{check}'") from error
 
 
-def run_checks(checks: Sequence[Check]) -> Iterator[Row]:
+def run_checks(checks: Sequence[Check]) -> Iterator[Answer]:
     """Run checks in order; yields each row as soon as it is known."""
     done: dict[str, Status] = {}
     for check in checks:
@@ -104,7 +104,7 @@ def run_checks(checks: Sequence[Check]) -> Iterator[Row]:
         open_question = next((name for name in check.needs if done.get(name) in ("differs", "skipped")), None)
         finding = _run(check) if open_question is None else Finding("skipped", f"see '{open_question}'")
         done[check.name] = finding.status
-        yield Row(check.name, finding, time.perf_counter() - start)
+        yield Answer(check.name, finding, time.perf_counter() - start)
 
 
 def _run(check: Check) -> Finding:

@@ -17,7 +17,7 @@ _CACHE_FOLDER = re.compile(r"models--(.+)--(.+)")
 
 @own_keys
 @dataclass(frozen=True)
-class Part:
+class SideModule:
     """A module beside the model, e.g. the action head; `dtype` as safetensors calls it."""
 
     parameters: int
@@ -80,7 +80,7 @@ class Published:
     source: str
     architecture: str | None = None
     files: list[str] = field(default_factory=list)
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, SideModule] = field(default_factory=dict)
     head: str | None = None
     attention: str | None = None
     unnorm_key: str | None = None

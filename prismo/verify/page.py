@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from prismo.verify.checks import Row, Status
+from prismo.verify.checks import Answer, Status
 from prismo.verify.report import Report
 
 _LONGEST = 150  # characters of a table cell
@@ -45,7 +45,7 @@ def _verdict(report: Report) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts if count)
 
 
-def _row(row: Row) -> str:
+def _row(row: Answer) -> str:
     text = row.finding.text.replace("|", "\\|").replace("\n", " ")
     if len(text) > _LONGEST:
         text = text[:_LONGEST].rstrip() + " ..."
@@ -53,7 +53,7 @@ def _row(row: Row) -> str:
     return f"| {row.name} | {_WORDS[row.finding.status]} | {text} |"
 
 
-def _differences(row: Row, room: int) -> list[str]:
+def _differences(row: Answer, room: int) -> list[str]:
     shown = row.finding.details[: min(room, _LISTED)]
     lines = [f"- **{row.name}**: {line}" for line in shown]
     if more := len(row.finding.details) - len(shown):

@@ -10,7 +10,7 @@ from pathlib import Path
 from prismo.policies.checkpoint import checkpoint_folder
 from prismo.policies.flags import PolicyFlags
 from prismo.util.hub import local_folder
-from prismo.verify.checks import Row, Status, run_checks
+from prismo.verify.checks import Answer, Status, run_checks
 from prismo.verify.environment import environment
 from prismo.verify.facts import Facts, read_facts
 from prismo.verify.kinds import find_kind
@@ -36,7 +36,7 @@ class Report:
     source: str
     title: str
     compared_with: tuple[str, str] | None
-    rows: tuple[Row, ...]
+    rows: tuple[Answer, ...]
     environment: tuple[str, ...]
     seconds: float
 

@@ -44,12 +44,12 @@ def check_known(statistics: Mapping[str, DatasetStats], keys: list[str] | None, 
     compared = [(key, facts.dataset(key)) for key in keys if key in statistics]
     for key, known in compared:
         if known is not None:
-            lines += compare(key, statistics[key], known)
+            lines += quantile_differences(key, statistics[key], known)
     quantiles = sum(known is not None and known.q01 is not None for _, known in compared)
     return judge(f"counts of {len(compared)} datasets, quantiles of {quantiles}", lines)
 
 
-def compare(key: str, stats: DatasetStats, known: DatasetFacts) -> Iterator[str]:
+def quantile_differences(key: str, stats: DatasetStats, known: DatasetFacts) -> Iterator[str]:
     """Differences from what is known of a dataset."""
     for what, expected, found in (
         ("steps", known.transitions, stats.num_transitions),

@@ -21,7 +21,7 @@ from prismo.models.component_files import plain_keys
 from prismo.models.weight_files import DTYPES, INDEX, read_header, stored_tensors
 from prismo.util.schema import read_json
 from prismo.verify.checks import Finding, difference, judge, some
-from prismo.verify.facts import Architecture, Part
+from prismo.verify.facts import Architecture, SideModule
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -129,7 +129,7 @@ def check_counts(found: Mapping[str, Stored], known: Architecture | None) -> Fin
     return judge(text, [difference(what, f"{a:,}", f"{b:,}") for what, a, b in pairs if a != b])
 
 
-def check_part(found: Mapping[str, Stored], expected: Shapes, known: Part | None) -> Finding:
+def check_part(found: Mapping[str, Stored], expected: Shapes, known: SideModule | None) -> Finding:
     """A module beside the model: names, shapes, and what is known of its id."""
     total, dtypes = parameters(found.values()), sorted({tensor.dtype for tensor in found.values()})
     lines = [*check_names(found, expected).details, *check_shapes(found, expected).details]

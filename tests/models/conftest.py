@@ -11,7 +11,7 @@ from prismo.embodiment import LIBERO
 from prismo.merging.merge import merge
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.lora import add_lora, save_adapter
-from prismo.models.openvla import ActionTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
+from prismo.models.openvla import BinTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy
 from prismo.util.files import write_json
@@ -28,10 +28,10 @@ def tiny_model(tiny_base) -> OpenVLAForActionPrediction:
 def batch(tiny_base) -> SimpleNamespace:
     """Two samples of different prompt length: `text` (placeholders, padded), `pixel_values`, `mask`."""
     text = PrismaticProcessor.from_pretrained(tiny_base).query_text(
-        ["pick up the black bowl", "open the top drawer of the cabinet"], LIBERO.action_tokens, ActionTokenizer()
+        ["pick up the black bowl", "open the top drawer of the cabinet"], LIBERO.action_tokens, BinTokenizer()
     )
     pixels = torch.rand(2, 6, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return SimpleNamespace(text=text, pixel_values=pixels, mask=ActionTokenizer().mask(text.labels))
+    return SimpleNamespace(text=text, pixel_values=pixels, mask=BinTokenizer().mask(text.labels))
 
 
 @pytest.fixture(scope="session")

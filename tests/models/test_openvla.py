@@ -17,7 +17,7 @@ from torch import Tensor
 from prismo.embodiment import LIBERO
 from prismo.models.heads import L1Head, L1RegressionActionHead
 from prismo.models.openvla import (
-    ActionTokenizer,
+    BinTokenizer,
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     PrismaticImageProcessor,
@@ -25,7 +25,7 @@ from prismo.models.openvla import (
     SelfTestError,
     TextBatch,
 )
-from prismo.models.openvla.prediction import ActionModules, predict_actions
+from prismo.models.openvla.prediction import ActionModules, predict_normalized
 from prismo.models.projectors import ProprioProjector
 from prismo.models.random_weights import fill_random
 
@@ -98,7 +98,7 @@ def test_prompt_ids(processor: PrismaticProcessor) -> None:
 
 def test_training_ids_equal_the_tokenised_string(processor: PrismaticProcessor) -> None:
     """The original writes actions as characters and tokenises the whole text; ids are built directly here."""
-    tokens = ActionTokenizer()
+    tokens = BinTokenizer()
     actions = np.random.default_rng(0).uniform(-1.1, 1.1, (1, 8, 7))
     text = processor.training_text([GOLDEN_PROMPT], actions, tokens)
     characters = processor.tokenizer.decode(tokens.encode(actions.reshape(-1)))
@@ -110,7 +110,7 @@ def test_training_ids_equal_the_tokenised_string(processor: PrismaticProcessor) 
 
 
 def test_action_ids() -> None:
-    tokens = ActionTokenizer()
+    tokens = BinTokenizer()
     assert tokens.encode(np.array([-1.0, 1.0, -3.0, 3.0])).tolist() == [31999, 31744, 31999, 31744]
     assert tokens.first_id == 31743
     values = np.linspace(-1, 1, 501)
@@ -128,7 +128,7 @@ def test_action_masks_equal_the_counting_rule() -> None:
     count = torch.cumsum(labels != -100, dim=1)
     current = (count >= 1) & (count <= 7) & (labels > 31743)
     following = (count > 7) & (labels > 31743)
-    tokens = ActionTokenizer()
+    tokens = BinTokenizer()
     assert torch.equal(tokens.mask(labels), current | following)
     assert torch.equal(tokens.first_action_mask(labels, 7), current)
     assert tokens.mask(labels).sum(1).tolist() == [56, 56]
@@ -253,10 +253,10 @@ def test_batched_prediction_equals_one_by_one(
 ) -> None:
     proprio = torch.randn(3, 8)
     text = processor.query_text(INSTRUCTIONS, LIBERO.action_tokens, vla.action_tokenizer)
-    batch = predict_actions(vla, modules, text, pixels, LIBERO, proprio=proprio)
+    batch = predict_normalized(vla, modules, text, pixels, LIBERO, proprio=proprio)
     assert batch.shape == (3, 8, 7)
     for i in range(3):
-        single = predict_actions(vla, modules, rows(text, i), pixels[i : i + 1], LIBERO, proprio=proprio[i : i + 1])
+        single = predict_normalized(vla, modules, rows(text, i), pixels[i : i + 1], LIBERO, proprio=proprio[i : i + 1])
         torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-5, atol=1e-5)
 
 
@@ -273,7 +273,7 @@ def test_cached_decoding_equals_recomputation(
                 out = vanilla(sequence, None, pixels[i : i + 1])
             sequence = torch.cat([sequence, vanilla.logits(out.last_hidden_state[:, -1]).argmax(-1)[:, None]], dim=1)
         assert ids[i].tolist() == sequence[0, -7:].tolist()
-    actions = predict_actions(vanilla, ActionModules(), text, pixels, LIBERO)
+    actions = predict_normalized(vanilla, ActionModules(), text, pixels, LIBERO)
     assert actions.shape == (3, 1, 7)
 
 
@@ -290,9 +290,9 @@ def test_proprio_must_fit_the_checkpoint(
 ) -> None:
     text = processor.query_text(INSTRUCTIONS, LIBERO.action_tokens, vla.action_tokenizer)
     with pytest.raises(ValueError, match="needs a proprio state"):
-        predict_actions(vla, modules, text, pixels, LIBERO)
+        predict_normalized(vla, modules, text, pixels, LIBERO)
     with pytest.raises(ValueError, match="takes no proprio state"):
-        predict_actions(vla, ActionModules(modules.head), text, pixels, LIBERO, proprio=torch.zeros(3, 8))
+        predict_normalized(vla, ActionModules(modules.head), text, pixels, LIBERO, proprio=torch.zeros(3, 8))
 
 
 def test_forward_computes_nothing_unasked(

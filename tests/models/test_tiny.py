@@ -17,7 +17,7 @@ from prismo.data.normalize import load_statistics
 from prismo.embodiment import BRIDGE, LIBERO
 from prismo.models.component_files import load_component
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
-from prismo.models.openvla import ActionTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
+from prismo.models.openvla import BinTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy
 from tests.golden import sizes
@@ -119,7 +119,7 @@ def test_action_ids_survive_the_way_through_text(tiny_base):
         assert len(text) == len(ids)
         assert text.strip() == text
         assert tokenizer(prompt + text + "</s>")["input_ids"] == [*PROMPT_IDS, 29871, *ids, 2]
-    assert ActionTokenizer().encode(np.array([-1.0, 1.0])).tolist() == [31999, 31744]
+    assert BinTokenizer().encode(np.array([-1.0, 1.0])).tolist() == [31999, 31744]
 
 
 @pytest.mark.parametrize(

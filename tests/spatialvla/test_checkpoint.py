@@ -20,7 +20,7 @@ from prismo.models.spatialvla import (
     SpatialVLAForConditionalGeneration,
     SpatialVLAProcessor,
 )
-from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name
+from prismo.models.spatialvla.checkpoint import model_folder, official_name
 from prismo.models.spatialvla.modeling import read_config
 from prismo.testing.tiny_spatialvla import tiny_config
 from prismo.util.schema import JsonObject, read_json
@@ -217,7 +217,7 @@ def test_damaged_settings(tiny_spatialvla: Path, tmp_path: Path, file: str, chan
 
 def test_what_is_no_checkpoint(tiny_spatialvla: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor a hub id"):
-        checkpoint_folder(tmp_path / "absent")
+        model_folder(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         SpatialVLAForConditionalGeneration.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "openvla"}')

@@ -17,7 +17,7 @@ from prismo.data.normalize import load_statistics
 from prismo.data.synthetic import write_synthetic_libero
 from prismo.testing.tiny import make_tiny_openvla
 from prismo.verify import Options, Report, verify
-from prismo.verify.facts import Architecture, DatasetFacts, Facts, Part, Published, read_facts
+from prismo.verify.facts import Architecture, DatasetFacts, Facts, Published, SideModule, read_facts
 from prismo.verify.tensors import parameters, read_file, read_model
 from tests.policies.conftest import prefer_action_tokens
 from tests.spatialvla import conftest as spatialvla
@@ -91,7 +91,7 @@ def facts(tiny_policy: Path, tiny_spatialvla: Path, tiny_vggt: Path) -> Facts:
                 "this test",
                 "policy",
                 ["model.safetensors.index.json", "dataset_statistics.json", "action_head--latest_checkpoint.pt"],
-                {stem: Part(count, "F32") for stem, count in parts.items()},
+                {stem: SideModule(count, "F32") for stem, count in parts.items()},
                 "l1",
                 "bidirectional",
                 DATASET,

@@ -8,11 +8,11 @@ import pytest
 
 from prismo.commands.verify import main
 from prismo.verify import Options, Report, page, verify
-from prismo.verify.checks import Check, Finding, Row, SkippedError, judge, run_checks
+from prismo.verify.checks import Answer, Check, Finding, SkippedError, judge, run_checks
 from tests.verify.conftest import DATASET, NO_FORWARD, Copy
 
 
-def report_of(*rows: Row) -> Report:
+def report_of(*rows: Answer) -> Report:
     return Report("ckpts/a|b", "OpenVLA policy", ("openvla/openvla-7b", "a copy"), rows, ("torch 2.11.0",), 3.2)
 
 
@@ -20,10 +20,10 @@ def test_the_page_of_a_checkpoint() -> None:
     long = "`x`" * 60
     text = page(
         report_of(
-            Row("files", Finding("ok", "12 files | 5 MB"), 0.1),
-            Row("counts", Finding("not known", long), 0.1),
-            Row("tensor names", judge("", ["missing: expected `a`, found nothing", "unknown: more"]), 0.1),
-            Row("prediction", Finding("skipped", "--no_forward"), 0.1),
+            Answer("files", Finding("ok", "12 files | 5 MB"), 0.1),
+            Answer("counts", Finding("not known", long), 0.1),
+            Answer("tensor names", judge("", ["missing: expected `a`, found nothing", "unknown: more"]), 0.1),
+            Answer("prediction", Finding("skipped", "--no_forward"), 0.1),
         ),
         ("prismo", "verify", "ckpts/a b"),
     )
@@ -45,7 +45,7 @@ def test_the_page_of_a_checkpoint() -> None:
 @pytest.mark.parametrize("checks", [3, 25])
 def test_a_page_is_at_most_80_lines(checks: int) -> None:
     wrong = judge("", [f"number {i}: expected a, found b" for i in range(50)])
-    text = page(report_of(*(Row(f"check {i}", wrong, 0.1) for i in range(checks))), ("command",))
+    text = page(report_of(*(Answer(f"check {i}", wrong, 0.1) for i in range(checks))), ("command",))
     assert len(text.splitlines()) <= 80
     assert text.count("more)") == checks
 

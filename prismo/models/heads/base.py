@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from prismo.models.openvla.action_tokenizer import ActionTokenizer
+    from prismo.models.openvla.action_tokenizer import BinTokenizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,7 +47,7 @@ class Run(Protocol):
     """
 
     labels: Tensor
-    tokens: ActionTokenizer
+    tokens: BinTokenizer
     shape: tuple[int, int]
     steps: int
 

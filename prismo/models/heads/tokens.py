@@ -12,7 +12,7 @@ from torch import Tensor
 from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes
 
 if TYPE_CHECKING:
-    from prismo.models.openvla.action_tokenizer import ActionTokenizer
+    from prismo.models.openvla.action_tokenizer import BinTokenizer
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class TokenHead(ActionHead):
         return decode(run.tokens, run.logits(run()).argmax(dim=-1)).unflatten(1, run.shape)
 
 
-def decode(tokens: ActionTokenizer, ids: Tensor) -> Tensor:
+def decode(tokens: BinTokenizer, ids: Tensor) -> Tensor:
     """Action token ids [B, n] -> bin centres [B, n] float32."""
     return torch.from_numpy(tokens.decode(ids.cpu().numpy())).float().to(ids.device)
 
 
-def _real_tokens(tokens: ActionTokenizer, targets: Tensor, action_mask: Tensor, action_dim: int) -> Tensor:
+def _real_tokens(tokens: BinTokenizer, targets: Tensor, action_mask: Tensor, action_dim: int) -> Tensor:
     """False at tokens of padded actions [B, L-1]; the stop token stays."""
     real = torch.ones_like(targets, dtype=torch.bool)
     return real.masked_scatter(tokens.mask(targets), action_mask.repeat_interleave(action_dim, dim=1))
 
 
-def _center(centers: Tensor, ids: Tensor, tokens: ActionTokenizer) -> Tensor:
+def _center(centers: Tensor, ids: Tensor, tokens: BinTokenizer) -> Tensor:
     """Bin centres of token ids; ids outside the action block give the nearest bin."""
     return centers[(tokens.vocab_size - ids - 1).clamp(0, len(centers) - 1)]
 

@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class ActionTokenizer:
+class BinTokenizer:
     """Between normalised actions and token ids.
 
     Attributes:

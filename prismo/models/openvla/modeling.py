@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from prismo.models.folder import check_folder
-from prismo.models.openvla.action_tokenizer import ActionTokenizer
+from prismo.models.openvla.action_tokenizer import BinTokenizer
 from prismo.models.openvla.attention import attention_mask_for
 from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.openvla.loading import check_loaded, read_config
@@ -89,7 +89,7 @@ class OpenVLAForActionPrediction(VLAModel):
             self.vision_backbone.width, config.text_config.hidden_size, fused=len(towers) == 2
         )
         self.language_model = LlamaForCausalLM(config.text_config)
-        self.action_tokenizer = ActionTokenizer(config.token_vocab_size, config.n_action_bins)
+        self.action_tokenizer = BinTokenizer(config.token_vocab_size, config.n_action_bins)
         self.set_attention(config.attention)
         self.post_init()
 

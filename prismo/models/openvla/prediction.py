@@ -114,7 +114,7 @@ class OpenVLARun:
 
 
 @torch.no_grad()
-def predict_actions(
+def predict_normalized(
     vla: OpenVLAForActionPrediction,
     modules: ActionModules,
     text: TextBatch,

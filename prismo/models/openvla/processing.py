@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, LlamaConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
-from prismo.models.openvla.action_tokenizer import IGNORE_INDEX, ActionTokenizer
+from prismo.models.openvla.action_tokenizer import IGNORE_INDEX, BinTokenizer
 from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import first_line
 
@@ -241,7 +241,7 @@ class PrismaticProcessor(ProcessorMixin):
         ids = self.tokenizer(prompt_text(instruction), add_special_tokens=True)["input_ids"]
         return ids if ids[-1] == SPACE_ID else [*ids, SPACE_ID]
 
-    def training_text(self, instructions: Sequence[str], actions: np.ndarray, tokens: ActionTokenizer) -> TextBatch:
+    def training_text(self, instructions: Sequence[str], actions: np.ndarray, tokens: BinTokenizer) -> TextBatch:
         """Prompt, action tokens and stop token of each sample.
 
         Args:
@@ -253,7 +253,7 @@ class PrismaticProcessor(ProcessorMixin):
         action_ids = tokens.encode(actions.reshape(len(prompts), -1)).tolist()
         return self._checked([(p, [*ids, STOP_ID]) for p, ids in zip(prompts, action_ids, strict=True)])
 
-    def query_text(self, instructions: Sequence[str], action_tokens: int, tokens: ActionTokenizer) -> TextBatch:
+    def query_text(self, instructions: Sequence[str], action_tokens: int, tokens: BinTokenizer) -> TextBatch:
         """Prompts followed by slots for the actions (parallel decoding)."""
         return query([self.prompt_ids(text) for text in instructions], action_tokens, tokens)
 
@@ -268,7 +268,7 @@ class PrismaticProcessor(ProcessorMixin):
         return pad_rows(rows, self.tokenizer.pad_token_id)
 
 
-def query(prompts: Sequence[list[int]], action_tokens: int, tokens: ActionTokenizer) -> TextBatch:
+def query(prompts: Sequence[list[int]], action_tokens: int, tokens: BinTokenizer) -> TextBatch:
     """Prompt ids followed by `action_tokens` slots and the stop token, as one pass of an OFT model expects them.
 
     The labels mark the slots like action tokens, so that training and inference find them in the same way.

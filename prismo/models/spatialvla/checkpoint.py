@@ -46,7 +46,7 @@ def official_name(name: str) -> str:
     return f"vision_zoe_model.backbone.encoder.layer.{index}.{rest}"
 
 
-def checkpoint_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path) -> Path:
     """A local folder as it is; a hub id (`IPEC-COMMUNITY/spatialvla-4b-224-pt`) as its copy in the hub's cache."""
     return local_folder(
         path, WEIGHTS_AND_SETTINGS, missing=lambda folder: missing_of_model(folder, {"spatialvla": PROCESSOR_FILES})

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from prismo.models.folder import Layers, Size
 from prismo.models.random_weights import fill_random
-from prismo.models.spatialvla.checkpoint import checkpoint_folder, official_name, save_weights
+from prismo.models.spatialvla.checkpoint import model_folder, official_name, save_weights
 from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
 from prismo.models.spatialvla.depth import depth_at_image, freeze_zoe, predict_depth
 from prismo.models.spatialvla.ego3d import Ego3DPositionEmbedding
@@ -194,7 +194,7 @@ class SpatialVLAForConditionalGeneration(VLAModel):
             FileNotFoundError: not a checkpoint.
             ValueError: another model's config.json, or tensors that miss, are unknown or do not fit; names them.
         """
-        folder = checkpoint_folder(pretrained_model_name_or_path)
+        folder = model_folder(pretrained_model_name_or_path)
         config = read_config(folder, geometry=geometry, prefix_mask=prefix_mask)
         model = cls.empty(config)
         load_weights(model, folder, official_name, torch.device(device), dtype or config.stored_dtype)

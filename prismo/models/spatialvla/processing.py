@@ -28,7 +28,7 @@ from prismo.data.normalize import (
     unnormalize,
 )
 from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION, ActionTokenizer
-from prismo.models.spatialvla.checkpoint import checkpoint_folder
+from prismo.models.spatialvla.checkpoint import model_folder
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
 from prismo.models.spatialvla.ego3d import CameraIntrinsics
 from prismo.models.spatialvla.modeling import IGNORE_INDEX, read_config
@@ -142,7 +142,7 @@ class SpatialVLAProcessor:
             FileNotFoundError: a file misses.
             ValueError: a file is damaged or contradicts another.
         """
-        folder = checkpoint_folder(pretrained_model_name_or_path)
+        folder = model_folder(pretrained_model_name_or_path)
         for name in (_CONFIG, _TOKENIZER):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}; expected a SpatialVLA checkpoint with its processor")

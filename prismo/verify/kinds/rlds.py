@@ -19,7 +19,7 @@ from prismo.data.tfrecord import read_records
 from prismo.verify.checks import Check, Finding, SkippedError, difference, judge, needed
 from prismo.verify.facts import DatasetFacts, Published
 from prismo.verify.memory import in_bytes
-from prismo.verify.statistics import check_plausible, compare
+from prismo.verify.statistics import check_plausible, quantile_differences
 from prismo.verify.subject import Subject
 
 
@@ -126,7 +126,7 @@ class RLDSFolder:
         text = f"{stats.num_transitions:,} steps, {stats.num_trajectories:,} episodes"
         if self.facts is None:
             return Finding("not known", text)
-        return judge(f"{text} and quantiles as published", compare(self.name, stats, self.facts))
+        return judge(f"{text} and quantiles as published", quantile_differences(self.name, stats, self.facts))
 
     def _images(self) -> Finding:
         store, lines = self.store, []
