@@ -152,18 +152,26 @@ def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]
     if flags.use_proprio is not None and flags.use_proprio != has_proprio:
         found = f"a proprio_projector for {checkpoint.proprio_dim} numbers" if has_proprio else "no proprio_projector"
         problems.append(Problem(f"--use_proprio {flags.use_proprio}, but there is {found}", fatal=not has_proprio))
-    for flag, given, recorded in (
-        ("num_images_in_input", flags.num_images_in_input, checkpoint.num_images),
-        ("center_crop", flags.center_crop, checkpoint.center_crop),
-        ("num_diffusion_steps_train", flags.num_diffusion_steps_train, checkpoint.diffusion_steps),
-        ("lora_rank", flags.lora_rank, None if checkpoint.adapter is None else checkpoint.adapter.rank),
-    ):
-        if given is not None and recorded is not None and given != recorded:
-            problems.append(Problem(f"--{flag} {given}, but it was trained with {recorded}", flag == "lora_rank"))
+    problems += otherwise_trained(
+        *(flags, checkpoint),
+        num_images_in_input=checkpoint.num_images,
+        num_diffusion_steps_train=checkpoint.diffusion_steps,
+    )
     if checkpoint.adapter is not None and (flags.load_in_8bit or flags.load_in_4bit):
         text = "quantised loading of an unmerged adapter; merge it first (`prismo merge`)"
         problems.append(Problem(text, fatal=True))
     return problems
+
+
+def otherwise_trained(flags: PolicyFlags, checkpoint: Checkpoint, **recorded: Any) -> list[Problem]:
+    """Flags that differ from what training had: those in `recorded`, the crop and the adapter's rank."""
+    rank = None if checkpoint.adapter is None else checkpoint.adapter.rank
+    recorded |= {"center_crop": checkpoint.center_crop, "lora_rank": rank}
+    return [
+        Problem(f"--{flag} {given}, but it was trained with {value}", fatal=flag == "lora_rank")
+        for flag, value in recorded.items()
+        if (given := getattr(flags, flag)) is not None and value not in (None, given)
+    ]
 
 
 def refuse(problems: list[Problem], flags: PolicyFlags, checkpoint: Checkpoint) -> None:

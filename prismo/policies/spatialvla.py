@@ -30,7 +30,7 @@ from prismo.models.training_record import Camera
 from prismo.policies.base import LoadedPolicy, PolicyFamily, PolicyInput
 from prismo.policies.checkpoint import Checkpoint, fold_adapter, weights_folder
 from prismo.policies.flags import PolicyFlags
-from prismo.policies.settings import Problem, refuse, statistics_key
+from prismo.policies.settings import otherwise_trained, refuse, statistics_key
 from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -126,7 +126,9 @@ def resolve_spatialvla_settings(
     if camera is None:
         raise ValueError(did_you_mean("intrinsics", asked, get_args(Camera)))
     key = _unnorm_key(flags, checkpoint, default_key)
-    refuse(_contradictions(flags, checkpoint), flags, checkpoint)
+    # The camera "checkpoint" always fits: it is that of the training pictures.
+    trained = checkpoint.intrinsics if flags.intrinsics == "libero" else None
+    refuse(otherwise_trained(flags, checkpoint, intrinsics=trained), flags, checkpoint)
     ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
     crop = flags.center_crop if flags.center_crop is not None else checkpoint.center_crop
     return SpatialVLASettings(
@@ -148,19 +150,6 @@ def _refuse(flags: PolicyFlags) -> None:
         raise ValueError(
             f"SpatialVLA takes one image and an instruction and predicts action tokens; leave out {', '.join(wrong)}"
         )
-
-
-def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]:
-    """Flags that do not fit the files. The camera "checkpoint" always fits: it is that of the training pictures."""
-    problems = []
-    rank = None if checkpoint.adapter is None else checkpoint.adapter.rank
-    if flags.center_crop is not None and checkpoint.center_crop not in (None, flags.center_crop):
-        problems.append(Problem(f"--center_crop {flags.center_crop}, but it was trained with {checkpoint.center_crop}"))
-    if flags.intrinsics == "libero" and checkpoint.intrinsics == "checkpoint":
-        problems.append(Problem("--intrinsics libero, but it was trained with checkpoint"))
-    if flags.lora_rank is not None and rank not in (None, flags.lora_rank):
-        problems.append(Problem(f"--lora_rank {flags.lora_rank}, but it was trained with {rank}", fatal=True))
-    return problems
 
 
 def load_spatialvla_policy(

@@ -26,7 +26,7 @@ from prismo.models.openvla.action_tokenizer import BinTokenizer
 from prismo.models.openvla.attention import attention_mask_for
 from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
 from prismo.models.openvla.loading import check_loaded, read_config
-from prismo.models.openvla.self_test import judge
+from prismo.models.openvla.self_test import judge_influences
 from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticProjector, PrismaticVisionBackbone
 from prismo.models.vla import VLAModel
 
@@ -242,14 +242,14 @@ class OpenVLAForActionPrediction(VLAModel):
 
     @torch.no_grad()
     def self_test(self) -> None:
-        """Run four short sequences that differ in one later token or in the image; raises as `judge` does."""
+        """Run four short sequences that differ in a later token or the image; raises as `judge_influences` does."""
         was_training = self.training
         self.eval()
         try:
             influences = self._influences()
         finally:
             self.train(was_training)
-        judge(self.config.attention, *influences)
+        judge_influences(self.config.attention, *influences)
 
     def _influences(self) -> tuple[float, float, float]:
         """Largest change of (earlier states by a later token, later states by it, states by the image)."""

@@ -15,7 +15,7 @@ class SelfTestError(RuntimeError):
     """The loaded model does not do what its configuration says."""
 
 
-def judge(kind: AttentionKind, before: float, after: float, image: float) -> None:
+def judge_influences(kind: AttentionKind, before: float, after: float, image: float) -> None:
     """Compare the influences that a model was measured to have with those that it needs.
 
     Args:

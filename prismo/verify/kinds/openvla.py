@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 from torch import nn
 
@@ -40,14 +39,6 @@ class OpenVLAFolder(PolicyFolder):
     more_files = ("tokenizer_config.json",)
     shown_settings = ("head", "attention", "film", "num_images", "proprio", "center_crop", "chunk", "unnorm_key")
     loading = "self-test"
-
-    def build_for_adapter(self) -> nn.Module:
-        model: Any = super().build_for_adapter()
-        if has_component(self.folder, "vision_backbone"):
-            from prismo.models.film import add_film  # noqa: PLC0415 (imports peft)
-
-            add_film(model)  # the adapter's names contain the wrapper
-        return model
 
     def own_checks(self) -> list[Check]:
         expected = self.known.parts if self.known else {}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
 
 from prismo.data.normalize import DatasetStats, load_statistics, resolve_unnorm_key
 from prismo.embodiment import Embodiment, embodiment_for
@@ -62,10 +61,6 @@ class PolicyFolder:
     def own_checks(self) -> list[Check]:
         """Tokenizer, images, modules beside the model."""
         return []
-
-    def build_for_adapter(self) -> nn.Module:
-        """The network in the form whose names an adapter uses."""
-        return self.family.build(self.config)
 
     def flags(self, folder: str, base: str | None, key: str) -> PolicyFlags:
         """How to run it."""
@@ -249,7 +244,8 @@ class PolicyFolder:
         with open_adapter(folder) as file:
             needed(lambda: self.config, "configuration")
             with tensors.on_meta():
-                model = self.build_for_adapter()
+                model = self.family.build(self.config)
+                self.family.wrap(model, self.folder, list(file.keys()))
                 add_lora(model, spec)
             found = match_adapter(file, model, self.folder)
             trained_on = (file.metadata() or {}).get("base_fingerprint")
