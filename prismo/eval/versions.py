@@ -26,7 +26,7 @@ def collect_versions(simulator: SimInfo) -> dict[str, Any]:
         "git": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
         **simulator.versions,
         "gl": simulator.gl,
         "renderer": simulator.renderer,
@@ -68,7 +68,8 @@ def gpu_driver() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed one, else None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

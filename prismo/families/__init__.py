@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from prismo.models.folder import CONFIG, missing_of_model
+from prismo.models.folder import CONFIG, ModelConfig, missing_of_model
 from prismo.models.training_record import TrainingRecord
 from prismo.util.schema import JsonObject, read_json
 
@@ -82,13 +82,6 @@ class Family:
         return getattr(importlib.import_module(module), name)
 
 
-@dataclass(frozen=True)
-class _Config:
-    """What is looked at of a config.json."""
-
-    model_type: str
-
-
 def get_family(model_type: str) -> Family:
     """The family of a name in `FAMILIES`."""
     return importlib.import_module(FAMILIES[model_type]).FAMILY
@@ -105,7 +98,7 @@ def family_of(folder: Path) -> Family:
     Raises:
         ValueError: config.json is damaged, or of none of ours.
     """
-    return _known(folder, read_json(folder / CONFIG, _Config).model_type)
+    return _known(folder, read_json(folder / CONFIG, ModelConfig).model_type)
 
 
 def family_of_checkpoint(folder: Path) -> Family:

@@ -26,7 +26,7 @@ _EXPECTED = "Expected a folder with config.json, model*.safetensors and preproce
 
 
 @dataclass(frozen=True)
-class _Config:
+class ModelConfig:
     """What config.json says of every model."""
 
     model_type: str
@@ -82,7 +82,7 @@ def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) ->
         raise FileNotFoundError(
             f"{folder} is not a checkpoint: no config.json. " + (UNFINISHED if is_unfinished(folder) else _EXPECTED)
         )
-    model_type = read_json(config, _Config).model_type
+    model_type = read_json(config, ModelConfig).model_type
     if model_type not in model_types:
         expected = " or ".join(repr(name) for name in model_types)
         raise ValueError(f"{config} is of model_type {model_type!r}, expected {expected}")
@@ -99,7 +99,7 @@ def missing_of_model(folder: Path, processors: Mapping[str, Sequence[Sequence[st
         check_folder(folder, tuple(processors))
     except (OSError, ValueError) as error:
         return str(error)
-    lacking = missing_files(folder, processors[read_json(folder / CONFIG, _Config).model_type])
+    lacking = missing_files(folder, processors[read_json(folder / CONFIG, ModelConfig).model_type])
     return f"{folder} has no {', no '.join(lacking)}" if lacking else None
 
 

@@ -47,7 +47,7 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class _Index:
+class WeightIndex:
     """`model.safetensors.index.json`: which file holds a tensor."""
 
     weight_map: dict[str, str]
@@ -94,7 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: the index is damaged, or names a file outside of the folder.
     """
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX, _Index).weight_map.values()))
+        names = sorted(set(read_json(folder / INDEX, WeightIndex).weight_map.values()))
         outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\\" in name]
         if outside or not names:
             found = repr(outside[0]) if outside else "nothing"

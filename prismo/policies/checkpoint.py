@@ -14,19 +14,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from prismo.data.normalize import DatasetStats, load_statistics
-from prismo.embodiment import Embodiment
 from prismo.families import FAMILIES, Family, family_of_checkpoint, missing_of_base
 from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, open_adapter, read_adapter_file
 from prismo.models.component_files import find_component, has_component, read_component
 from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished
 from prismo.models.heads import HEADS, Shapes, recognise
 from prismo.models.openvla import AttentionKind
-from prismo.models.training_record import (
-    Camera,
-    TrainingRecord,
-    attention_kind,
-    read_training_record,
-)
+from prismo.models.training_record import TrainingRecord, attention_kind, read_training_record
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.hub import is_hub_id, local_folder, no_such_folder
 from prismo.util.schema import JsonObject, read_json
@@ -60,14 +54,11 @@ class Checkpoint:
         head: a key of `prismo.models.heads.HEADS`.
         attention: how its language model attends; see `attention_evidence` for what says so.
         film: its vision towers are modulated by the instruction.
-        num_images: camera views it was trained with.
         proprio_dim: numbers in the state that it takes; None = it takes none.
         action_dim: numbers per action, from the head's tensors.
         chunk: actions per prediction.
         center_crop: it was trained on random crops (image_aug), so evaluation crops the center.
-        diffusion_steps: length of its training schedule.
-        intrinsics: camera of its training pictures (SpatialVLA).
-        robot: whose actions it predicts.
+        record: what else its training says, e.g. the robot; all None without one.
         adapter: not None = the folder holds no merged model but an adapter for a base model.
         statistics: by unnorm_key.
     """
@@ -79,14 +70,11 @@ class Checkpoint:
     attention: AttentionKind | None
     attention_evidence: str
     film: bool
-    num_images: int | None
     proprio_dim: int | None
     action_dim: int | None
     chunk: int | None
     center_crop: bool | None
-    diffusion_steps: int | None
-    intrinsics: Camera | None
-    robot: Embodiment | None
+    record: TrainingRecord
     adapter: AdapterInfo | None
     statistics: Mapping[str, DatasetStats]
 
@@ -131,14 +119,11 @@ def open_checkpoint(source: str | Path, base: str | None = None) -> Checkpoint:
         attention=attention,
         attention_evidence=evidence,
         film=has_component(folder, "vision_backbone"),
-        num_images=said.num_images_in_input,
         proprio_dim=_matrix(folder, proprio_state, "fc1.weight").shape[1] if proprio_state else None,
         action_dim=action_dim,
         chunk=family.chunk(folder, said),
         center_crop=_center_crop(folder, source, said),
-        diffusion_steps=said.num_diffusion_steps_train,
-        intrinsics=said.intrinsics,
-        robot=said.embodiment,
+        record=said,
         adapter=adapter,
         statistics=_statistics(folder, family),
     )

@@ -87,7 +87,7 @@ def _robot(given: Embodiment | None, checkpoint: Checkpoint, flags: PolicyFlags,
 
     What it is shown and how its numbers are scaled is the checkpoint's affair, its rate and gripper the caller's.
     """
-    trained = checkpoint.robot
+    trained = checkpoint.record.embodiment
     if given is None or trained is None:
         return trained or given or embodiment_for(statistics_key(flags, checkpoint, key))
     found, expected = (

@@ -63,12 +63,14 @@ def resolve_settings(
     head, attention, problems = _resolve_head(flags, checkpoint)
     problems += _contradictions(flags, checkpoint)
     refuse(problems, flags, checkpoint)
-    steps = flags.num_diffusion_steps_train or checkpoint.diffusion_steps or _DIFFUSION_STEPS
+    steps = flags.num_diffusion_steps_train or checkpoint.record.num_diffusion_steps_train or _DIFFUSION_STEPS
     settings = PolicySettings(
         head=head,
         attention=attention,
         film=checkpoint.film,
-        num_images=flags.num_images_in_input or checkpoint.num_images or _usual_images(checkpoint, attention, robot),
+        num_images=flags.num_images_in_input
+        or checkpoint.record.num_images_in_input
+        or _usual_images(checkpoint, attention, robot),
         proprio=_first(flags.use_proprio, checkpoint.proprio_dim is not None),
         center_crop=_first(flags.center_crop, checkpoint.center_crop, True),
         unnorm_key=key,
@@ -154,8 +156,8 @@ def _contradictions(flags: PolicyFlags, checkpoint: Checkpoint) -> list[Problem]
         problems.append(Problem(f"--use_proprio {flags.use_proprio}, but there is {found}", fatal=not has_proprio))
     problems += otherwise_trained(
         *(flags, checkpoint),
-        num_images_in_input=checkpoint.num_images,
-        num_diffusion_steps_train=checkpoint.diffusion_steps,
+        num_images_in_input=checkpoint.record.num_images_in_input,
+        num_diffusion_steps_train=checkpoint.record.num_diffusion_steps_train,
     )
     if checkpoint.adapter is not None and (flags.load_in_8bit or flags.load_in_4bit):
         text = "quantised loading of an unmerged adapter; merge it first (`prismo merge`)"

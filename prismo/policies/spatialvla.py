@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
@@ -26,12 +25,10 @@ from prismo.models.spatialvla import (
     predict_actions,
 )
 from prismo.models.spatialvla.modeling import read_config
-from prismo.models.training_record import Camera
 from prismo.policies.base import LoadedPolicy, PolicyFamily, PolicyInput
 from prismo.policies.checkpoint import Checkpoint, fold_adapter, weights_folder
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.settings import otherwise_trained, refuse, statistics_key
-from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ class SpatialVLASettings:
     center_crop: bool
     adaptive_ensemble: bool
     ensemble_alpha: float
-    intrinsics: Camera
+    intrinsics: str
     num_images: int = 1
 
 
@@ -121,13 +118,9 @@ def resolve_spatialvla_settings(
         ValueError: an unknown unnorm_key, flags of another model family, or flags that contradict the checkpoint.
     """
     _refuse(flags)
-    asked = flags.intrinsics or "checkpoint"
-    camera: Camera | None = next((known for known in get_args(Camera) if known == asked), None)
-    if camera is None:
-        raise ValueError(did_you_mean("intrinsics", asked, get_args(Camera)))
     key = _unnorm_key(flags, checkpoint, default_key)
     # The camera "checkpoint" always fits: it is that of the training pictures.
-    trained = checkpoint.intrinsics if flags.intrinsics == "libero" else None
+    trained = checkpoint.record.intrinsics if flags.intrinsics == "libero" else None
     refuse(otherwise_trained(flags, checkpoint, intrinsics=trained), flags, checkpoint)
     ensemble = True if flags.adaptive_ensemble is None else flags.adaptive_ensemble
     crop = flags.center_crop if flags.center_crop is not None else checkpoint.center_crop
@@ -137,7 +130,7 @@ def resolve_spatialvla_settings(
         center_crop=True if crop is None else crop,
         adaptive_ensemble=ensemble,
         ensemble_alpha=flags.ensemble_alpha,
-        intrinsics=camera,
+        intrinsics=flags.intrinsics or "checkpoint",
     )
 
 

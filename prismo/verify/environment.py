@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 
 import torch
 
 import prismo
-from prismo.eval.versions import gpu_driver
+from prismo.eval.versions import gpu_driver, package_version
 from prismo.util.git import git_commit
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
@@ -23,10 +22,8 @@ def environment() -> list[str]:
         f"Python {platform.python_version()}",
     ]
     for package in _PACKAGES:
-        try:
-            names.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            names.append(f"no {package}")
+        version = package_version(package)
+        names.append(f"{package} {version}" if version else f"no {package}")
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

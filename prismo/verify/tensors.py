@@ -18,7 +18,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from prismo.models.component_files import plain_keys
-from prismo.models.weight_files import DTYPES, INDEX, read_header, stored_tensors
+from prismo.models.weight_files import DTYPES, INDEX, WeightIndex, read_header, stored_tensors
 from prismo.util.schema import read_json
 from prismo.verify.checks import Finding, difference, judge, some
 from prismo.verify.facts import Architecture, SideModule
@@ -35,11 +35,6 @@ class Stored:
     dtype: str
 
 
-@dataclass(frozen=True)
-class _Index:
-    weight_map: dict[str, str]
-
-
 def read_model(folder: Path) -> dict[str, Stored]:
     """Tensors of `model*.safetensors`.
 
@@ -48,7 +43,7 @@ def read_model(folder: Path) -> dict[str, Stored]:
     """
     tensors = stored_tensors(folder)
     if (folder / INDEX).is_file():
-        listed = read_json(folder / INDEX, _Index).weight_map
+        listed = read_json(folder / INDEX, WeightIndex).weight_map
         found = {name: tensor.file.name for name, tensor in tensors.items()}
         wrong = {name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name)}
         if wrong:

@@ -31,7 +31,7 @@ def test_kinds_are_told_apart(checkpoints, kind, head, attention, proprio, actio
     assert found.family == "openvla"
     assert not found.film
     assert found.adapter is None
-    assert found.num_images is None  # no file says it
+    assert found.record.num_images_in_input is None  # no file says it
 
 
 def test_nothing_says_which_attention(checkpoints, tmp_path: Path) -> None:
@@ -46,7 +46,8 @@ def test_the_trainers_configuration_wins(checkpoints, tmp_path: Path) -> None:
     stored = {"num_images_in_input": 1, "image_aug": False, "num_diffusion_steps_train": 20}
     (folder / TRAINING_CONFIG).write_text(json.dumps(stored))
     found = open_checkpoint(folder)
-    assert (found.num_images, found.center_crop, found.diffusion_steps) == (1, False, 20)
+    assert (found.record.num_images_in_input, found.center_crop) == (1, False)
+    assert found.record.num_diffusion_steps_train == 20
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def merged(flags: Flags, tiny_base: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_everything_is_read_back_from_the_merged_folder(merged: Path) -> None:
-    assert open_checkpoint(merged).robot == OWN
+    assert open_checkpoint(merged).record.embodiment == OWN
     spec = prepare_policy(PolicyFlags(pretrained_checkpoint=str(merged)))
     assert (spec.robot, spec.settings.chunk, spec.settings.unnorm_key) == (OWN, 4, "my_robot")
     policy = spec.load()
