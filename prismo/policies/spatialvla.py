@@ -15,7 +15,7 @@ import torch
 
 from prismo.data.images import observation_image
 from prismo.data.normalize import UnknownKeyError
-from prismo.embodiment import Embodiment
+from prismo.embodiment import Camera, Embodiment
 from prismo.models.spatialvla import (
     LIBERO_AGENTVIEW,
     AdaptiveEnsemble,
@@ -26,7 +26,6 @@ from prismo.models.spatialvla import (
     predict_actions,
 )
 from prismo.models.spatialvla.modeling import read_config
-from prismo.models.training_record import Camera
 from prismo.policies.base import PolicyFamily, PolicyInput, check_finite
 from prismo.policies.checkpoint import Checkpoint, weights_folder
 from prismo.policies.flags import PolicyFlags

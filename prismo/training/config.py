@@ -197,6 +197,10 @@ class FinetuneConfig:
     # Leave padding out of FiLM's mean over the instruction, as in prediction; False takes it in, as the original
     film_exclude_padding: bool = True
 
+    # --- optimisation
+    # Auxiliary losses beside the alignment, by their names in prismo/align/auxiliary.py, separated by commas
+    auxiliaries: str | None = None
+
     # --- checkpoints
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
@@ -218,6 +222,12 @@ class FinetuneConfig:
     def align_recipe(self) -> AlignRecipe | None:
         """Settings of the alignment; None = train without a teacher."""
         return None
+
+    @property
+    def auxiliary_names(self) -> list[str]:
+        """Auxiliary losses, keys of `prismo.align.auxiliary.AUXILIARIES`."""
+        given = self.auxiliaries.split(",") if self.auxiliaries else []
+        return [*(["alignment"] if self.align_recipe else []), *given]
 
     @property
     def compiles(self) -> bool:
@@ -284,6 +294,11 @@ class FinetuneConfig:
             from prismo.models.heads import HEADS
 
             _check_choice("action_head", self.action_head, HEADS)
+        if self.auxiliaries is not None:
+            from prismo.align.auxiliary import AUXILIARIES
+
+            for name in self.auxiliaries.split(","):
+                _check_choice("auxiliaries", name, AUXILIARIES.keys() - {"alignment"})
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
         for field in fields(self):
