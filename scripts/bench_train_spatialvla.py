@@ -96,7 +96,7 @@ def build(args: BenchConfig, world: World) -> SpatialVLAObjective:
     rank = args.lora_rank
     lora = None if args.full else LoraSpec(rank, rank, target_modules=LORA_TARGETS["linear"])
     grid = ActionTokenizer.from_gaussians(OFFICIAL_GAUSSIANS, min_sigma=0.5)
-    objective = build_spatialvla_objective(vla, grid, lora, auxiliaries, autocast=not args.tiny)
+    objective = build_spatialvla_objective(vla, grid, auxiliaries, lora=lora, autocast=not args.tiny)
     if args.full and world.size > 1:
         shard_objective(objective, world, dtype)
     return objective

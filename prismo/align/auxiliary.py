@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -40,21 +40,6 @@ class ForwardPass:
     view_mask: Tensor | None
 
 
-@dataclass(frozen=True)
-class AuxiliaryLoss:
-    """What one auxiliary loss gives.
-
-    Attributes:
-        loss: already weighted, ready to be added.
-        metrics: detached scalars for the logs.
-        map: a number for every vision token [B, V, rows, columns], for pictures, where it was asked for.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    map: Tensor | None = None
-
-
 class Auxiliary(nn.Module, ABC):
     """A loss on hidden states; its parameters are what it trains beside the policy.
 
@@ -74,8 +59,10 @@ class Auxiliary(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, seen: ForwardPass, *, with_map: bool) -> AuxiliaryLoss:
-        """The loss of one forward pass."""
+    def loss(self, seen: ForwardPass, *, with_map: bool) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The loss of one forward pass: already weighted, detached scalars for the logs, and where it is asked for a
+        number for every vision token [B, V, rows, columns], for pictures.
+        """
 
     def components(self) -> dict[str, nn.Module]:
         """Its trained modules by the stem of their files."""
@@ -84,7 +71,11 @@ class Auxiliary(nn.Module, ABC):
 
 def load_auxiliaries(flags: Any, hidden_size: int, device: torch.device) -> dict[str, Auxiliary]:
     """The auxiliary losses of a run by name, see `Auxiliary.from_flags`."""
-    kinds = {name: AUXILIARIES[name].partition(":") for name in flags.auxiliary_names}
+    given = [
+        *(["alignment"] if flags.align_recipe else []),
+        *(flags.auxiliaries.split(",") if flags.auxiliaries else []),
+    ]
+    kinds = {name: AUXILIARIES[name].partition(":") for name in given}
     return {
         name: getattr(importlib.import_module(module), attribute).from_flags(flags, hidden_size, device)
         for name, (module, _, attribute) in kinds.items()

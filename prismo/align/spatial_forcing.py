@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismo.align.auxiliary import Auxiliary, AuxiliaryLoss, ForwardPass
+from prismo.align.auxiliary import Auxiliary, ForwardPass
 from prismo.align.pooling import pool
 from prismo.align.recipe import AlignRecipe, layer_index
 from prismo.align.teachers import Teacher, load_teacher
@@ -122,11 +122,11 @@ class SpatialForcing(Auxiliary):
     def components(self) -> dict[str, nn.Module]:
         return {"align_projector": self.projector}
 
-    def loss(self, seen: ForwardPass, *, with_map: bool) -> AuxiliaryLoss:
+    def loss(self, seen: ForwardPass, *, with_map: bool) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         hidden, shift = seen.hidden[self.layers[0]], self.recipe.gain_feat_1move
         tokens = vision_tokens(hidden, seen.count, start=seen.start, shift=shift)
         loss, metrics = self(seen.images, tokens, view_mask=seen.view_mask, return_map=with_map)
-        return AuxiliaryLoss(loss, metrics, metrics.pop("align_cosine_map", None))
+        return loss, metrics, metrics.pop("align_cosine_map", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpatialForcing:
         """Let the teacher follow to another device; its dtype stays (it is chosen when it is loaded)."""

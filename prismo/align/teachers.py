@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -50,17 +50,6 @@ class Teacher(Protocol):
         ...
 
 
-class TeacherLoader(Protocol):
-    """A function that builds a frozen teacher from its weights file.
-
-    On the device "meta" only sizes are wanted, so a loader does well not to read weights for it.
-    """
-
-    def __call__(
-        self, path: str | Path | None, *, dtype: torch.dtype, device: str | torch.device, compile: bool
-    ) -> Teacher: ...
-
-
 @dataclass(frozen=True)
 class TeacherSizes:
     """What a run must know of a teacher before it is loaded.
@@ -80,13 +69,14 @@ class TeacherKind:
     """A teacher before it is loaded.
 
     Attributes:
-        load: builds it.
+        load: (path, dtype=, device=, compile=) -> the frozen teacher, see `load_teacher`. On the device "meta" only
+            sizes are wanted, so a loader does well not to read weights for it.
         title: what it is, for model cards.
         license: of its weights, as the hub calls it; None = they are nobody's.
         sizes: None = those of what `load` builds on the device "meta", as they depend on the file.
     """
 
-    load: TeacherLoader
+    load: Callable[..., Teacher]
     title: str
     license: str | None
     sizes: TeacherSizes | None = None

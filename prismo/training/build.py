@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prismo.data.dataset import Sample
-from prismo.data.images import center_crop, prepare_images
 
 T = TypeVar("T")
 
@@ -46,24 +45,6 @@ def _has_content(view: Tensor) -> bool:
 def text_of(values: dict[str, Tensor], kind: type[T]) -> T:
     """The dataclass of tensors that `Tokenise` took apart."""
     return kind(**{field.name: values.get(field.name) for field in fields(kind)})  # ty: ignore[invalid-argument-type]
-
-
-def prepare_pictures(
-    images: Tensor, size: int, device: torch.device, seeds: Tensor | None = None, crop: bool = False
-) -> Tensor:
-    """What the model sees of stored pictures; resize and augmentation run on `device`.
-
-    Args:
-        images: uint8 [B, V, 3, H, W] as stored.
-        size: pixels per side that the model takes.
-        seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
-        crop: center crop, as at evaluation.
-
-    Returns:
-        uint8 [B, V, 3, size, size].
-    """
-    pictures = prepare_images(images.to(device, non_blocking=True), size, seeds)
-    return center_crop(pictures) if crop else pictures
 
 
 def moved(value: Tensor | None, device: torch.device) -> Any:

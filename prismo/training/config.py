@@ -224,12 +224,6 @@ class FinetuneConfig:
         return None
 
     @property
-    def auxiliary_names(self) -> list[str]:
-        """Auxiliary losses, keys of `prismo.align.auxiliary.AUXILIARIES`."""
-        given = self.auxiliaries.split(",") if self.auxiliaries else []
-        return [*(["alignment"] if self.align_recipe else []), *given]
-
-    @property
     def compiles(self) -> bool:
         """Whether anything is compiled, for which torch starts processes of its own."""
         return self.compile

@@ -73,7 +73,7 @@ class Objective(nn.Module, ABC, Generic[V]):
         main, seen = self.main_loss(batch)
         total, metrics, align_map = main.loss, main.metrics | {"loss": main.loss.detach()}, None
         for auxiliary in self.auxiliaries.values():
-            found = auxiliary.loss(seen, with_map=with_map)
-            total, align_map = total + found.loss, align_map if found.map is None else found.map
-            metrics |= found.metrics
+            loss, values, picture = auxiliary.loss(seen, with_map=with_map)
+            total, metrics = total + loss, metrics | values
+            align_map = align_map if picture is None else picture
         return Losses(total, metrics, main.actions, align_map)

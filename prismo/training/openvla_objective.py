@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prismo.align.auxiliary import Auxiliary, ForwardPass
+from prismo.data.images import prepare_images
 from prismo.embodiment import Embodiment
 from prismo.models.film import add_film
 from prismo.models.heads import HEADS, HeadLoss, HeadSizes
@@ -21,7 +22,7 @@ from prismo.models.lora import add_lora, freeze_never_used
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
 from prismo.models.openvla.prediction import ActionModules, OpenVLARun
 from prismo.models.projectors import ProprioProjector
-from prismo.training.build import keep_input_dtypes, moved, prepare_pictures
+from prismo.training.build import keep_input_dtypes, moved
 from prismo.training.objective import Objective
 from prismo.training.options import PolicyOptions
 
@@ -129,12 +130,12 @@ def openvla_inputs(
     """Inputs of the objective from what the data workers deliver.
 
     Args:
-        images, size, device, seeds, crop: see `prepare_pictures`.
+        images, size, seeds, crop: see `prepare_images`, which runs on `device`.
         text, actions, action_mask, proprio, view_mask: as in `OpenVLAInputs`, on the CPU.
         processor: normalisation of the towers.
         dtype: of `pixel_values`.
     """
-    pictures = prepare_pictures(images, size, device, seeds, crop)
+    pictures = prepare_images(moved(images, device), size, seeds, crop=crop)
     pixels = processor.normalize(pictures, dtype)
     values = (moved(value, device) for value in (actions, action_mask, proprio, view_mask))
     return OpenVLAInputs(pictures.float() / 255, pixels, text.to(device), *values)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
+from prismo.data.images import prepare_images
 from prismo.data.loader import CollateText, Loader, make_loader, usual_workers
 from prismo.data.normalize import dump_statistics
 from prismo.merging.merge import resolve_base
 from prismo.models.openvla import SelfTestError
 from prismo.training.action_error import ActionErrors
-from prismo.training.build import prepare_pictures
 from prismo.training.checkpoint import read_state
 from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World, start_world, stop_world
@@ -182,7 +182,7 @@ def _dry_run(plan: Plan, world: World) -> None:
     collate, alone = family.load_collate(config, base), replace(world, size=1, device=torch.device("cpu"))
     batch = next(iter(_loaders(config, data, collate, alone)[0]))
     seeds = batch.seeds if config.image_aug else None
-    pictures = prepare_pictures(batch.images, family.image_size(base), torch.device("cpu"), seeds).float() / 255
+    pictures = prepare_images(batch.images, family.image_size(base), seeds).float() / 255
     path = plan.run.path / "first_batch.png"
     picture = first_batch_picture(batch, pictures, data[0].embodiment, family.prompt, path)
     workers = plan.config.num_workers

@@ -196,19 +196,17 @@ def _load_task(
     if config.gradient_checkpointing:
         recompute_activations(vla)
     torch.manual_seed(config.seed)  # of every new weight; the same on every process
-    lora = _lora(config)
-    objective = build_spatialvla_objective(
-        vla,
-        processor.action_tokenizer,
-        lora,
-        load_auxiliaries(config, vla.llm_dim, world.device),
-        freeze_llm_embed=config.freeze_llm_embed,
-        freeze_vision_tower=config.freeze_vision_tower,
-        autocast=precision != torch.float32,
-    )
-    if lora is None and world.size > 1:
+    auxiliaries = load_auxiliaries(config, vla.llm_dim, world.device)
+    autocast = precision != torch.float32
+    objective = _objective(config, vla, processor.action_tokenizer, auxiliaries, autocast=autocast)
+    if not config.use_lora and world.size > 1:
         shard_objective(objective, world, precision)
-    return SpatialVLATask(objective, config, robot, statistics, base, world, lora, processor)
+    return SpatialVLATask(objective, config, robot, statistics, base, world, _lora(config), processor)
+
+
+def _objective(config: FinetuneConfig, *parts: Any, autocast: bool = False) -> SpatialVLAObjective:
+    frozen = {"freeze_llm_embed": config.freeze_llm_embed, "freeze_vision_tower": config.freeze_vision_tower}
+    return build_spatialvla_objective(*parts, lora=_lora(config), autocast=autocast, **frozen)
 
 
 def _sizes(config: FinetuneConfig, base: Path, robot: Embodiment) -> RunSizes:
@@ -216,14 +214,8 @@ def _sizes(config: FinetuneConfig, base: Path, robot: Embodiment) -> RunSizes:
     model: SpatialVLAConfig = read_config(base)
     auxiliaries = load_auxiliaries(config, model.text_config.hidden_size, torch.device("meta"))
     with torch.device("meta"):
-        objective = build_spatialvla_objective(
-            SpatialVLAForConditionalGeneration.empty(model),
-            SpatialVLAProcessor.from_pretrained(base).action_tokenizer,
-            _lora(config),
-            auxiliaries,
-            freeze_llm_embed=config.freeze_llm_embed,
-            freeze_vision_tower=config.freeze_vision_tower,
-        )
+        vla = SpatialVLAForConditionalGeneration.empty(model)
+        objective = _objective(config, vla, SpatialVLAProcessor.from_pretrained(base).action_tokenizer, auxiliaries)
     frozen = sum(parameter.numel() for parameter in objective.parameters() if not parameter.requires_grad)
     tokens = model.num_image_tokens + _PROMPT_TOKENS + robot.chunk * TOKENS_PER_ACTION
     return RunSizes(frozen, trained_parameters(objective, "model"), model.text_config, tokens)

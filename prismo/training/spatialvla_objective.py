@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prismo.align.auxiliary import Auxiliary, ForwardPass
+from prismo.data.images import prepare_images
 from prismo.models.heads import HeadLoss
 from prismo.models.lora import LoraSpec, add_lora
 from prismo.models.spatialvla import (
@@ -24,7 +25,7 @@ from prismo.models.spatialvla import (
     SpatialVLATextBatch,
 )
 from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION
-from prismo.training.build import keep_input_dtypes, moved, prepare_pictures
+from prismo.training.build import keep_input_dtypes, moved
 from prismo.training.distributed import World
 from prismo.training.objective import Objective
 from prismo.training.sharding import shard
@@ -128,9 +129,9 @@ def _decode_table(grid: ActionTokenizer) -> Tensor:
 def build_spatialvla_objective(
     vla: SpatialVLAForConditionalGeneration,
     grid: ActionTokenizer,
-    lora: LoraSpec | None,
     auxiliaries: Mapping[str, Auxiliary] | None = None,
     *,
+    lora: LoraSpec | None = None,
     freeze_llm_embed: bool = True,
     freeze_vision_tower: bool = False,
     autocast: bool = False,
@@ -140,8 +141,8 @@ def build_spatialvla_objective(
     Args:
         vla: the base model; it is changed in place.
         grid: action grid of the targets.
-        lora: None trains the weights themselves.
         auxiliaries: by name.
+        lora: None trains the weights themselves.
         freeze_llm_embed, freeze_vision_tower: what full fine-tuning leaves out.
         autocast: the objective will run under bf16 autocast.
     """
@@ -180,11 +181,11 @@ def spatialvla_inputs(
     """Inputs of the objective from what the data workers deliver.
 
     Args:
-        images, size, device, seeds, crop: see `prepare_pictures`.
+        images, size, seeds, crop: see `prepare_images`, which runs on `device`.
         text, actions, view_mask: as in `SpatialVLAInputs`, on the CPU.
         cameras: of the B pictures, whatever crop is drawn (the authors' choice).
     """
-    pictures = prepare_pictures(images, size, device, seeds, crop).float() / 255
+    pictures = prepare_images(moved(images, device), size, seeds, crop=crop).float() / 255
     intrinsics = torch.stack([camera.matrix(size) for camera in cameras])
     values = (moved(value, device) for value in (actions, view_mask))
     return SpatialVLAInputs(pictures, moved(intrinsics, device), text.to(device), *values)

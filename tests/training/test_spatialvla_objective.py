@@ -42,7 +42,7 @@ def vla(folder) -> SpatialVLAForConditionalGeneration:
 
 
 def test_teacher_forced_actions(vla, processor, batch):
-    objective = build_spatialvla_objective(vla, processor.action_tokenizer, None).train()
+    objective = build_spatialvla_objective(vla, processor.action_tokenizer).train()
     with torch.no_grad():
         losses = objective(batch)
         text = batch.text
@@ -78,7 +78,7 @@ def test_alignment_meets_the_patches_without_a_shift(vla, processor, batch):
     recipe = AlignRecipe(vla_layers_align=1, gain_feat_1move=False)
     torch.manual_seed(0)
     alignment = SpatialForcing(teacher, vla.llm_dim, recipe)
-    objective = build_spatialvla_objective(vla, processor.action_tokenizer, None, {"alignment": alignment}).eval()
+    objective = build_spatialvla_objective(vla, processor.action_tokenizer, {"alignment": alignment}).eval()
     losses = objective(batch, with_map=True)
     text = batch.text
     with torch.no_grad():

@@ -209,6 +209,7 @@ def test_benchmark_script_measures_our_step(tmp_path, monkeypatch, capsys):
     results = tmp_path / "bench.jsonl"
     arguments = ["--tiny", "--steps", "2", "--warmup", "1", "--batch_size", "1", "--results", str(results)]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
     row = json.loads(results.read_text())
     assert row["samples_per_s"] == pytest.approx(1 / row["step_s"])
