@@ -356,16 +356,7 @@ class FinetuneAlignConfig(FinetuneConfig):
             return None
         from prismo.align import AlignRecipe
 
-        return AlignRecipe(
-            vla_layers_align=self.vla_layers_align,
-            vggt_layers_align=self.vggt_layers_align,
-            pooling_func=self.pooling_func,
-            use_vggt_pe=self.use_vggt_pe,
-            use_vlm_norm=self.use_vlm_norm,
-            align_loss_type=self.align_loss_type,
-            align_loss_coeff=self.align_loss_coeff,
-            gain_feat_1move=self.gain_feat_1move,
-        )
+        return AlignRecipe(**{field.name: getattr(self, field.name) for field in fields(AlignRecipe)})
 
     @property
     def compiles(self) -> bool:

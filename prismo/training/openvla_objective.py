@@ -51,13 +51,7 @@ class OpenVLAInputs:
 
 
 class OpenVLAObjective(Objective[OpenVLAForActionPrediction]):
-    """Action loss of OpenVLA-OFT plus auxiliary losses.
-
-    Args:
-        vla: the model, with adapters injected where it is fine-tuned by LoRA.
-        modules: action head and projectors.
-        auxiliaries: by name.
-    """
+    """Action loss of OpenVLA-OFT plus auxiliary losses; see `Objective`."""
 
     def __init__(
         self,
@@ -97,8 +91,6 @@ def build_openvla_objective(
     Args:
         vla: the base model; it is changed in place.
         robot: sizes of actions and state.
-        options: what is trained.
-        auxiliaries: by name.
         autocast: the objective will run under bf16 autocast.
     """
     if options.use_film:

@@ -29,12 +29,8 @@ class PolicyTask(Generic[T]):
     """Half of a `prismo.training.task.TrainingTask`; a family adds `inputs`, `predict` and its own files.
 
     Attributes:
-        objective: ready to be trained.
-        config: the run's flags.
-        robot: sizes of actions and state.
         statistics: of the datasets by name, for the checkpoints.
         base: folder of the base model.
-        world: the processes of the run.
         lora: the adapters; None = the weights themselves are trained.
     """
 

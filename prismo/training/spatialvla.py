@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from prismo.align.auxiliary import load_auxiliaries
+from prismo.align.auxiliary import Auxiliary, load_auxiliaries
 from prismo.data.loader import Batch
 from prismo.data.normalize import DatasetStats
 from prismo.embodiment import Camera, Embodiment
@@ -198,15 +198,21 @@ def _load_task(
     torch.manual_seed(config.seed)  # of every new weight; the same on every process
     auxiliaries = load_auxiliaries(config, vla.llm_dim, world.device)
     autocast = precision != torch.float32
-    objective = _objective(config, vla, processor.action_tokenizer, auxiliaries, autocast=autocast)
+    objective = _objective(config, vla, processor.action_tokenizer, auxiliaries, autocast)
     if not config.use_lora and world.size > 1:
         shard_objective(objective, world, precision)
     return SpatialVLATask(objective, config, robot, statistics, base, world, _lora(config), processor)
 
 
-def _objective(config: FinetuneConfig, *parts: Any, autocast: bool = False) -> SpatialVLAObjective:
+def _objective(
+    config: FinetuneConfig,
+    vla: SpatialVLAForConditionalGeneration,
+    grid: ActionTokenizer,
+    auxiliaries: Mapping[str, Auxiliary],
+    autocast: bool = False,
+) -> SpatialVLAObjective:
     frozen = {"freeze_llm_embed": config.freeze_llm_embed, "freeze_vision_tower": config.freeze_vision_tower}
-    return build_spatialvla_objective(*parts, lora=_lora(config), autocast=autocast, **frozen)
+    return build_spatialvla_objective(vla, grid, auxiliaries, lora=_lora(config), autocast=autocast, **frozen)
 
 
 def _sizes(config: FinetuneConfig, base: Path, robot: Embodiment) -> RunSizes:

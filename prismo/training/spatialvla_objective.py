@@ -53,12 +53,10 @@ class SpatialVLAInputs:
 
 
 class SpatialVLAObjective(Objective[SpatialVLAForConditionalGeneration]):
-    """Next-token loss over 12 action tokens and <eos> (arXiv 2501.15830), plus auxiliary losses.
+    """Next-token loss over 12 action tokens and <eos> (arXiv 2501.15830), plus auxiliary losses; see `Objective`.
 
     Args:
-        vla: the model, frozen where it is not trained.
-        grid: its action grid, for errors in action units.
-        auxiliaries: by name.
+        grid: the model's action grid, for errors in action units.
     """
 
     _table: Tensor
@@ -141,7 +139,6 @@ def build_spatialvla_objective(
     Args:
         vla: the base model; it is changed in place.
         grid: action grid of the targets.
-        auxiliaries: by name.
         lora: None trains the weights themselves.
         freeze_llm_embed, freeze_vision_tower: what full fine-tuning leaves out.
         autocast: the objective will run under bf16 autocast.
