@@ -55,14 +55,8 @@ FAMILY = Family(
         }
     ),
     check_given=lambda flags: flags.adapt_emb is None or load_gaussians(flags.adapt_emb),
-    published={
-        "adapt_emb": True,
-        "adpt_feature": True,
-        "scheduler": "LinearLR",
-        "lr_warmup_steps": 50,
-        "weight_decay": 0,
-        "vla_layers_align": 20,
-    },
+    published={"adapt_emb": True, "adpt_feature": True, "vla_layers_align": 20}
+    | {"scheduler": "LinearLR", "lr_warmup_steps": 50, "weight_decay": 0},
     settled=frozenset({"use_l1_regression", "use_diffusion", "action_head", "gain_feat_1move"}),
     lora_alpha=lambda rank: rank,
     read_config=read_config,

@@ -43,12 +43,8 @@ from prismo.training.task import C, ModelFamily, RunSizes
 
 _TEXT_TOKENS = 95  # prompt, actions and stop token of a LIBERO sample
 _PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json"),
 )
 
 

@@ -70,17 +70,14 @@ def _check_flags(config: C, base: Path, processes: int) -> C:
         raise ValueError("--adpt_feature True needs --adapt_emb, a file of `prismo data gaussians`")
     if not config.use_lora and processes > 1:
         check_torch()
-    if not config.use_lora and processes > 1 and config.use_val_set:
-        raise ValueError(
-            "--use_val_set True: a sharded model is validated on one process only; leave the flag out and evaluate the "
-            "checkpoints"
-        )
-    if not config.use_lora and config.learning_rate > 10 * _USUAL_FULL_RATE:
-        _LOG.warning(
-            "--learning_rate %g with --use_lora False; full fine-tuning uses about %g",
-            config.learning_rate,
-            _USUAL_FULL_RATE,
-        )
+        if config.use_val_set:
+            raise ValueError(
+                "--use_val_set True: a sharded model is validated on one process only; leave the flag out and evaluate "
+                "the checkpoints"
+            )
+    if not config.use_lora and (rate := config.learning_rate) > 10 * _USUAL_FULL_RATE:
+        usual = f"full fine-tuning uses about {_USUAL_FULL_RATE:g}"
+        _LOG.warning("--learning_rate %g with --use_lora False; %s", rate, usual)
     _processor(config, base)  # every file that it needs is there and whole
     changes: dict[str, Any] = {"use_l1_regression": False}
     if config.use_lora and config.lora_alpha is None:
@@ -95,10 +92,8 @@ def _processor(config: FinetuneConfig, base: Path) -> SpatialVLAProcessor:
     processor = SpatialVLAProcessor.from_pretrained(base)
     if config.adapt_emb is None:
         return processor
-    grid = ActionTokenizer.from_gaussians(
-        load_gaussians(config.adapt_emb), config.min_sigma, processor.action_tokenizer.bins
-    )
-    return replace(processor, action_tokenizer=grid)
+    gaussians, bins = load_gaussians(config.adapt_emb), processor.action_tokenizer.bins
+    return replace(processor, action_tokenizer=ActionTokenizer.from_gaussians(gaussians, config.min_sigma, bins))
 
 
 def _lora(config: FinetuneConfig) -> LoraSpec | None:

@@ -43,25 +43,20 @@ class TrainingTask(Protocol):
         """Inputs of the objective on the device; their `images` are what the model sees, float [B, V, 3, H, W] in
         [0, 1]. With `train` False as in evaluation, without augmentation.
         """
-        ...
 
     def predict(self, inputs: Any) -> Tensor:
         """Normalised actions [B, K, A], as the policy will give them."""
-        ...
 
     def write(self, folder: Path, step: Step, weights: Mapping[str, Tensor]) -> None:
         """Write the published files of the policy. Main process only; the weights are whole and on the CPU, by name in
         the objective, which may hold but its part of them.
         """
-        ...
 
     def merge(self, folder: Path) -> object:
         """Write the merged model into a complete checkpoint folder."""
-        ...
 
     def load_modules(self, folder: Path, step: int) -> list[str]:
         """Restore what a published checkpoint holds beside the merged weights; returns the names of its files."""
-        ...
 
 
 @dataclass(frozen=True)
