@@ -18,6 +18,7 @@ Normalization = Literal["bounds_q99", "bounds", "normal"]
 Count = Annotated[int, Ge(1), Le(10_000)]
 Rate = Annotated[float, Gt(0), Le(10_000)]
 Sign = Literal[-1, 1]
+Camera = Literal["checkpoint", "libero"]  # whose intrinsics SpatialVLA takes: those stored with it, or LIBERO's
 
 
 @dataclass(frozen=True)

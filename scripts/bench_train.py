@@ -73,9 +73,15 @@ from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProc
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.testing.tiny import tiny_openvla_config
-from prismo.training.build import build_objective, compile_blocks, policy_inputs, recompute_activations
+from prismo.training.build import recompute_activations
 from prismo.training.distributed import World, start_world, stop_world
-from prismo.training.objective import OpenVLAObjective, TrainingInputs
+from prismo.training.openvla_objective import (
+    OpenVLAInputs,
+    OpenVLAObjective,
+    build_openvla_objective,
+    compile_blocks,
+    openvla_inputs,
+)
 from prismo.training.options import PolicyOptions
 from prismo.training.step import TrainStep, trainable_parameters
 
@@ -105,11 +111,11 @@ def build(args: BenchConfig, world: World) -> OpenVLAObjective:
         recipe = AlignRecipe.spatial_forcing()
     if args.gradient_checkpointing:
         recompute_activations(vla)
-    alignment = None
+    auxiliaries = {}
     if not args.no_align:
-        alignment = SpatialForcing(build_teacher(args, world), vla.llm_dim, recipe)
+        auxiliaries["alignment"] = SpatialForcing(build_teacher(args, world), vla.llm_dim, recipe)
     options = PolicyOptions(use_proprio=True)
-    objective = build_objective(vla, LIBERO, options, alignment, autocast=not args.tiny)
+    objective = build_openvla_objective(vla, LIBERO, options, auxiliaries, autocast=not args.tiny)
     if args.compile:
         compile_blocks(objective.vla)
     return objective
@@ -146,9 +152,9 @@ def draw_batch(args: BenchConfig, objective: OpenVLAObjective, number: int, pinn
     )
 
 
-def prepare(batch: RawBatch, step: TrainStep[OpenVLAObjective]) -> TrainingInputs:
+def prepare(batch: RawBatch, step: TrainStep[OpenVLAObjective]) -> OpenVLAInputs:
     """What the trainer does with a batch in front of the objective: copy, resize, augment, normalise."""
-    return policy_inputs(
+    return openvla_inputs(
         batch.images,
         batch.text,
         batch.actions,
@@ -205,9 +211,9 @@ def seconds_of(world: World, run: Callable[[], object], repeats: int) -> float:
 
 def parts(args: BenchConfig, step: TrainStep[OpenVLAObjective], batch: RawBatch) -> dict[str, float]:
     """Seconds per update of preparing the inputs and of the teacher, each measured by itself."""
-    repeats, alignment = (2 if args.tiny else 5), step.objective.alignment
+    repeats, alignment = (2 if args.tiny else 5), step.objective.auxiliaries.get("alignment")
     result = {"inputs_s": seconds_of(step.world, lambda: prepare(batch, step), repeats), "vggt_s": 0.0}
-    if alignment is not None:
+    if isinstance(alignment, SpatialForcing):
         side = step.objective.vla.config.towers[0].grid
         images = prepare(batch, step).images
 

@@ -69,9 +69,9 @@ from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.spatialvla_objective import (
     SpatialVLAInputs,
     SpatialVLAObjective,
-    build_objective,
-    policy_inputs,
+    build_spatialvla_objective,
     shard_objective,
+    spatialvla_inputs,
 )
 from prismo.training.step import TrainStep, trainable_parameters
 
@@ -86,16 +86,17 @@ def build(args: BenchConfig, world: World) -> SpatialVLAObjective:
     vla = SpatialVLAForConditionalGeneration.random(config, dtype=dtype, device=world.device)
     if args.gradient_checkpointing:
         recompute_activations(vla)
-    alignment = None
+    auxiliaries = {}
     if args.align:
         small = VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256)
         teacher = random_vggt(config=small) if args.tiny else build_vggt_1b(world.device, torch.bfloat16)
-        recipe = AlignRecipe(vla_layers_align=vla.num_layers * 3 // 4, use_vggt_pe=True, use_vlm_norm=True)
-        alignment = SpatialForcing(teacher, vla.llm_dim, recipe)
+        layer = vla.num_layers * 3 // 4
+        recipe = AlignRecipe(vla_layers_align=layer, use_vggt_pe=True, use_vlm_norm=True, gain_feat_1move=False)
+        auxiliaries["alignment"] = SpatialForcing(teacher, vla.llm_dim, recipe)
     rank = args.lora_rank
     lora = None if args.full else LoraSpec(rank, rank, target_modules=LORA_TARGETS["linear"])
     grid = ActionTokenizer.from_gaussians(OFFICIAL_GAUSSIANS, min_sigma=0.5)
-    objective = build_objective(vla, grid, lora, alignment, autocast=not args.tiny)
+    objective = build_spatialvla_objective(vla, grid, auxiliaries, lora=lora, autocast=not args.tiny)
     if args.full and world.size > 1:
         shard_objective(objective, world, dtype)
     return objective
@@ -142,7 +143,7 @@ def prepare(batch: RawBatch, step: TrainStep[SpatialVLAObjective]) -> SpatialVLA
     """What the trainer does with a batch in front of the objective: copy, resize, augment."""
     size = step.objective.vla.config.image_pixels
     device = step.world.device
-    return policy_inputs(
+    return spatialvla_inputs(
         batch.images,
         batch.text,
         batch.actions,

@@ -30,7 +30,7 @@ from prismo.models.openvla.prediction import ActionModules, predict_normalized
 from prismo.models.openvla.processing import query
 from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticVisionBackbone
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
-from prismo.training.objective import OpenVLAObjective, TrainingInputs
+from prismo.training.openvla_objective import OpenVLAInputs, OpenVLAObjective
 from tests import golden
 from tests.golden import close
 
@@ -258,8 +258,8 @@ def test_training_step(
 ) -> None:
     """Losses and gradients of one step come out of the objective that the trainer uses."""
     expected = golden.figures("train_l1_align.npz")
-    objective = OpenVLAObjective(vla, modules, alignment(vla, teacher, -1))
-    batch = TrainingInputs(
+    objective = OpenVLAObjective(vla, modules, {"alignment": alignment(vla, teacher, -1)})
+    batch = OpenVLAInputs(
         images=golden.images(),
         pixel_values=inputs.pixels,
         text=inputs.text,

@@ -5,7 +5,7 @@
 
 from prismo.align.recipe import AlignRecipe
 from prismo.align.spatial_forcing import AlignProjector, SpatialForcing
-from prismo.align.teachers import TEACHERS, Teacher, TeacherOutline, load_teacher, outline_teacher
+from prismo.align.teachers import TEACHERS, Teacher, TeacherKind, TeacherSizes, load_teacher, teacher_sizes
 from prismo.align.tokens import LayerTap, vision_tokens
 from prismo.align.vggt import VGGTAggregator, VGGTConfig, load_vggt
 
@@ -16,11 +16,12 @@ __all__ = [
     "LayerTap",
     "SpatialForcing",
     "Teacher",
-    "TeacherOutline",
+    "TeacherKind",
+    "TeacherSizes",
     "VGGTAggregator",
     "VGGTConfig",
     "load_teacher",
     "load_vggt",
-    "outline_teacher",
+    "teacher_sizes",
     "vision_tokens",
 ]

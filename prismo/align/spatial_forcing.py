@@ -1,7 +1,7 @@
 """Spatial Forcing as a plug-in: a cosine loss between a VLA's vision tokens and a frozen teacher's features.
 
-Li et al. 2025, arXiv 2510.12276. The trainer builds one `SpatialForcing` per run; any other VLA can do the same
-(docs/align.md). Nothing of it is needed at inference.
+Li et al. 2025, arXiv 2510.12276. The first of the trainer's auxiliary losses (`prismo.align.auxiliary`); any other VLA
+can use it, too (docs/align.md). Nothing of it is needed at inference.
 
 Shape legend: B samples, V views, P VLA patches per view, T = V * P tokens, D the teacher's width.
 """
@@ -11,14 +11,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prismo.align.auxiliary import Auxiliary, ForwardPass
 from prismo.align.pooling import pool
 from prismo.align.recipe import AlignRecipe, layer_index
-from prismo.align.teachers import Teacher
+from prismo.align.teachers import Teacher, load_teacher
+from prismo.align.tokens import vision_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def token_cosine(projected: Tensor, target: Tensor) -> Tensor:
         )
 
 
-class SpatialForcing(nn.Module):
+class SpatialForcing(Auxiliary):
     """The alignment loss for any VLA.
 
     Only the projector is trained, saved and synchronised: the teacher is neither in `parameters()` nor in
@@ -97,7 +100,7 @@ class SpatialForcing(nn.Module):
             raise TypeError(f"expected a teacher (an nn.Module with width, layers, features), found {type(teacher)}")
         self.recipe = recipe or AlignRecipe.spatial_forcing()
         layer_index(self.recipe.vggt_layers_align, teacher.layers)
-        self.grid = grid
+        self.layers, self.grid = (self.recipe.vla_layers_align,), grid
         # In a tuple, out of nn.Module's sight: else a gigabyte of frozen weights would be saved, broadcast and clipped.
         self._teacher = (teacher.requires_grad_(False).eval(),)
         self.projector = AlignProjector(hidden_size, teacher.width, use_vlm_norm=self.recipe.use_vlm_norm)
@@ -105,10 +108,25 @@ class SpatialForcing(nn.Module):
         self.projector.to(device)
         self._inputs_checked = False
 
+    @classmethod
+    def from_flags(cls, flags: Any, hidden_size: int, device: torch.device) -> SpatialForcing:
+        precision, path = flags.teacher_precision(device), flags.teacher_path
+        teacher = load_teacher(flags.teacher, path, dtype=precision, device=device, compile=flags.compile_vggt)
+        return cls(teacher, hidden_size, flags.align_recipe)
+
     @property
     def teacher(self) -> Teacher:
         """The frozen teacher."""
         return self._teacher[0]
+
+    def components(self) -> dict[str, nn.Module]:
+        return {"align_projector": self.projector}
+
+    def loss(self, seen: ForwardPass, *, with_map: bool) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        hidden, shift = seen.hidden[self.layers[0]], self.recipe.gain_feat_1move
+        tokens = vision_tokens(hidden, seen.count, start=seen.start, shift=shift)
+        loss, metrics = self(seen.images, tokens, view_mask=seen.view_mask, return_map=with_map)
+        return loss, metrics, metrics.pop("align_cosine_map", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpatialForcing:
         """Let the teacher follow to another device; its dtype stays (it is chosen when it is loaded)."""

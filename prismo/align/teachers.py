@@ -1,8 +1,8 @@
-"""Teachers by name. A new teacher is one file with a loader, and one line in `TEACHERS`."""
+"""Teachers by name. A new one is one file with a loader, and one line in `TEACHERS`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -51,7 +51,7 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class TeacherOutline:
+class TeacherSizes:
     """What a run must know of a teacher before it is loaded.
 
     Attributes:
@@ -64,20 +64,27 @@ class TeacherOutline:
     parameters: int
 
 
-class TeacherLoader(Protocol):
-    """A function that builds a frozen teacher from its weights file.
+@dataclass(frozen=True)
+class TeacherKind:
+    """A teacher before it is loaded.
 
-    On the device "meta" only sizes are wanted (`outline_teacher`), so a loader does well not to read weights for it.
+    Attributes:
+        load: (path, dtype=, device=, compile=) -> the frozen teacher, see `load_teacher`. On the device "meta" only
+            sizes are wanted, so a loader does well not to read weights for it.
+        title: what it is, for model cards.
+        license: of its weights, as the hub calls it; None = they are nobody's.
+        sizes: None = those of what `load` builds on the device "meta", as they depend on the file.
     """
 
-    def __call__(
-        self, path: str | Path | None, *, dtype: torch.dtype, device: str | torch.device, compile: bool
-    ) -> Teacher: ...
+    load: Callable[..., Teacher]
+    title: str
+    license: str | None
+    sizes: TeacherSizes | None = None
 
 
-TEACHERS: dict[str, TeacherLoader] = {
-    "vggt": load_vggt,
-    "random": random_vggt,
+TEACHERS = {
+    "vggt": TeacherKind(load_vggt, "VGGT (arXiv 2503.11651)", "cc-by-nc-4.0"),
+    "random": TeacherKind(random_vggt, "VGGT with random weights, the untrained control", None),
 }
 
 
@@ -104,11 +111,12 @@ def load_teacher(
     """
     if name not in TEACHERS:
         raise ValueError(did_you_mean("teacher", name, TEACHERS))
-    return TEACHERS[name](path, dtype=dtype, device=device, compile=compile)
+    return TEACHERS[name].load(path, dtype=dtype, device=device, compile=compile)
 
 
-def outline_teacher(name: str, path: str | Path | None = None) -> TeacherOutline:
+def teacher_sizes(name: str, path: str | Path | None = None) -> TeacherSizes:
     """The sizes of a teacher; nothing stays in memory. Raises as `load_teacher` does."""
+    if name in TEACHERS and (known := TEACHERS[name].sizes):
+        return known
     teacher = load_teacher(name, path, device="meta")
-    parameters = sum(parameter.numel() for parameter in teacher.parameters())
-    return TeacherOutline(teacher.width, teacher.layers, parameters)
+    return TeacherSizes(teacher.width, teacher.layers, sum(parameter.numel() for parameter in teacher.parameters()))

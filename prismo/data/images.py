@@ -89,21 +89,22 @@ def observation_image(image: np.ndarray, size: int = 224, *, jpeg: bool = True, 
     return center_crop(frame) if crop else frame
 
 
-def prepare_images(
-    images: Tensor, size: int, seeds: Tensor | None = None, augmentation: Augmentation | None = None
-) -> Tensor:
+def prepare_images(images: Tensor, size: int, seeds: Tensor | None = None, *, crop: bool = False) -> Tensor:
     """Training images of a batch: lanczos3 resize, then (with `seeds`) the augmentation, each view on its own.
 
     Args:
         images: uint8 [B, V, 3, H, W] on any device.
         seeds: int64 [B] of `sample_seeds`, on the CPU; None leaves the augmentation out (validation).
+        crop: take the center crop, as at evaluation.
 
     Returns:
         uint8 [B, V, 3, size, size] on the same device. The resize is the quick one (see `resize_lanczos3`).
     """
     if seeds is None:
-        return resize_lanczos3(images, size, exact=False)
-    return augment(images, _seeds(seeds[:, None], torch.arange(images.shape[1])), augmentation, size=(size, size))
+        images = resize_lanczos3(images, size, exact=False)
+    else:
+        images = augment(images, _seeds(seeds[:, None], torch.arange(images.shape[1])), size=(size, size))
+    return center_crop(images) if crop else images
 
 
 # --- resize ----------------------------------------------------------------------------------------------------------

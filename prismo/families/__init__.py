@@ -38,6 +38,10 @@ class Family:
         marker: a file that every folder of this family has, also one with an adapter alone, and others do not have;
             None for the family that folders without a marker are of.
         flags: flags of training and evaluation that not every family has.
+        check_given: raises ValueError or OSError for training flags that name a file which cannot be used.
+        published: flags that its published trainings set otherwise than the command line's defaults.
+        settled: training flags that it settles by itself.
+        lora_alpha: rank of adapters -> their usual alpha.
         read_config: the configuration of a folder; raises ValueError for one that describes no such model.
         build: the network of a configuration, called where new tensors take no memory.
         stored_name: name of a parameter in the files.
@@ -63,6 +67,10 @@ class Family:
     statistics: tuple[str, ...]
     marker: str | None
     flags: frozenset[str]
+    check_given: Callable[[Any], object]
+    published: dict[str, Any]
+    settled: frozenset[str]
+    lora_alpha: Callable[[int], int]
     read_config: Callable[[Path], Any]
     build: Callable[[Any], nn.Module]
     stored_name: Callable[[str], str]
@@ -107,8 +115,19 @@ def family_of_checkpoint(folder: Path) -> Family:
         found = read_json(folder / CONFIG, JsonObject).get("model_type")
         if found is not None:
             return _known(folder, found)
-    marked = [family for family in all_families() if family.marker and (folder / family.marker).is_file()]
-    return marked[0] if marked else next(family for family in all_families() if family.marker is None)
+    return _marked(lambda family, marker: (folder / marker).is_file())
+
+
+def family_of_name(base: str) -> Family:
+    """The family that the name of a base model speaks of, before anything is fetched."""
+    name = base.rstrip("/").split("/")[-1].lower()
+    return _marked(lambda family, marker: family.model_type in name)
+
+
+def _marked(is_meant: Callable[[Family, str], bool]) -> Family:
+    """The first family with a marker that is meant, else the one without."""
+    found = [family for family in all_families() if family.marker and is_meant(family, family.marker)]
+    return found[0] if found else next(family for family in all_families() if family.marker is None)
 
 
 def _known(folder: Path, model_type: str) -> Family:

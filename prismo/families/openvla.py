@@ -58,6 +58,10 @@ FAMILY = Family(
             *("load_in_8bit", "load_in_4bit"),
         }
     ),
+    check_given=lambda flags: None,
+    published={"num_images_in_input": 2, "use_proprio": True, "vla_layers_align": 24},
+    settled=frozenset(),
+    lora_alpha=lambda rank: min(rank, 16),
     read_config=read_config,
     build=OpenVLAForActionPrediction,
     stored_name=str,

@@ -9,6 +9,7 @@ from typing import Any
 from prismo.families import Family
 from prismo.models.folder import CONFIG
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration
+from prismo.models.spatialvla.action_tokenizer import load_gaussians
 from prismo.models.spatialvla.checkpoint import PROCESSOR_FILES, official_name
 from prismo.models.spatialvla.modeling import read_config
 from prismo.models.training_record import Count, TrainingRecord
@@ -53,6 +54,11 @@ FAMILY = Family(
             *("adaptive_ensemble", "ensemble_alpha"),
         }
     ),
+    check_given=lambda flags: flags.adapt_emb is None or load_gaussians(flags.adapt_emb),
+    published={"adapt_emb": True, "adpt_feature": True, "vla_layers_align": 20}
+    | {"scheduler": "LinearLR", "lr_warmup_steps": 50, "weight_decay": 0},
+    settled=frozenset({"use_l1_regression", "use_diffusion", "action_head", "gain_feat_1move"}),
+    lora_alpha=lambda rank: rank,
     read_config=read_config,
     build=SpatialVLAForConditionalGeneration.empty,
     stored_name=official_name,

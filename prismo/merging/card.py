@@ -56,6 +56,7 @@ class _Run:
     vla_path: str | None = None
     dataset_name: str | None = None
     teacher: str | None = None
+    teacher_license: str | None = None
     align_recipe: JsonObject | None = None
     embodiment: Embodiment | None = None
 
@@ -219,9 +220,10 @@ def _use(where: str, statistics: Mapping[str, DatasetStats]) -> str:
 def _licences(family: Family, base: str, run: _Run) -> str:
     lines = [f"- `{base}`: {family.terms}, besides what its authors ask for."]
     if run.align_recipe:
+        licence = f"licence ({run.teacher_license})" if run.teacher_license else "licence"
         lines.append(
             f"- The vision tokens were aligned with features of a frozen teacher (`{run.teacher}`). Its "
-            "weights are not in here; look at its own licence, which may exclude commercial use."
+            f"weights are not in here; look at its own {licence}, which may exclude commercial use."
         )
     lines.append("- The datasets come under their own licences. prismo itself is MIT.")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prismo.models.heads import HEADS
 from prismo.util.files import atomic_write
-from prismo.util.text import did_you_mean, first_line
+from prismo.util.text import first_line
 
 Step = int | Literal["latest"]
 
@@ -29,7 +29,6 @@ _WITHOUT_PREFIX = {"vision_backbone"}
 
 def component_path(folder: str | Path, stem: str, step: Step) -> Path:
     """Published path of one module's file."""
-    _check_stem(stem)
     return Path(folder) / f"{stem}--{step}_checkpoint.pt"
 
 
@@ -43,7 +42,6 @@ def find_component(folder: str | Path, stem: str, step: Step | None = None) -> P
         FileNotFoundError: no such folder or file; the message lists what is there.
         ValueError: several files match.
     """
-    _check_stem(stem)
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
@@ -78,13 +76,20 @@ def has_component(folder: str | Path, stem: str) -> bool:
 
 
 def save_component(
-    module: nn.Module, folder: str | Path, stem: str, step: Step, *, dtype: torch.dtype | None = None
+    module: nn.Module,
+    folder: str | Path,
+    stem: str,
+    step: Step,
+    *,
+    dtype: torch.dtype | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a module's weights atomically under the published name and key style.
 
     Args:
         module: the module itself, or its DistributedDataParallel or torch.compile wrapper.
         dtype: convert floating-point tensors (the published action heads are bf16); None keeps them.
+        whole: tensors in the place of the module's own, of which it may hold but a part.
 
     Returns:
         The file's path.
@@ -92,7 +97,7 @@ def save_component(
     path = component_path(folder, stem, step)
     prefix = "" if stem in _WITHOUT_PREFIX else _DDP_PREFIX
     state = {}
-    for name, value in plain_keys(module.state_dict()).items():
+    for name, value in (plain_keys(module.state_dict()) | dict(whole or {})).items():
         converted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         # A clone: torch.save stores the whole storage of a view, which for flattened parameters is every parameter.
         state[prefix + name] = converted.detach().to("cpu", copy=True).contiguous()
@@ -117,10 +122,16 @@ def load_component(module: nn.Module, folder: str | Path, stem: str, step: Step 
 
 
 def load_tensors(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load `state` strictly; `path` is only named in errors.
+    """Load `state` strictly, see `check_fits`; a module that it does not fit stays as it was."""
+    check_fits(module, state, path)
+    module.load_state_dict(state)
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Whether `state` is one of the module; `path` is only named in errors.
 
     Raises:
-        ValueError: names or shapes are not those of the module, which then stays as it was.
+        ValueError: names or shapes are not those of the module.
     """
     expected = module.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -136,7 +147,6 @@ def load_tensors(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
                 f"{list(value.shape)}. Sizes follow from the robot (action, proprio, chunk) and the base model; "
                 "both must be those of the training run"
             )
-    module.load_state_dict(state)
 
 
 def read_component(path: str | Path) -> dict[str, Tensor]:
@@ -169,13 +179,6 @@ def plain_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if plain and all(name.startswith(prefix) for name in plain):
             plain = {name.removeprefix(prefix): value for name, value in plain.items()}
     return plain
-
-
-def _check_stem(stem: str) -> None:
-    of_heads = {stem for head in HEADS.values() for stem in head.stems()}
-    known = {"proprio_projector", "align_projector", "vision_backbone"} | of_heads
-    if stem not in known:
-        raise ValueError(did_you_mean("component", stem, sorted(known)))
 
 
 def _some(names: list[str]) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from prismo.embodiment import Embodiment
+from prismo.embodiment import Camera, Embodiment
 from prismo.models.component_files import TRAINING_CONFIG, has_component
 from prismo.models.heads import HEADS, NO_HEAD
 from prismo.models.openvla.configuration import AttentionKind
@@ -20,7 +20,6 @@ from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import did_you_mean
 
 Count = Annotated[int, Ge(1)]
-Camera = Literal["checkpoint", "libero"]
 _CODE = "modeling_prismatic.py"
 _PARALLEL = ("action_head", "proprio_projector", "vision_backbone")
 

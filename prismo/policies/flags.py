@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from prismo.embodiment import Camera
 from prismo.util.flags import at_least, at_most
 from prismo.util.text import did_you_mean
-
-Intrinsics = Literal["checkpoint", "libero"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class PolicyFlags:
         at_least(self, num_images_in_input=1, num_diffusion_steps_train=1, num_diffusion_steps_inference=1)
         at_least(self, lora_rank=1, ensemble_alpha=0)
         at_most(self, num_images_in_input=16, num_diffusion_steps_train=10_000, lora_rank=4096)
-        if self.intrinsics is not None and self.intrinsics not in get_args(Intrinsics):
-            raise ValueError(did_you_mean("intrinsics", self.intrinsics, get_args(Intrinsics)))
+        if self.intrinsics is not None and self.intrinsics not in get_args(Camera):
+            raise ValueError(did_you_mean("intrinsics", self.intrinsics, get_args(Camera)))
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"--device is {self.device!r}; expected cpu, cuda or cuda:N")

@@ -1,106 +1,62 @@
-"""From a base model to an objective, and from pictures and text to its inputs; without flags, files or data sets.
-
-`prismo.training.openvla` and `scripts/bench_train.py` call it.
-"""
+"""What every family does to a base model and to a batch before training; without flags, files or data sets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prismo.align import SpatialForcing
-from prismo.data.images import center_crop, prepare_images
-from prismo.embodiment import Embodiment
-from prismo.models.film import add_film
-from prismo.models.heads import HEADS, HeadSizes
-from prismo.models.lora import add_lora, freeze_never_used
-from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
-from prismo.models.openvla.prediction import ActionModules
-from prismo.models.projectors import ProprioProjector
-from prismo.training.objective import OpenVLAObjective, TrainingInputs
-from prismo.training.options import PolicyOptions
+from prismo.data.dataset import Sample
+
+T = TypeVar("T")
 
 
-def build_modules(llm_dim: int, robot: Embodiment, options: PolicyOptions) -> ActionModules:
-    """New side modules in fp32 on the CPU, with the original's initialisation."""
-    head = HEADS[options.head].build(HeadSizes(llm_dim, robot.action_dim, robot.chunk, options.diffusion_steps))
-    return ActionModules(head, ProprioProjector(llm_dim, robot.proprio_dim) if options.use_proprio else None)
+@dataclass(frozen=True)
+class Tokenise:
+    """Runs in the data workers: token ids of a batch, and which camera views are missing.
 
+    Datasets store a missing view as a black picture; such views take no part in auxiliary losses.
 
-def build_objective(
-    vla: OpenVLAForActionPrediction,
-    robot: Embodiment,
-    options: PolicyOptions,
-    alignment: SpatialForcing | None = None,
-    *,
-    autocast: bool = False,
-) -> OpenVLAObjective:
-    """Freeze `vla`, add what is trained (all of it in fp32) and put everything on the model's device.
-
-    Args:
-        vla: the base model; it is changed in place.
-        robot: sizes of actions and state.
-        options: what is trained.
-        alignment: None trains without a teacher.
-        autocast: the objective will run under bf16 autocast.
-    """
-    if options.use_film:
-        add_film(vla, identity_init=options.film_identity_init, exclude_padding=options.film_exclude_padding)
-    add_lora(vla, options.lora)
-    freeze_never_used(vla, lm_head_used=HEADS[options.head].uses_lm_head)
-    if autocast:
-        for module in vla.modules():
-            if isinstance(module, LoraLayer):
-                # peft would turn every activation into fp32 first, only for autocast to turn it back into bf16.
-                module.cast_input_dtype_enabled = False
-    modules = build_modules(vla.llm_dim, robot, options)
-    return OpenVLAObjective(vla, modules, alignment).to(vla.device)
-
-
-def policy_inputs(
-    images: Tensor,
-    text: TextBatch,
-    actions: Tensor,
-    *,
-    processor: PrismaticImageProcessor,
-    size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    seeds: Tensor | None = None,
-    crop: bool = False,
-    action_mask: Tensor | None = None,
-    proprio: Tensor | None = None,
-    view_mask: Tensor | None = None,
-) -> TrainingInputs:
-    """Inputs of the objective from what the data workers deliver; resize and augmentation run on `device`.
-
-    Args:
-        images: uint8 [B, V, 3, H, W] as stored.
-        text, actions, action_mask, proprio, view_mask: as in `TrainingInputs`, on the CPU.
-        processor: normalisation of the towers.
-        size: pixels per side that the towers take.
-        dtype: of `pixel_values`.
-        seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
-        crop: center crop, as at evaluation.
+    Attributes:
+        text: (instructions, actions [B, K, A], True at actions behind an episode's end [B, K]) -> dataclass of tensors.
     """
 
-    def move(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(device, non_blocking=True)
+    text: Callable[[list[str], np.ndarray, np.ndarray], Any]
 
-    pictures = prepare_images(images.to(device, non_blocking=True), size, seeds)
-    if crop:
-        pictures = center_crop(pictures)
-    return TrainingInputs(
-        images=pictures.float() / 255,
-        pixel_values=processor.normalize(pictures, dtype),
-        text=text.to(device),
-        actions=actions.to(device, non_blocking=True),
-        action_mask=move(action_mask),
-        proprio=move(proprio),
-        view_mask=move(view_mask),
-    )
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        actions = torch.stack([sample.actions for sample in samples]).numpy()
+        is_pad = ~torch.stack([sample.action_mask for sample in samples]).numpy()
+        text = self.text([sample.instruction for sample in samples], actions, is_pad)
+        there = torch.tensor([[_has_content(view) for view in sample.images] for sample in samples])
+        result = {name: value for name, value in vars(text).items() if value is not None}
+        return result if there.all() else result | {"view_mask": there}
+
+
+def _has_content(view: Tensor) -> bool:
+    return bool(view[:, ::16, ::16].any()) or bool(view.any())  # almost always the first, which is quick
+
+
+def text_of(values: dict[str, Tensor], kind: type[T]) -> T:
+    """The dataclass of tensors that `Tokenise` took apart."""
+    return kind(**{field.name: values.get(field.name) for field in fields(kind)})  # ty: ignore[invalid-argument-type]
+
+
+def moved(value: Tensor | None, device: torch.device) -> Any:
+    """The tensor on another device, or nothing."""
+    return None if value is None else value.to(device, non_blocking=True)
+
+
+def keep_input_dtypes(vla: nn.Module) -> None:
+    """Prepare adapters for bf16 autocast: peft would turn every activation into fp32, only for it to be turned back."""
+    for module in vla.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def recompute_activations(vla: PreTrainedModel) -> None:
@@ -108,15 +64,3 @@ def recompute_activations(vla: PreTrainedModel) -> None:
     # transformers renamed the method; non-reentrant, because the re-entrant kind detaches the hidden states to align.
     enable = getattr(vla, "activation_checkpointing_enable", None) or vla.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def compile_blocks(vla: OpenVLAForActionPrediction) -> None:
-    """Compile each transformer block; blocks of a kind share one compiled function, so that the start takes a minute.
-
-    Sequence lengths differ between batches, hence `dynamic`: without it every new length would compile again.
-    """
-    for layer in vla.language_model.model.layers:
-        layer.compile(dynamic=True)
-    for tower in vla.vision_backbone.towers:
-        for block in tower.blocks[: tower.config.depth - 1]:
-            block.compile(dynamic=False)

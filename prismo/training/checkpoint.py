@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import prismo
-from prismo.align import AlignRecipe
+from prismo.align import TEACHERS, AlignRecipe
 from prismo.embodiment import Embodiment
 from prismo.training.config import FinetuneConfig
 from prismo.training.run_folder import STATE_FILE, STATE_FOLDER, TRAINING_CONFIG
@@ -48,7 +48,7 @@ _FIXED = (
     "use_l1_regression", "use_diffusion", "action_head", "num_diffusion_steps_train", "use_film",
     "film_exclude_padding", "num_images_in_input", "use_proprio", "use_lora", "lora_rank", "lora_alpha",
     "dataset_name", "seed", "use_tail", "use_val_set", "val_fraction", "freeze_llm_embed", "freeze_vision_tower",
-    "adapt_emb", "adpt_feature", "min_sigma", "intrinsics", "teacher",
+    "adapt_emb", "adpt_feature", "min_sigma", "intrinsics", "teacher", "auxiliaries",
 )  # fmt: skip
 # Flags that may change, after which the run is another one than the uninterrupted.
 _CHANGES_NUMBERS = (
@@ -192,6 +192,7 @@ def write_training_config(
         "chunk": robot.chunk,
         "attention": "bidirectional",
         "align_recipe": None if recipe is None else dataclasses.asdict(recipe),
+        "teacher_license": None if recipe is None else TEACHERS[flags["teacher"]].license,
         "world_size": world_size,
         "precision": str(precision).removeprefix("torch."),
         "versions": _versions(),

@@ -197,6 +197,10 @@ class FinetuneConfig:
     # Leave padding out of FiLM's mean over the instruction, as in prediction; False takes it in, as the original
     film_exclude_padding: bool = True
 
+    # --- optimisation
+    # Auxiliary losses beside the alignment, by their names in prismo/align/auxiliary.py, separated by commas
+    auxiliaries: str | None = None
+
     # --- checkpoints
     # Step folders to keep, newest first. Default: all
     keep_last: int | None = None
@@ -284,6 +288,11 @@ class FinetuneConfig:
             from prismo.models.heads import HEADS
 
             _check_choice("action_head", self.action_head, HEADS)
+        if self.auxiliaries is not None:
+            from prismo.align.auxiliary import AUXILIARIES
+
+            for name in self.auxiliaries.split(","):
+                _check_choice("auxiliaries", name, AUXILIARIES.keys() - {"alignment"})
         _check_choice("dtype", self.dtype, get_args(Precision))
         _check_choice("device", self.device or "cpu", ("cpu", "cuda"))
         for field in fields(self):
@@ -347,16 +356,7 @@ class FinetuneAlignConfig(FinetuneConfig):
             return None
         from prismo.align import AlignRecipe
 
-        return AlignRecipe(
-            vla_layers_align=self.vla_layers_align,
-            vggt_layers_align=self.vggt_layers_align,
-            pooling_func=self.pooling_func,
-            use_vggt_pe=self.use_vggt_pe,
-            use_vlm_norm=self.use_vlm_norm,
-            align_loss_type=self.align_loss_type,
-            align_loss_coeff=self.align_loss_coeff,
-            gain_feat_1move=self.gain_feat_1move,
-        )
+        return AlignRecipe(**{field.name: getattr(self, field.name) for field in fields(AlignRecipe)})
 
     @property
     def compiles(self) -> bool:

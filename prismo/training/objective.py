@@ -2,42 +2,21 @@
 
 One module, because only what runs inside the wrapped module's forward has its gradients reduced between GPUs: the
 original called its action head around DDP, so that every GPU trained a head of its own (openvla-oft issue 160).
-
-Shape legend: B batch, V views, K actions per chunk, A numbers per action, T = K * A action tokens, D LLM width.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from prismo.align import SpatialForcing, vision_tokens
-from prismo.models.openvla import OpenVLAForActionPrediction, OpenVLAOutput, TextBatch
-from prismo.models.openvla.prediction import ActionModules, OpenVLARun
+from prismo.align.auxiliary import Auxiliary, ForwardPass
+from prismo.models.heads import HeadLoss
 
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """One micro-batch on the training device.
-
-    Attributes:
-        images: what the policy sees, float [B, V, 3, H, W] in [0, 1], augmented and resized.
-        pixel_values: the same, normalised for the towers [B, V * 6, H, W].
-        text: prompt, action tokens and stop token.
-        actions: normalised chunk [B, K, A] in [-1, 1].
-        action_mask: False at actions that lie behind the end of an episode [B, K]; None = all are real.
-        proprio: normalised state [B, proprio_dim], or None for a policy without it.
-        view_mask: False where a camera is missing [B, V]; None = all are there.
-    """
-
-    images: Tensor
-    pixel_values: Tensor
-    text: TextBatch
-    actions: Tensor
-    action_mask: Tensor | None = None
-    proprio: Tensor | None = None
-    view_mask: Tensor | None = None
+V = TypeVar("V", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -45,10 +24,10 @@ class Losses:
     """What one forward pass gives.
 
     Attributes:
-        total: `action + align_loss_coeff * align`; the one to differentiate.
-        metrics: detached scalars under the original's names (`loss` is the action loss without alignment).
-        actions: predicted normalised actions [B, K, A] of an L1 head; None for heads that need more than this pass.
-        align_map: cosine of every vision token [B, V, rows, columns], where it was asked for.
+        total: main loss + auxiliary losses; the one to differentiate.
+        metrics: detached scalars under the original's names (`loss` is the main loss, of the actions).
+        actions: predicted normalised actions [B, K, A]; None for heads that need more than this pass.
+        align_map: a number for every vision token [B, V, rows, columns] of an auxiliary loss, where it was asked for.
     """
 
     total: Tensor
@@ -57,51 +36,44 @@ class Losses:
     align_map: Tensor | None = None
 
 
-class OpenVLAObjective(nn.Module):
-    """Action loss of OpenVLA-OFT plus Spatial-Forcing's alignment (arXiv 2510.12276, equation 5).
+class Objective(nn.Module, ABC, Generic[V]):
+    """A main loss plus auxiliary ones (for Spatial Forcing arXiv 2510.12276, equation 5).
 
     Args:
-        vla: the model, with adapters injected where it is fine-tuned by LoRA.
-        modules: action head and projectors; they become submodules, named as their files.
-        alignment: None trains without a teacher.
+        vla: the model, frozen where it is not trained.
+        modules: what is trained beside it, by the stems of their files; they become submodules of these names.
+        auxiliaries: by name, under which they become submodules.
     """
 
-    def __init__(
-        self, vla: OpenVLAForActionPrediction, modules: ActionModules, alignment: SpatialForcing | None = None
-    ) -> None:
+    def __init__(self, vla: V, modules: Mapping[str, nn.Module], auxiliaries: Mapping[str, Auxiliary] | None) -> None:
         super().__init__()
-        self.vla = vla
-        self.policy = modules
-        for stem, module in modules.by_stem().items():
-            self.add_module(stem, module)
-        self.alignment = alignment
+        self.vla: V = vla
+        self._modules_beside, self.auxiliaries = dict(modules), dict(auxiliaries or {})
+        for name, module in {**self._modules_beside, **self.auxiliaries}.items():
+            self.add_module(name, module)
 
-    def forward(self, batch: TrainingInputs, *, with_map: bool = False) -> Losses:
-        """Loss of a micro-batch; see `Losses`. `with_map` adds the alignment's cosine map."""
-        run = OpenVLARun(
-            self.vla,
-            self.policy,
-            batch.text,
-            batch.pixel_values,
-            (batch.actions.shape[1], batch.actions.shape[2]),
-            proprio=batch.proprio,
-            hidden_layers=() if self.alignment is None else (self.alignment.recipe.vla_layers_align,),
-        )
-        action = self.policy.head.loss(run, batch.actions, batch.action_mask)
-        metrics = action.metrics | {"loss": action.loss.detach()}
-        total, align_map = action.loss, None
-        if self.alignment is not None:
-            align, align_metrics = _align(self.alignment, run.output, batch, with_map)
-            align_map = align_metrics.pop("align_cosine_map", None)
-            total = action.loss + align  # already times align_loss_coeff
-            metrics |= align_metrics
-        return Losses(total, metrics, action.actions, align_map)
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The hidden states that the auxiliary losses ask for."""
+        return tuple(layer for auxiliary in self.auxiliaries.values() for layer in auxiliary.layers)
 
+    def components(self) -> dict[str, nn.Module]:
+        """What is trained beside the model, by the stem of its file."""
+        parts = dict(self._modules_beside)
+        for auxiliary in self.auxiliaries.values():
+            parts |= auxiliary.components()
+        return parts
 
-def _align(
-    alignment: SpatialForcing, out: OpenVLAOutput, batch: TrainingInputs, with_map: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    recipe = alignment.recipe
-    hidden = out.hidden_states[recipe.vla_layers_align]
-    tokens = vision_tokens(hidden, count=out.vision_tokens, shift=recipe.gain_feat_1move)
-    return alignment(batch.images, tokens, view_mask=batch.view_mask, return_map=with_map)
+    @abstractmethod
+    def main_loss(self, batch: Any) -> tuple[HeadLoss, ForwardPass]:
+        """The loss of the actions, and what auxiliary losses see of the pass."""
+
+    def forward(self, batch: Any, *, with_map: bool = False) -> Losses:
+        """Loss of a micro-batch; see `Losses`."""
+        main, seen = self.main_loss(batch)
+        total, metrics, align_map = main.loss, main.metrics | {"loss": main.loss.detach()}, None
+        for auxiliary in self.auxiliaries.values():
+            loss, values, picture = auxiliary.loss(seen, with_map=with_map)
+            total, metrics = total + loss, metrics | values
+            align_map = align_map if picture is None else picture
+        return Losses(total, metrics, main.actions, align_map)

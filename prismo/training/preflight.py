@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Generic
 
-from prismo.align import outline_teacher
+from prismo.align import teacher_sizes
 from prismo.align.recipe import layer_index
 from prismo.data.resolve import resolve
-from prismo.families import family_of, foreign_flags
+from prismo.families import all_families, family_of, foreign_flags
 from prismo.merging.merge import resolve_base
-from prismo.models.spatialvla.action_tokenizer import load_gaussians
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.training.checkpoint import base_of, check_same_run, check_state, read_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
@@ -67,7 +66,7 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
     base = settings_folder(config.vla_path)
     _refuse_foreign(config, base)
     family = model_family(base)
-    config = family.settle(config, base, world_size)
+    config = family.check_flags(config, base, world_size)
     _check_layers(config, family.hidden_states(base))
     if exact:
         _check_continuation(config, resume)
@@ -144,7 +143,7 @@ def _check_teacher(config: FinetuneConfig) -> None:
     """The teacher is there and has the layer to align with."""
     recipe = config.align_recipe
     if recipe is not None and isinstance(config, FinetuneAlignConfig):
-        layer_index(recipe.vggt_layers_align, outline_teacher(config.teacher, config.teacher_path).layers)
+        layer_index(recipe.vggt_layers_align, teacher_sizes(config.teacher, config.teacher_path).layers)
 
 
 def _check_layers(config: FinetuneConfig, states: int) -> None:
@@ -174,10 +173,10 @@ def _check_extras(config: FinetuneConfig) -> None:
             raise ValueError(f"logging to {package} needs the package: {install_hint(package)}")
 
 
-def _check_gaussians(config: FinetuneConfig) -> None:
-    if config.adapt_emb is not None:
-        load_gaussians(config.adapt_emb)
+def _check_family_files(config: FinetuneConfig) -> None:
+    """Files that flags of one family name are there, whichever family the base turns out to be of."""
+    check_all(*(partial(family.check_given, config) for family in all_families()))
 
 
 # What shows without asking the hub and without the base model: all of it is listed at once.
-_LOCAL = (_check_local_base, _check_teacher, _check_dataset, _check_gaussians, _check_extras)
+_LOCAL = (_check_local_base, _check_teacher, _check_dataset, _check_family_files, _check_extras)

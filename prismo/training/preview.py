@@ -8,88 +8,69 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from prismo.align import outline_teacher
+from prismo.align import teacher_sizes
 from prismo.data.dataset import WindowDataset
 from prismo.data.loader import Batch
 from prismo.data.names import action_names, proprio_names, view_name
 from prismo.embodiment import Embodiment
 from prismo.training.config import PLACEHOLDER, FinetuneAlignConfig, FinetuneConfig
+from prismo.training.objective import Objective
 from prismo.training.pictures import Row, Table, contact_sheet, save_picture
-from prismo.training.task import Outline
+from prismo.training.task import RunSizes
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Parameters of a run.
-
-    Attributes:
-        base: frozen weights of the policy.
-        trained: weights by part.
-        teacher: frozen weights of the teacher.
-    """
-
-    base: int
-    trained: dict[str, int]
-    teacher: int
-
-    @property
-    def total_trained(self) -> int:
-        return sum(self.trained.values())
-
-
-def trained_parameters(objective: nn.Module, rest_of_model: str) -> dict[str, int]:
+def trained_parameters(objective: Objective, rest_of_model: str) -> dict[str, int]:
     """Trained weights by part; `rest_of_model` names those of the policy that are no adapters."""
+    stems = {weight: stem for stem, module in objective.components().items() for weight in module.parameters()}
     trained: dict[str, int] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            part = "LoRA" if ".lora_" in name else rest_of_model if name.startswith("vla.") else name.split(".")[0]
+            rest = rest_of_model if name.startswith("vla.") else name.split(".")[0]
+            part = "LoRA" if ".lora_" in name else stems.get(parameter, rest)
             trained[part] = trained.get(part, 0) + parameter.numel()
     return trained
 
 
-def count_parameters(config: FinetuneConfig, outline: Outline) -> Sizes:
-    """Sizes from configurations alone; nothing is allocated."""
-    trained, teacher = dict(outline.trained), 0
-    if config.align_recipe is not None and isinstance(config, FinetuneAlignConfig):
-        described = outline_teacher(config.teacher, config.teacher_path)
-        teacher = described.parameters
-        hidden, width = outline.llm.hidden_size, described.width
-        norm = 2 * hidden if config.use_vlm_norm else 0
-        trained["align_projector"] = (hidden + 1) * width + (width + 1) * width + norm
-    return Sizes(outline.base, trained, teacher)
+def teacher_parameters(config: FinetuneConfig) -> int:
+    """Frozen weights of the teacher, if the run has one."""
+    if config.align_recipe is None or not isinstance(config, FinetuneAlignConfig):
+        return 0
+    return teacher_sizes(config.teacher, config.teacher_path).parameters
 
 
 def expected_memory(
-    config: FinetuneConfig, sizes: Sizes, outline: Outline, device: torch.device, processes: int
+    config: FinetuneConfig, sizes: RunSizes, teacher: int, device: torch.device, processes: int
 ) -> dict[str, float]:
     """GiB per process by purpose. Weights and optimizer are exact; activations are an estimate (about 20 %)."""
     bytes_of = {torch.float32: 4, torch.bfloat16: 2}
-    llm, tokens = outline.llm, config.batch_size * outline.tokens
+    llm, tokens = sizes.llm, config.batch_size * sizes.tokens
     share = 1 if config.use_lora else processes  # of what FSDP2 spreads
     precision = bytes_of[config.precision(device)]
     # Kept for the backward pass of a decoder layer with adapters on all linear layers, in numbers per token: the inputs
     # of the norms (fp32), their outputs, q, k, v, the attention's output, and four tensors of the MLP's width.
     layer = (11 * llm.hidden_size + 5 * llm.intermediate_size) * precision
     kept = llm.hidden_size * precision if config.gradient_checkpointing else layer
-    teacher = 4 if not isinstance(config, FinetuneAlignConfig) else bytes_of[config.teacher_precision(device)]
+    per_weight = 4 if not isinstance(config, FinetuneAlignConfig) else bytes_of[config.teacher_precision(device)]
     gib = 2**30
     return {
         "base weights": sizes.base * precision / gib,
-        "teacher weights": sizes.teacher * teacher / gib,
+        "teacher weights": teacher * per_weight / gib,
         "trained weights, gradients, moments (fp32)": sizes.total_trained * 16 / share / gib,
         "activations (estimate)": tokens * (llm.num_hidden_layers * kept + layer) / gib,
     }
 
 
-def describe(config: FinetuneConfig, device: torch.device, run: Path, sizes: Sizes, memory: dict[str, float]) -> str:
+def describe(
+    config: FinetuneConfig, device: torch.device, run: Path, sizes: RunSizes, teacher: int, memory: dict[str, float]
+) -> str:
     """The text of a dry run. What is not set, such as a limit of checkpoints to keep, is left out."""
     flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | _resolved(config, device)
     given = {name: value for name, value in flags.items() if value is not None and PLACEHOLDER not in str(value)}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     lines = [yaml.safe_dump(plain, sort_keys=False).rstrip(), "", f"run folder: {run}", "", "parameters"]
-    lines += [f"  base (frozen)     {sizes.base:>15,}", f"  teacher (frozen)  {sizes.teacher:>15,}"]
+    lines += [f"  base (frozen)     {sizes.base:>15,}", f"  teacher (frozen)  {teacher:>15,}"]
     lines += [f"  {part:17s} {count:>15,}" for part, count in sizes.trained.items()]
     lines += [f"  trained           {sizes.total_trained:>15,}", "", "expected memory per process, GiB"]
     lines += [f"  {name:43s} {value:8.2f}" for name, value in memory.items()]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
+from prismo.data.images import prepare_images
 from prismo.data.loader import CollateText, Loader, make_loader, usual_workers
 from prismo.data.normalize import dump_statistics
 from prismo.merging.merge import resolve_base
@@ -23,7 +24,7 @@ from prismo.training.distributed import World, start_world, stop_world
 from prismo.training.families import model_family, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
-from prismo.training.preview import count_parameters, describe, describe_data, expected_memory, first_batch_picture
+from prismo.training.preview import describe, describe_data, expected_memory, first_batch_picture, teacher_parameters
 from prismo.training.run_folder import Resume
 from prismo.training.summary import run_summary
 from prismo.training.task import ModelFamily
@@ -107,7 +108,7 @@ def _train(plan: Plan, world: World, online: list[Sink], log: RunLog) -> None:
     loaders = _loaders(config, data, collate, world)
     if plan.resume is not None and plan.resume.exact:
         _check_position(plan.resume, loaders[0])
-    task = family.build_task(config, base, robot, data[0].statistics, world)
+    task = family.load_task(config, base, robot, data[0].statistics, world)
     if world.is_main:
         log.open(plan.run.path)
         dump_statistics(data[0].statistics, plan.run.path / "dataset_statistics.json")
@@ -176,15 +177,15 @@ def _dry_run(plan: Plan, world: World) -> None:
     base = settings_folder(config.vla_path)
     family = model_family(base)
     data = _open_datasets(config, family, base)
-    outline = family.outline(config, base, data[0].embodiment)
-    sizes = count_parameters(config, outline)
-    memory = expected_memory(config, sizes, outline, world.device, world.size)
+    sizes, teacher = family.sizes(config, base, data[0].embodiment), teacher_parameters(config)
+    memory = expected_memory(config, sizes, teacher, world.device, world.size)
     collate, alone = family.load_collate(config, base), replace(world, size=1, device=torch.device("cpu"))
     batch = next(iter(_loaders(config, data, collate, alone)[0]))
-    pictures = family.pictures(config, base, batch)
+    seeds = batch.seeds if config.image_aug else None
+    pictures = prepare_images(batch.images, family.image_size(base), seeds).float() / 255
     path = plan.run.path / "first_batch.png"
     picture = first_batch_picture(batch, pictures, data[0].embodiment, family.prompt, path)
     workers = plan.config.num_workers
     shown = replace(plan.config, num_workers=usual_workers(world.size) if workers is None else workers)
-    text = describe(shown, world.device, plan.run.path, sizes, memory)
+    text = describe(shown, world.device, plan.run.path, sizes, teacher, memory)
     sys.stdout.write(f"{text}\n\n{describe_data(data[0])}\n\nfirst batch: {picture}\n")

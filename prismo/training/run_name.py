@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prismo.training.config import FinetuneConfig, check_name
+
+if TYPE_CHECKING:
+    from prismo.families import Family
 
 # Flag -> its word. Left out are flags that make a run longer (`max_steps`, `num_steps_before_decay`) and those of speed
 # and logging; data, batch, rate, adapters and augmentation are in the original's part of the name.
@@ -32,6 +35,7 @@ _WORDS = {
     "use_tail": "tail",
     "use_val_set": "val",
     "seed": "seed",
+    "auxiliaries": "aux",
 }
 _ALIGNMENT_WORDS = {
     "teacher": "teacher",
@@ -42,16 +46,8 @@ _ALIGNMENT_WORDS = {
     "use_vggt_pe": "vggt_pe",
     "gain_feat_1move": "1move",
 }
-# What the commands in scripts/ set otherwise than the original's defaults.
-_PUBLISHED = {"num_images_in_input": 2, "use_proprio": True}
-_SPATIALVLA = {
-    "adapt_emb": True,
-    "adpt_feature": True,
-    "scheduler": "LinearLR",
-    "lr_warmup_steps": 50,
-    "weight_decay": 0,
-}
-_ALIGNED = {"use_vlm_norm": True, "use_vggt_pe": True}
+_ALIGNED = {"use_vlm_norm": True, "use_vggt_pe": True}  # what the published commands set
+_HEAD = ("use_l1_regression", "use_diffusion", "action_head")
 
 
 def run_id(config: FinetuneConfig) -> str:
@@ -76,13 +72,15 @@ def naming_flags(config: FinetuneConfig) -> list[str]:
     """Flags whose values are in the name."""
     original = ["vla_path", "dataset_name", "batch_size", "grad_accumulation_steps", "learning_rate", "use_lora"]
     original += ["lora_rank", "lora_dropout", "image_aug", "run_id_note", "run_id_override"]
-    head = [] if _is_spatialvla(config) else ["use_l1_regression", "use_diffusion", "action_head"]
-    return [*original, *head, *_words(config)]
+    family = _family(config)
+    return [*original, *(flag for flag in _HEAD if flag not in family.settled), *_words(config, family)]
 
 
-def _is_spatialvla(config: FinetuneConfig) -> bool:
+def _family(config: FinetuneConfig) -> Family:
     """By the name, because a run is named before anything is fetched; with another name its words are but more."""
-    return "spatialvla" in config.vla_path.rstrip("/").split("/")[-1].lower()
+    from prismo.families import family_of_name  # noqa: PLC0415 (takes seconds, and not every report names a run)
+
+    return family_of_name(config.vla_path)
 
 
 def _is_aligned(config: FinetuneConfig) -> bool:
@@ -90,32 +88,31 @@ def _is_aligned(config: FinetuneConfig) -> bool:
     return getattr(config, "align_loss_coeff", 0) != 0
 
 
-def _words(config: FinetuneConfig) -> dict[str, str]:
+def _words(config: FinetuneConfig, family: Family) -> dict[str, str]:
     """The flags that can add a word to this run's name."""
     words = _WORDS | (_ALIGNMENT_WORDS if _is_aligned(config) else {})
-    without = {"gain_feat_1move"} if _is_spatialvla(config) else set[str]()
-    return {flag: word for flag, word in words.items() if flag not in without}
+    return {flag: word for flag, word in words.items() if flag not in family.settled}
 
 
 def _differences(config: FinetuneConfig) -> list[str]:
     """A word for each flag that differs from the published settings; none if all are the original's defaults."""
-    spatialvla, words = _is_spatialvla(config), _words(config)
-    values = {flag: _value(config, flag) for flag in words}
+    family = _family(config)
+    words = _words(config, family)
+    values = {flag: _value(config, flag, family) for flag in words}
     defaults = {field.name: field.default for field in fields(config)} | {"adapt_emb": False}
-    published = _SPATIALVLA | {"vla_layers_align": 20} if spatialvla else _PUBLISHED | {"vla_layers_align": 24}
-    expected = {flag: (defaults | published | _ALIGNED)[flag] for flag in words}
-    head: list[str] = [] if config.head == "l1" or spatialvla else [config.head]
+    expected = {flag: (defaults | family.published | _ALIGNED)[flag] for flag in words}
+    head: list[str] = [] if config.head == "l1" or "use_l1_regression" in family.settled else [config.head]
     head += ["no_align"] if "align_loss_coeff" in defaults and not _is_aligned(config) else []
     if not head and all(defaults[flag] == value for flag, value in values.items()):
         return []
     return head + [_word(words[flag], value) for flag, value in values.items() if value != expected[flag]]
 
 
-def _value(config: FinetuneConfig, flag: str) -> Any:
+def _value(config: FinetuneConfig, flag: str, family: Family) -> Any:
     """The value as it is compared: of a file only whether it is given, of an alpha nothing if it is the usual one."""
     if flag == "lora_alpha":
-        usual = config.lora_rank if _is_spatialvla(config) else min(config.lora_rank, 16)
-        return None if config.lora_alpha == usual or not config.use_lora else config.lora_alpha
+        is_usual = config.lora_alpha == family.lora_alpha(config.lora_rank)
+        return None if is_usual or not config.use_lora else config.lora_alpha
     return config.adapt_emb is not None if flag == "adapt_emb" else getattr(config, flag)
 
 

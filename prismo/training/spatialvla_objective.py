@@ -1,4 +1,4 @@
-"""SpatialVLA's training objective: cross entropy of action tokens, and the alignment of Gemma2's image tokens.
+"""SpatialVLA's training objective: cross entropy of action tokens.
 
 `prismo.training.spatialvla` builds it for the trainer, `scripts/bench_train_spatialvla.py` for measuring.
 
@@ -7,16 +7,16 @@ Shape legend: B batch, K actions per chunk, N supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
-from prismo.align import SpatialForcing
-from prismo.data.images import center_crop, prepare_images
+from prismo.align.auxiliary import Auxiliary, ForwardPass
+from prismo.data.images import prepare_images
+from prismo.models.heads import HeadLoss
 from prismo.models.lora import LoraSpec, add_lora
 from prismo.models.spatialvla import (
     ActionTokenizer,
@@ -25,8 +25,9 @@ from prismo.models.spatialvla import (
     SpatialVLATextBatch,
 )
 from prismo.models.spatialvla.action_tokenizer import TOKENS_PER_ACTION
+from prismo.training.build import keep_input_dtypes, moved
 from prismo.training.distributed import World
-from prismo.training.objective import Losses
+from prismo.training.objective import Objective
 from prismo.training.sharding import shard
 
 _SLOTS = ("translation", "rotation", "gripper")
@@ -51,13 +52,11 @@ class SpatialVLAInputs:
     view_mask: Tensor | None = None
 
 
-class SpatialVLAObjective(nn.Module):
-    """Next-token loss over 12 action tokens and <eos> (arXiv 2501.15830), plus Spatial-Forcing's alignment.
+class SpatialVLAObjective(Objective[SpatialVLAForConditionalGeneration]):
+    """Next-token loss over 12 action tokens and <eos> (arXiv 2501.15830), plus auxiliary losses; see `Objective`.
 
     Args:
-        vla: the model, frozen where it is not trained.
-        grid: its action grid, for errors in action units.
-        alignment: None trains without a teacher.
+        grid: the model's action grid, for errors in action units.
     """
 
     _table: Tensor
@@ -66,17 +65,13 @@ class SpatialVLAObjective(nn.Module):
         self,
         vla: SpatialVLAForConditionalGeneration,
         grid: ActionTokenizer,
-        alignment: SpatialForcing | None = None,
+        auxiliaries: Mapping[str, Auxiliary] | None = None,
     ) -> None:
-        super().__init__()
-        self.vla = vla
-        self.alignment = alignment
+        super().__init__(vla, {}, auxiliaries)
         self._grid = grid
         self.register_buffer("_table", _decode_table(grid), persistent=False)
 
-    def forward(self, batch: SpatialVLAInputs, *, with_map: bool = False) -> Losses:
-        """Loss of a micro-batch; see `Losses`. `with_map` adds the alignment's cosine map."""
-        layers = () if self.alignment is None else (self.alignment.recipe.vla_layers_align,)
+    def main_loss(self, batch: SpatialVLAInputs) -> tuple[HeadLoss, ForwardPass]:
         out = self.vla(
             batch.text.input_ids,
             batch.images[:, 0],
@@ -84,23 +79,16 @@ class SpatialVLAObjective(nn.Module):
             batch.text.attention_mask,
             batch.text.token_type_ids,
             batch.text.labels,
-            hidden_layers=layers,
+            hidden_layers=self.hidden_layers,
         )
         loss, logits, targets = out.supervised()
-        metrics = {"loss": loss.detach()}
-        actions = None
+        actions, metrics = None, {}
         if self.training:  # in validation the actions come from real decoding, not from the tokens before
-            actions, accuracy = self._chosen(logits, targets, batch)
-            metrics |= accuracy
-        total, align_map = loss, None
-        if self.alignment is not None:
-            # Image tokens come first here, without a token in front: none of the original's shift by one.
-            hidden = out.image_states(self.alignment.recipe.vla_layers_align)
-            align, align_metrics = self.alignment(batch.images, hidden, view_mask=batch.view_mask, return_map=with_map)
-            align_map = align_metrics.pop("align_cosine_map", None)
-            total = loss + align  # already times align_loss_coeff
-            metrics |= align_metrics
-        return Losses(total, metrics, actions, align_map)
+            actions, metrics = self._chosen(logits, targets, batch)
+        # The states are those of the image tokens alone: none in front that could shift them by one.
+        states, count = out.image_hidden_states or {}, self.vla.config.num_image_tokens
+        seen = ForwardPass(states, 0, count, batch.images, batch.view_mask)
+        return HeadLoss(loss, metrics, actions), seen
 
     @torch.no_grad()
     def _chosen(self, logits: Tensor, targets: Tensor, batch: SpatialVLAInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,12 +124,12 @@ def _decode_table(grid: ActionTokenizer) -> Tensor:
     return torch.from_numpy(table)
 
 
-def build_objective(
+def build_spatialvla_objective(
     vla: SpatialVLAForConditionalGeneration,
     grid: ActionTokenizer,
-    lora: LoraSpec | None,
-    alignment: SpatialForcing | None = None,
+    auxiliaries: Mapping[str, Auxiliary] | None = None,
     *,
+    lora: LoraSpec | None = None,
     freeze_llm_embed: bool = True,
     freeze_vision_tower: bool = False,
     autocast: bool = False,
@@ -152,7 +140,6 @@ def build_objective(
         vla: the base model; it is changed in place.
         grid: action grid of the targets.
         lora: None trains the weights themselves.
-        alignment: None trains without a teacher.
         freeze_llm_embed, freeze_vision_tower: what full fine-tuning leaves out.
         autocast: the objective will run under bf16 autocast.
     """
@@ -160,14 +147,12 @@ def build_objective(
         add_lora(vla, lora)
     else:
         vla.freeze(llm_embed=freeze_llm_embed, vision_tower=freeze_vision_tower)
-    for module in vla.modules():
-        if isinstance(module, LoraLayer) and autocast:
-            # peft would turn every activation into fp32 first, only for autocast to turn it back into bf16.
-            module.cast_input_dtype_enabled = False
+    if autocast:
+        keep_input_dtypes(vla)
     for parameter in vla.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return SpatialVLAObjective(vla, grid, alignment).to(vla.device)
+    return SpatialVLAObjective(vla, grid, auxiliaries).to(vla.device)
 
 
 def shard_objective(objective: SpatialVLAObjective, world: World, precision: torch.dtype) -> None:
@@ -178,7 +163,7 @@ def shard_objective(objective: SpatialVLAObjective, world: World, precision: tor
     shard(objective, [*blocks, vla.language_model.lm_head], world, precision)
 
 
-def policy_inputs(
+def spatialvla_inputs(
     images: Tensor,
     text: SpatialVLATextBatch,
     actions: Tensor,
@@ -190,23 +175,14 @@ def policy_inputs(
     crop: bool = False,
     view_mask: Tensor | None = None,
 ) -> SpatialVLAInputs:
-    """Inputs of the objective from what the data workers deliver; resize and augmentation run on `device`.
+    """Inputs of the objective from what the data workers deliver.
 
     Args:
-        images: uint8 [B, 1, 3, H, W] as stored.
+        images, size, seeds, crop: see `prepare_images`, which runs on `device`.
         text, actions, view_mask: as in `SpatialVLAInputs`, on the CPU.
         cameras: of the B pictures, whatever crop is drawn (the authors' choice).
-        size: pixels per side that the model takes.
-        seeds: augmentation seed of each sample [B], on the CPU; None = no augmentation.
-        crop: center crop, as at evaluation.
     """
-    pictures = prepare_images(images.to(device, non_blocking=True), size, seeds)
-    if crop:
-        pictures = center_crop(pictures)
-    return SpatialVLAInputs(
-        images=pictures.float() / 255,
-        intrinsics=torch.stack([camera.matrix(size) for camera in cameras]).to(device, non_blocking=True),
-        text=text.to(device),
-        actions=actions.to(device, non_blocking=True),
-        view_mask=None if view_mask is None else view_mask.to(device, non_blocking=True),
-    )
+    pictures = prepare_images(moved(images, device), size, seeds, crop=crop).float() / 255
+    intrinsics = torch.stack([camera.matrix(size) for camera in cameras])
+    values = (moved(value, device) for value in (actions, view_mask))
+    return SpatialVLAInputs(pictures, moved(intrinsics, device), text.to(device), *values)

@@ -22,7 +22,7 @@ from prismo.training.objective import Losses
 from prismo.training.optim import GuardedAdamW
 from prismo.training.sharding import is_sharded
 
-Objective = TypeVar("Objective", bound=nn.Module)
+T = TypeVar("T", bound=nn.Module)
 
 
 class AsyncFlag:
@@ -63,7 +63,7 @@ class UpdateResult:
     refused: AsyncFlag
 
 
-class TrainStep(Generic[Objective]):
+class TrainStep(Generic[T]):
     """Objective, optimizer and data parallelism as one callable.
 
     Args:
@@ -78,7 +78,7 @@ class TrainStep(Generic[Objective]):
 
     def __init__(
         self,
-        objective: Objective,
+        objective: T,
         world: World,
         *,
         precision: torch.dtype = torch.float32,

@@ -282,14 +282,15 @@ class Trainer:
     def _draw_map(self, update: _Update) -> None:
         """Every `align_map_freq` updates, a picture of where policy and teacher agree."""
         frequency = getattr(self.config, "align_map_freq", 0)
-        if not (self.world.is_main and self.task.cosine_map and frequency and update.number % frequency == 0):
+        # A sharded forward pass needs all processes, and only the main one draws.
+        draws = self.world.is_main and self.config.align_recipe is not None and not self.step.sharded
+        if not (draws and frequency and update.number % frequency == 0):
             return
         with self._progress.pause():
             inputs = self.task.inputs(update.batches[-1], True)
             with self.step.autocast():
-                cosine = self.task.cosine_map(inputs)
-            images = self.task.pictures(inputs)[:_MAP_SAMPLES]
-            picture = cosine_sheet(images, cosine[:_MAP_SAMPLES], self._map_title(update.number))
+                cosine = self.step.objective(inputs, with_map=True).align_map
+            picture = cosine_sheet(inputs.images[:_MAP_SAMPLES], cosine[:_MAP_SAMPLES], self._map_title(update.number))
             path = save_picture(picture, self.run.path / "align_maps" / f"step-{update.number:06d}.png")
             for sink in self._sinks:
                 sink.image("Align Cosine Map", update.number, path)
@@ -321,7 +322,7 @@ class Trainer:
 
     def _merge(self, folder: Path, now: bool) -> None:
         """Write the merged model into a complete checkpoint. If it cannot be, training goes on: the adapter is safe."""
-        if self.task.merge is None:
+        if not (self.config.use_lora and self.config.merge_lora_during_training):
             return
         later = f"merge it later: {merge_command(self.config.vla_path, folder)}"
         if not now:

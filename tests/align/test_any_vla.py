@@ -17,7 +17,7 @@ from transformers import (
     PI0ForConditionalGeneration,
 )
 
-from prismo.align import TEACHERS, SpatialForcing, load_teacher
+from prismo.align import TEACHERS, SpatialForcing, TeacherKind, load_teacher
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "align.md"
 BATCH, VIEWS, PATCHES, IMAGE_TOKEN, HIDDEN = 2, 2, 16, 299, 64
@@ -134,7 +134,7 @@ def test_the_teacher_of_the_page_is_one_file_and_one_line(tmp_path: Path, monkey
     Dinov2Model(sizes).save_pretrained(tmp_path)
     file: dict = {}
     exec(compile(snippet("Add a teacher"), str(PAGE), "exec"), file)
-    monkeypatch.setitem(TEACHERS, "dinov2", file["load_dinov2"])
+    monkeypatch.setitem(TEACHERS, "dinov2", TeacherKind(file["load_dinov2"], "DINOv2", "apache-2.0"))
     teacher = load_teacher("dinov2", tmp_path)
     spatial_forcing = SpatialForcing(teacher, hidden_size=HIDDEN)
     hidden = torch.randn(BATCH, VIEWS * PATCHES, HIDDEN, requires_grad=True)

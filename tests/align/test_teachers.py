@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prismo.align import TEACHERS, TeacherOutline, load_teacher, outline_teacher
+from prismo.align import TEACHERS, TeacherKind, TeacherSizes, load_teacher, teacher_sizes
 from prismo.align.vggt import VGGTAggregator, read_config
 
-VGGT_1B = TeacherOutline(width=2048, layers=24, parameters=909_112_320)
+VGGT_1B = TeacherSizes(width=2048, layers=24, parameters=909_112_320)
 
 
 def size(teacher: nn.Module) -> int:
@@ -27,16 +27,16 @@ def test_outline_is_that_of_the_loaded_teacher(name, suffix, vggt_file, vggt_sta
         path = tmp_path / "model.safetensors"
         save_file(vggt_state, path)
     loaded = load_teacher(name, path)
-    expected = TeacherOutline(loaded.width, loaded.layers, size(loaded))
-    assert outline_teacher(name, path) == expected == TeacherOutline(128, 3, size(teacher))
+    expected = TeacherSizes(loaded.width, loaded.layers, size(loaded))
+    assert teacher_sizes(name, path) == expected == TeacherSizes(128, 3, size(teacher))
 
 
 def test_the_control_arm_needs_no_file(tmp_path, caplog):
     """VGGT's five gigabytes would be read for four numbers that are known."""
     caplog.set_level("INFO")
-    assert outline_teacher("random") == VGGT_1B
+    assert teacher_sizes("random") == VGGT_1B
     assert not caplog.records
-    assert outline_teacher("random", tmp_path / "model.pt") == VGGT_1B
+    assert teacher_sizes("random", tmp_path / "model.pt") == VGGT_1B
     assert "sizes of VGGT-1B" in caplog.text
 
 
@@ -57,8 +57,8 @@ def load_patches(path: str | Path | None, *, dtype: torch.dtype, device: str | t
 
 
 def test_a_plain_loader_is_described_as_well(monkeypatch):
-    monkeypatch.setitem(TEACHERS, "patches", load_patches)
-    assert outline_teacher("patches") == TeacherOutline(12, 2, 36)
+    monkeypatch.setitem(TEACHERS, "patches", TeacherKind(load_patches, "patches", None))
+    assert teacher_sizes("patches") == TeacherSizes(12, 2, 36)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_missing_files_and_unknown_stems(tmp_path):
         find_component(tmp_path, "action_head", step=7)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_component(tmp_path / "nowhere", "action_head")
-    with pytest.raises(ValueError, match="Did you mean 'action_head'"):
+    with pytest.raises(FileNotFoundError, match=r"no action_heads--\*_.*files there: action_head--5_checkpoint.pt"):
         find_component(tmp_path, "action_heads")
 
 

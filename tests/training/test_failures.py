@@ -14,7 +14,7 @@ import torch
 import prismo.training.openvla
 from prismo.data.dataset import open_dataset
 from prismo.data.loader import make_loader
-from prismo.training.build import policy_inputs
+from prismo.training.openvla_objective import openvla_inputs
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import DATASET, assert_same_state, figures, state, train
 
@@ -99,10 +99,10 @@ def test_non_finite_batch_is_named_and_the_state_before_it_saved(flags, libero, 
         calls += 1
         if calls == 3:  # as a damaged recording would do
             actions[1, 2, 3] = float("nan")
-        return policy_inputs(images, text, actions, **rest)
+        return openvla_inputs(images, text, actions, **rest)
 
     with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
-        patched.setattr(prismo.training.openvla, "policy_inputs", spoiled)
+        patched.setattr(prismo.training.openvla, "openvla_inputs", spoiled)
         assert train(flags(tmp_path, **options)) == 1
     assert "not finite in update 3. The state after update 2 is saved" in caplog.text
     batches = iter(make_loader(open_dataset(libero, DATASET, num_images=2), 2, seed=7, num_workers=0))
@@ -127,12 +127,12 @@ def test_missing_camera_takes_no_part_in_the_alignment(flags, tmp_path, monkeypa
         blank[:, 1] = len(seen) * 90  # whatever fills it
         mask = torch.ones(images.shape[:2], dtype=torch.bool)
         mask[:, 1] = False
-        inputs = policy_inputs(blank, text, actions, **(rest | {"view_mask": mask}))
+        inputs = openvla_inputs(blank, text, actions, **(rest | {"view_mask": mask}))
         seen.append(inputs)
         # The policy itself does see the picture; keep that out of the comparison.
         return dataclasses.replace(inputs, pixel_values=seen[0].pixel_values)
 
-    monkeypatch.setattr(prismo.training.openvla, "policy_inputs", without_wrist)
+    monkeypatch.setattr(prismo.training.openvla, "openvla_inputs", without_wrist)
     losses = []
     for name in ("a", "b"):
         assert train(flags(tmp_path, run_id_override=name, max_steps=1, image_aug=False, gain_feat_1move=False)) == 0

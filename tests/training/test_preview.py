@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from prismo.align import TEACHERS, outline_teacher, random_teacher
+from prismo.align import TEACHERS, TeacherKind, random_teacher, teacher_sizes
 from prismo.align.vggt import read_config
 from prismo.data.dataset import open_dataset
 from prismo.embodiment import LIBERO
 from prismo.models.openvla import OpenVLAConfig
 from prismo.training.config import FinetuneAlignConfig, parse_config
-from prismo.training.openvla import outline
-from prismo.training.preview import count_parameters, describe_data, expected_memory
+from prismo.training.openvla import OPENVLA
+from prismo.training.preview import describe_data, expected_memory, teacher_parameters
 from tests.training.conftest import DATASET, metrics, train
 
 RECIPE = FinetuneAlignConfig(
@@ -21,15 +21,15 @@ MEASURED_GIB = 52.8  # peak of scripts/bench_train.py on an H200, torch 2.11
 
 def test_published_recipe(tmp_path):
     OpenVLAConfig().save_pretrained(tmp_path)
-    sizes = count_parameters(RECIPE, outline(RECIPE, tmp_path, LIBERO))
+    sizes, teacher = OPENVLA.sizes(RECIPE, tmp_path, LIBERO), teacher_parameters(RECIPE)
     assert sizes.base == 7_541_237_184
-    assert sizes.teacher == 909_112_320
+    assert teacher == 909_112_320
     assert sizes.trained["action_head"] == 151_117_831
     assert sizes.trained["proprio_projector"] == 16_818_176
     assert sizes.trained["align_projector"] == 12_595_200
     # Of the original's 110,828,288 LoRA weights, those of modules that no loss reaches are not trained.
     assert sizes.trained["LoRA"] == 107_969_280
-    memory = expected_memory(RECIPE, sizes, outline(RECIPE, tmp_path, LIBERO), torch.device("cuda"), 1)
+    memory = expected_memory(RECIPE, sizes, teacher, torch.device("cuda"), 1)
     assert abs(sum(memory.values()) / MEASURED_GIB - 1) < 0.2
 
 
@@ -58,7 +58,7 @@ def without_file(arguments: list[str]) -> list[str]:
 
 def test_an_own_teacher_is_shown_checked_and_trained(flags, tmp_path, capsys, caplog, monkeypatch, tiny_base):
     hidden = OpenVLAConfig.from_pretrained(tiny_base).text_config.hidden_size
-    monkeypatch.setitem(TEACHERS, "patches", load_patches)
+    monkeypatch.setitem(TEACHERS, "patches", TeacherKind(load_patches, "patches", None))
     arguments = without_file(flags(tmp_path, teacher="patches", max_steps=1, batch_size=1))
     assert train([*arguments, "--dry_run", "True"]) == 0
     shown = capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_an_own_teacher_is_shown_checked_and_trained(flags, tmp_path, capsys, ca
     assert f"align_projector   {(hidden + 1) * 12 + 13 * 12 + 2 * hidden:>15,}" in shown
     config = parse_config(FinetuneAlignConfig, [*arguments, "--teacher_weights", "patches.pt"])
     assert config.teacher_path == "patches.pt"
-    assert outline_teacher(config.teacher, config.teacher_path).width == 12
+    assert teacher_sizes(config.teacher, config.teacher_path).width == 12
     assert train([*arguments, "--vggt_layers_align", "2"]) == 2
     assert "vggt_layers_align=2 is out of range: the teacher has 2 layers" in caplog.text
     assert train(arguments) == 0

@@ -343,8 +343,9 @@ def test_dry_run(svla, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_proprio": True, "num_images_in_input": 2}, "leave out --use_proprio True, --num_images_in_input 2"),
-        ({"action_head": "l1"}, "predicts action tokens; leave out --action_head l1"),
+        ({"use_proprio": True}, "is of SpatialVLA; leave out --use_proprio True (only for OpenVLA)"),
+        ({"num_images_in_input": 2}, "takes one image; leave out --num_images_in_input 2"),
+        ({"action_head": "l1"}, "is of SpatialVLA; leave out --action_head l1 (only for OpenVLA)"),
         ({"intrinsics": "libreo"}, "Did you mean 'libero'"),
         ({"adpt_feature": True}, "needs --adapt_emb"),
         ({"adapt_emb": "nowhere.json"}, "nowhere.json"),

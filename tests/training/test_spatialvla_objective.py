@@ -11,7 +11,7 @@ from prismo.align.random_teacher import random_vggt
 from prismo.models.spatialvla import SpatialVLAForConditionalGeneration, SpatialVLAProcessor
 from prismo.models.spatialvla.ego3d import WIDOWX
 from prismo.testing.tiny_spatialvla import make_tiny_spatialvla
-from prismo.training.spatialvla_objective import SpatialVLAInputs, build_objective, policy_inputs
+from prismo.training.spatialvla_objective import SpatialVLAInputs, build_spatialvla_objective, spatialvla_inputs
 
 MASK = np.array([[False] * 4, [False, False, True, True]])  # the second chunk reaches beyond its episode
 
@@ -33,7 +33,7 @@ def batch(processor) -> SpatialVLAInputs:
     text = processor.training_text(["pick up the bowl", "open the top drawer"], actions, MASK)
     images = torch.from_numpy(random.integers(0, 256, (2, 1, 3, 64, 64), dtype=np.uint8))
     actions = torch.from_numpy(actions.astype(np.float32))
-    return policy_inputs(images, text, actions, cameras=[WIDOWX] * 2, size=224, device=torch.device("cpu"))
+    return spatialvla_inputs(images, text, actions, cameras=[WIDOWX] * 2, size=224, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def vla(folder) -> SpatialVLAForConditionalGeneration:
 
 
 def test_teacher_forced_actions(vla, processor, batch):
-    objective = build_objective(vla, processor.action_tokenizer, None).train()
+    objective = build_spatialvla_objective(vla, processor.action_tokenizer).train()
     with torch.no_grad():
         losses = objective(batch)
         text = batch.text
@@ -78,7 +78,7 @@ def test_alignment_meets_the_patches_without_a_shift(vla, processor, batch):
     recipe = AlignRecipe(vla_layers_align=1, gain_feat_1move=False)
     torch.manual_seed(0)
     alignment = SpatialForcing(teacher, vla.llm_dim, recipe)
-    objective = build_objective(vla, processor.action_tokenizer, None, alignment).eval()
+    objective = build_spatialvla_objective(vla, processor.action_tokenizer, {"alignment": alignment}).eval()
     losses = objective(batch, with_map=True)
     text = batch.text
     with torch.no_grad():

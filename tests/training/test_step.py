@@ -18,9 +18,10 @@ from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProc
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, TextBatch, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.testing.tiny import tiny_openvla_config
-from prismo.training.build import build_objective, policy_inputs, recompute_activations
+from prismo.training.build import recompute_activations
 from prismo.training.distributed import World
-from prismo.training.objective import Losses, OpenVLAObjective, TrainingInputs
+from prismo.training.objective import Losses
+from prismo.training.openvla_objective import OpenVLAInputs, OpenVLAObjective, build_openvla_objective, openvla_inputs
 from prismo.training.optim import GuardedAdamW
 from prismo.training.options import PolicyOptions
 from prismo.training.step import TrainStep, trainable_parameters
@@ -34,17 +35,17 @@ def tiny_objective() -> OpenVLAObjective:
     torch.manual_seed(0)
     vla = OpenVLAForActionPrediction(tiny_openvla_config())
     fill_random(vla, 0)
-    return build_objective(vla, LIBERO, PolicyOptions(use_proprio=True, lora=LoraSpec(4)))
+    return build_openvla_objective(vla, LIBERO, PolicyOptions(use_proprio=True, lora=LoraSpec(4)))
 
 
-def batch(samples: slice, dtype: torch.dtype = torch.float32) -> TrainingInputs:
+def batch(samples: slice, dtype: torch.dtype = torch.float32) -> OpenVLAInputs:
     """Some of four fixed samples, whose prompts all have the same length."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 1, 3, 224, 224), dtype=torch.uint8, generator=random)
     actions = torch.rand(4, 8, 7, generator=random) * 2 - 1
     rows = [([1, 500 + i, 600, SPACE_ID], [*range(31800, 31856), STOP_ID]) for i in range(4)]
     text = pad_rows(rows, 32000)
-    return policy_inputs(
+    return openvla_inputs(
         images[samples],
         TextBatch(text.input_ids[samples], None, text.labels[samples]),
         actions[samples],
@@ -94,7 +95,7 @@ def test_trained_weights_and_moments_are_fp32_on_a_bf16_base():
     torch.manual_seed(0)
     vla = OpenVLAForActionPrediction(tiny_openvla_config()).to(torch.bfloat16)
     fill_random(vla, 0)
-    objective = build_objective(vla, LIBERO, PolicyOptions(use_proprio=True, lora=LoraSpec(4)), autocast=True)
+    objective = build_openvla_objective(vla, LIBERO, PolicyOptions(use_proprio=True, lora=LoraSpec(4)), autocast=True)
     step = TrainStep(objective, ALONE, precision=torch.bfloat16)
     frozen = {p.dtype for name, p in objective.named_parameters() if not p.requires_grad and "lora" not in name}
     assert frozen == {torch.bfloat16}
@@ -208,6 +209,7 @@ def test_benchmark_script_measures_our_step(tmp_path, monkeypatch, capsys):
     results = tmp_path / "bench.jsonl"
     arguments = ["--tiny", "--steps", "2", "--warmup", "1", "--batch_size", "1", "--results", str(results)]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
     row = json.loads(results.read_text())
     assert row["samples_per_s"] == pytest.approx(1 / row["step_s"])

@@ -107,13 +107,6 @@ class PrismaticImageProcessor(ImageProcessingMixin):
             towers.append((pixels - m) / s)
         return torch.cat(towers, dim=2).flatten(1, 2).to(dtype)
 
-    def denormalize(self, pixel_values: Tensor) -> Tensor:
-        """Back to images in [0, 1] (up to rounding): [B, V * 3 * towers, H, W] -> [B, V, 3, H, W] float32."""
-        mean, std = self.statistics[0]
-        m, s = (torch.tensor(v, device=pixel_values.device).view(3, 1, 1) for v in (mean, std))
-        first = pixel_values.float().unflatten(1, (-1, len(self.statistics), 3))[:, :, 0]
-        return first * s + m
-
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """One or several PIL images (or uint8 arrays [H, W, 3]) -> `pixel_values` [n, 3 * towers, H, W] float32."""
         images = images if isinstance(images, (list, tuple)) else [images]

@@ -108,10 +108,6 @@ class SpatialVLAOutput(ModelOutput):
             raise ValueError("a pass without labels has no loss")
         return self.loss, self.logits, self.targets
 
-    def image_states(self, layer: int) -> Tensor:
-        """Image tokens [B, I, D] of a hidden layer that was asked for; else a KeyError."""
-        return (self.image_hidden_states or {})[layer]
-
 
 class KeyValueCache(Protocol):
     """What Gemma2's attention asks of a cache."""
