@@ -53,20 +53,18 @@ class BenchConfig:
 if __name__ == "__main__":
     CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from bench_models import build_openvla_7b, build_vggt_1b
+from bench_step import announce, device_words, finish, measure, synchronize, tiny_teacher
 from torch import Tensor
 
-from prismo.align import AlignRecipe, SpatialForcing, VGGTAggregator, VGGTConfig
-from prismo.align.random_teacher import random_vggt
+from prismo.align import AlignRecipe, SpatialForcing, VGGTAggregator
 from prismo.data.images import sample_seeds
 from prismo.embodiment import LIBERO
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor, TextBatch
@@ -74,7 +72,7 @@ from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.testing.tiny import tiny_openvla_config
 from prismo.training.build import recompute_activations
-from prismo.training.distributed import World, start_world, stop_world
+from prismo.training.distributed import World, start_world
 from prismo.training.openvla_objective import (
     OpenVLAInputs,
     OpenVLAObjective,
@@ -83,7 +81,7 @@ from prismo.training.openvla_objective import (
     openvla_inputs,
 )
 from prismo.training.options import PolicyOptions
-from prismo.training.step import TrainStep, trainable_parameters
+from prismo.training.step import TrainStep
 
 LEARNING_RATE = 5e-4
 PROMPT_TOKENS = (26, 38)  # LIBERO's prompts differ in length, so batches are padded
@@ -92,7 +90,7 @@ PROMPT_TOKENS = (26, 38)  # LIBERO's prompts differ in length, so batches are pa
 def build_teacher(args: BenchConfig, world: World) -> VGGTAggregator:
     """A frozen VGGT: 909 million parameters, or a tiny one."""
     if args.tiny:
-        return random_vggt(config=VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256))
+        return tiny_teacher()
     teacher = build_vggt_1b(world.device, getattr(torch, args.vggt_dtype))
     if args.compile_vggt:
         teacher.compile_blocks()
@@ -167,37 +165,6 @@ def prepare(batch: RawBatch, step: TrainStep[OpenVLAObjective]) -> OpenVLAInputs
     )
 
 
-def synchronize(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(args: BenchConfig, step: TrainStep[OpenVLAObjective], batches: list[RawBatch]) -> dict[str, Any]:
-    """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
-    world, cuda = step.world, step.world.device.type == "cuda"
-    losses = []
-    for number in range(args.warmup + args.steps):
-        if number == args.warmup:
-            synchronize(world)
-            world.barrier()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-        # The same few batches again and again, so that drawing them takes no time from the step.
-        micro = (batches[(number + i) % len(batches)] for i in range(args.grad_accumulation_steps))
-        losses.append(step((prepare(batch, step) for batch in micro), number, LEARNING_RATE).metrics["loss"])
-    synchronize(world)
-    seconds = (time.perf_counter() - started) / args.steps
-    if step.optimizer.stopped.item():
-        raise RuntimeError("the loss or its gradient became non-finite; these figures would mean nothing")
-    return {
-        "step_s": max(world.gather(seconds)),
-        "peak_gib": max(world.gather(torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)),
-        "first_loss": losses[0].item(),
-        "last_loss": losses[-1].item(),
-    }
-
-
 def seconds_of(world: World, run: Callable[[], object], repeats: int) -> float:
     """Mean seconds of `run()`, after one call that warms it up."""
     run()
@@ -236,28 +203,9 @@ def profile(path: Path, step: TrainStep[OpenVLAObjective], batch: RawBatch) -> N
     print(trace.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70))
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown; efficiency = samples/s per GPU over that of the one-GPU row with the same settings."""
-    alone = {row["settings"]: row["samples_per_s"] for row in rows if row["gpus"] == 1}
-    print(
-        "| settings | GPUs | step s | samples/s | efficiency | peak GiB | VGGT share | inputs share | weights equal |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        one = alone.get(row["settings"])
-        efficiency = f"{row['samples_per_s'] / row['gpus'] / one:.0%}" if one else "-"
-        print(
-            f"| {row['settings']} | {row['gpus']} | {row['step_s']:.3f} | {row['samples_per_s']:.2f} | {efficiency} "
-            f"| {row['peak_gib']:.1f} | {row['vggt_s'] / row['step_s']:.0%} | {row['inputs_s'] / row['step_s']:.0%} "
-            f"| {row['weights_equal']} |"
-        )
-
-
 def settings(args: BenchConfig, world: World) -> str:
     """Everything but the number of GPUs, as the first column of the table."""
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
-    words = [name, f"batch {args.batch_size}", f"{args.num_images_in_input} images"]
-    words += [f"accumulation {args.grad_accumulation_steps}"] if args.grad_accumulation_steps > 1 else []
+    words = [*device_words(world, args.batch_size, args.grad_accumulation_steps), f"{args.num_images_in_input} images"]
     words += ["no alignment"] if args.no_align else [f"VGGT {args.vggt_dtype}"]
     flags = ("tiny", "gradient_checkpointing", "compile", "compile_vggt", "same_length")
     return ", ".join([*words, *(flag.replace("_", " ") for flag in flags if getattr(args, flag))])
@@ -271,37 +219,13 @@ def main(args: BenchConfig) -> None:
     step = TrainStep(objective, world, precision=precision, accumulation=args.grad_accumulation_steps)
     pinned = world.device.type == "cuda"
     batches = [draw_batch(args, objective, number * world.size + world.rank, pinned) for number in range(2)]
-    count = sum(parameter.numel() for parameter in trainable_parameters(objective).values())
-    if world.is_main:
-        print(
-            f"torch {torch.__version__}, {settings(args, world)}, {world.size} processes, {count:,} trained parameters"
-        )
-    row = measure(args, step, batches)
-    different = world.same_on_all(trainable_parameters(objective))
+    announce(step, settings(args, world))
+    ready = partial(prepare, step=step)
+    row = measure(step, batches, ready, warmup=args.warmup, steps=args.steps, rate=LEARNING_RATE)
     row |= parts(args, step, batches[0])
-    samples = args.batch_size * args.grad_accumulation_steps * world.size
-    row |= {
-        "settings": settings(args, world),
-        "gpus": world.size,
-        "samples_per_s": samples / row["step_s"],
-        "weights_equal": "-" if world.size == 1 else ("yes" if not different else f"NO: {len(different)}"),
-    }
-    if world.is_main:
-        print(f"loss {row['first_loss']:.4f} -> {row['last_loss']:.4f} (action L1 on two repeated random batches)")
-        rows = [row]
-        if args.results:
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows = [json.loads(line) for line in args.results.read_text().splitlines()]
-        print_table(rows)
     if args.profile and world.is_main and world.size == 1:
         profile(args.profile, step, batches[0])
-    if dist.is_initialized():
-        world.barrier()
-    stop_world()
-    if different:
-        raise SystemExit(f"weights differ between processes: {', '.join(different[:5])}")
+    finish(step, row, settings(args, world), args.batch_size, args.results)
 
 
 if __name__ == "__main__":

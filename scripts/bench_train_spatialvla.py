@@ -44,19 +44,16 @@ class BenchConfig:
 if __name__ == "__main__":
     CONFIG = parse_or_exit(BenchConfig, __doc__)  # before the imports that take seconds
 
-import json
-import time
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from bench_models import build_vggt_1b
+from bench_step import announce, device_words, finish, measure, tiny_teacher
 from torch import Tensor
 
-from prismo.align import AlignRecipe, SpatialForcing, VGGTConfig
-from prismo.align.random_teacher import random_vggt
+from prismo.align import AlignRecipe, SpatialForcing
 from prismo.data.images import sample_seeds
 from prismo.models.lora import LoraSpec
 from prismo.models.spatialvla import LORA_TARGETS, SpatialVLAConfig, SpatialVLAForConditionalGeneration
@@ -65,7 +62,7 @@ from prismo.models.spatialvla.ego3d import WIDOWX
 from prismo.models.spatialvla.processing import SpatialVLATextBatch
 from prismo.testing.tiny_spatialvla import tiny_config
 from prismo.training.build import recompute_activations
-from prismo.training.distributed import World, start_world, stop_world
+from prismo.training.distributed import World, start_world
 from prismo.training.spatialvla_objective import (
     SpatialVLAInputs,
     SpatialVLAObjective,
@@ -73,7 +70,7 @@ from prismo.training.spatialvla_objective import (
     shard_objective,
     spatialvla_inputs,
 )
-from prismo.training.step import TrainStep, trainable_parameters
+from prismo.training.step import TrainStep
 
 CHUNK, PROMPT_TOKENS = 4, (8, 24)  # LIBERO's instructions differ in length, so batches are padded
 
@@ -88,8 +85,7 @@ def build(args: BenchConfig, world: World) -> SpatialVLAObjective:
         recompute_activations(vla)
     auxiliaries = {}
     if args.align:
-        small = VGGTConfig(width=64, depth=2, patch_depth=2, mlp_width=256)
-        teacher = random_vggt(config=small) if args.tiny else build_vggt_1b(world.device, torch.bfloat16)
+        teacher = tiny_teacher() if args.tiny else build_vggt_1b(world.device, torch.bfloat16)
         layer = vla.num_layers * 3 // 4
         recipe = AlignRecipe(vla_layers_align=layer, use_vggt_pe=True, use_vlm_norm=True, gain_feat_1move=False)
         auxiliaries["alignment"] = SpatialForcing(teacher, vla.llm_dim, recipe)
@@ -154,51 +150,12 @@ def prepare(batch: RawBatch, step: TrainStep[SpatialVLAObjective]) -> SpatialVLA
     )
 
 
-def measure(args: BenchConfig, step: TrainStep[SpatialVLAObjective], batches: list[RawBatch]) -> dict[str, Any]:
-    """Run warm-up and measured updates; seconds per update, peak memory, first and last loss."""
-    world, cuda = step.world, step.world.device.type == "cuda"
-    losses = []
-    for number in range(args.warmup + args.steps):
-        if number == args.warmup:
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            world.barrier()
-            started = time.perf_counter()
-        # The same few batches again and again, so that drawing them takes no time from the step.
-        micro = (batches[(number + i) % len(batches)] for i in range(args.grad_accumulation_steps))
-        rate = 2e-5 if args.full else 5e-4
-        losses.append(step((prepare(batch, step) for batch in micro), number, rate).metrics["loss"])
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / args.steps
-    if step.optimizer.stopped.item():
-        raise RuntimeError("the loss or its gradient became non-finite; these figures would mean nothing")
-    return {
-        "step_s": max(world.gather(seconds)),
-        "peak_gib": max(world.gather(torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)),
-        "first_loss": losses[0].item(),
-        "last_loss": losses[-1].item(),
-    }
-
-
 def settings(args: BenchConfig, world: World) -> str:
     """The first column of the table."""
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     kind = ("full, FSDP2" if world.size > 1 else "full") if args.full else f"LoRA r{args.lora_rank}"
-    words = [name, kind, f"batch {args.batch_size}"]
-    words += [f"accumulation {args.grad_accumulation_steps}"] if args.grad_accumulation_steps > 1 else []
+    words = [*device_words(world, args.batch_size, args.grad_accumulation_steps), kind]
     flags = ("align", "gradient_checkpointing", "tiny")
     return ", ".join([*words, *(flag.replace("_", " ") for flag in flags if getattr(args, flag))])
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| settings | GPUs | step s | samples/s | peak GiB | weights equal |\n|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['settings']} | {row['gpus']} | {row['step_s']:.3f} | {row['samples_per_s']:.1f} "
-            f"| {row['peak_gib']:.1f} | {row['weights_equal']} |"
-        )
 
 
 def main(args: BenchConfig) -> None:
@@ -208,35 +165,10 @@ def main(args: BenchConfig) -> None:
     step = TrainStep(objective, world, precision=precision, accumulation=args.grad_accumulation_steps, weight_decay=0.0)
     pinned = world.device.type == "cuda"
     batches = [draw_batch(args, objective, number * world.size + world.rank, pinned) for number in range(2)]
-    if world.is_main:
-        count = sum(parameter.numel() for parameter in trainable_parameters(objective).values())
-        print(
-            f"torch {torch.__version__}, {settings(args, world)}, {world.size} processes, {count:,} trained parameters"
-        )
-    row = measure(args, step, batches)
-    shown = {} if step.sharded else trainable_parameters(objective)  # parts of a sharded model differ by design
-    different = world.same_on_all(shown)
-    alone = world.size == 1 or step.sharded
-    row |= {
-        "settings": settings(args, world),
-        "gpus": world.size,
-        "samples_per_s": args.batch_size * args.grad_accumulation_steps * world.size / row["step_s"],
-        "weights_equal": "-" if alone else ("yes" if not different else f"NO: {len(different)}"),
-    }
-    if world.is_main:
-        print(f"loss {row['first_loss']:.4f} -> {row['last_loss']:.4f} (two repeated random batches)")
-        rows = [row]
-        if args.results:
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows = [json.loads(line) for line in args.results.read_text().splitlines()]
-        print_table(rows)
-    if dist.is_initialized():
-        world.barrier()
-    stop_world()
-    if different:
-        raise SystemExit(f"weights differ between processes: {', '.join(different[:5])}")
+    announce(step, settings(args, world))
+    rate = 2e-5 if args.full else 5e-4
+    row = measure(step, batches, partial(prepare, step=step), warmup=args.warmup, steps=args.steps, rate=rate)
+    finish(step, row, settings(args, world), args.batch_size, args.results)
 
 
 if __name__ == "__main__":

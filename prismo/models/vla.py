@@ -54,12 +54,13 @@ class VLAModel(PreTrainedModel):
         return layer % count
 
 
-def read_model_config(folder: Path, kind: type[K], schema: type, **switches: Any) -> K:
+def read_model_config(folder: Path, kind: type[K], schema: type, model_type: str | None = None, **switches: Any) -> K:
     """The configuration of a checkpoint folder.
 
     Args:
         kind: class of the configuration.
         schema: dataclass of what config.json may say.
+        model_type: that it has to say; None where another family may use the same classes.
         **switches: replace settings of the file.
 
     Raises:
@@ -69,8 +70,8 @@ def read_model_config(folder: Path, kind: type[K], schema: type, **switches: Any
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: no config.json")
     stored = read_json(path, JsonObject)
-    if stored.get("model_type") != kind.model_type:
-        raise ValueError(f"{path} is of model_type {stored.get('model_type')!r}, expected {kind.model_type!r}")
+    if model_type not in (None, found := stored.get("model_type")):
+        raise ValueError(f"{path} is of model_type {found!r}, expected {model_type!r}")
     check(stored, schema, str(path))
     try:
         return kind.from_dict(stored | switches)

@@ -410,7 +410,7 @@ def read_config(
     """
     switches = {"geometry": geometry, "prefix_mask": prefix_mask}
     given = {name: value for name, value in switches.items() if value is not None}
-    return read_model_config(folder, SpatialVLAConfig, _SpatialVLAFile, **given)
+    return read_model_config(folder, SpatialVLAConfig, _SpatialVLAFile, "spatialvla", **given)
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
