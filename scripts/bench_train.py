@@ -72,6 +72,7 @@ from prismo.models.openvla.processing import SPACE_ID, STOP_ID, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.testing.tiny import tiny_openvla_config
 from prismo.training.build import recompute_activations
+from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World, start_world
 from prismo.training.openvla_objective import (
     OpenVLAInputs,
@@ -80,7 +81,6 @@ from prismo.training.openvla_objective import (
     compile_blocks,
     openvla_inputs,
 )
-from prismo.training.options import PolicyOptions
 from prismo.training.step import TrainStep
 
 LEARNING_RATE = 5e-4
@@ -112,8 +112,8 @@ def build(args: BenchConfig, world: World) -> OpenVLAObjective:
     auxiliaries = {}
     if not args.no_align:
         auxiliaries["alignment"] = SpatialForcing(build_teacher(args, world), vla.llm_dim, recipe)
-    options = PolicyOptions(use_proprio=True)
-    objective = build_openvla_objective(vla, LIBERO, options, auxiliaries, autocast=not args.tiny)
+    config = FinetuneConfig(use_proprio=True)
+    objective = build_openvla_objective(vla, LIBERO, config, auxiliaries, autocast=not args.tiny)
     if args.compile:
         compile_blocks(objective.vla)
     return objective

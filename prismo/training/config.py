@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` needs none of the
     import torch
 
     from prismo.align import AlignRecipe
+    from prismo.models.lora import LoraSpec
     from prismo.training.optim import Schedule
-    from prismo.training.options import PolicyOptions
 
 Precision = Literal["auto", "bfloat16", "float32"]
 PLACEHOLDER = "your-wandb-"  # the original's defaults of the two Weights & Biases names
@@ -235,19 +235,10 @@ class FinetuneConfig:
         return self.action_head or flags
 
     @property
-    def policy_options(self) -> PolicyOptions:
+    def lora(self) -> LoraSpec:
         from prismo.models.lora import LoraSpec
-        from prismo.training.options import PolicyOptions
 
-        return PolicyOptions(
-            head=self.head,
-            use_proprio=self.use_proprio,
-            use_film=self.use_film,
-            lora=LoraSpec(self.lora_rank, self.lora_alpha, self.lora_dropout),
-            diffusion_steps=self.num_diffusion_steps_train,
-            film_identity_init=self.film_identity_init,
-            film_exclude_padding=self.film_exclude_padding,
-        )
+        return LoraSpec(self.lora_rank, self.lora_alpha, self.lora_dropout)
 
     @property
     def schedule(self) -> Schedule:
@@ -308,7 +299,7 @@ class FinetuneConfig:
             raise ValueError(
                 "--keep_last and --keep_states count step folders, --save_latest_checkpoint_only True writes none"
             )
-        _ = self.policy_options, self.schedule, self.align_recipe  # their own checks
+        _ = self.lora, self.schedule, self.align_recipe  # their own checks
 
 
 @dataclass(frozen=True)

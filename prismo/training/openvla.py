@@ -128,12 +128,11 @@ def _load_task(
     if config.gradient_checkpointing:
         recompute_activations(vla)
     torch.manual_seed(config.seed)  # of every new weight; the same on every process
-    auxiliaries, options = load_auxiliaries(config, vla.llm_dim, world.device), config.policy_options
-    autocast = precision != torch.float32
-    objective = build_openvla_objective(vla, robot, options, auxiliaries, autocast=autocast)
+    auxiliaries = load_auxiliaries(config, vla.llm_dim, world.device)
+    objective = build_openvla_objective(vla, robot, config, auxiliaries, autocast=precision != torch.float32)
     if config.compile:
         compile_blocks(vla)
-    return OpenVLATask(objective, config, robot, statistics, base, world, options.lora)
+    return OpenVLATask(objective, config, robot, statistics, base, world, config.lora)
 
 
 def _sizes(config: FinetuneConfig, base: Path, robot: Embodiment) -> RunSizes:
@@ -143,7 +142,7 @@ def _sizes(config: FinetuneConfig, base: Path, robot: Embodiment) -> RunSizes:
     with torch.device("meta"):
         vla = OpenVLAForActionPrediction(model)
         frozen = sum(parameter.numel() for parameter in vla.parameters())
-        objective = build_openvla_objective(vla, robot, config.policy_options, auxiliaries)
+        objective = build_openvla_objective(vla, robot, config, auxiliaries)
     tokens = config.num_images_in_input * model.patches_per_view + _TEXT_TOKENS
     return RunSizes(frozen, trained_parameters(objective, "FiLM"), model.text_config, tokens)
 

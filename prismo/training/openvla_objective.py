@@ -1,4 +1,4 @@
-"""OpenVLA's training objective and its inputs; without flags, files or data sets.
+"""OpenVLA's training objective and its inputs; without files or data sets.
 
 `prismo.training.openvla` builds it for the trainer, `scripts/bench_train.py` for measuring.
 
@@ -23,8 +23,8 @@ from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProc
 from prismo.models.openvla.prediction import ActionModules, OpenVLARun
 from prismo.models.projectors import ProprioProjector
 from prismo.training.build import keep_input_dtypes, moved
+from prismo.training.config import FinetuneConfig
 from prismo.training.objective import Objective
-from prismo.training.options import PolicyOptions
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class OpenVLAObjective(Objective[OpenVLAForActionPrediction]):
 def build_openvla_objective(
     vla: OpenVLAForActionPrediction,
     robot: Embodiment,
-    options: PolicyOptions,
+    config: FinetuneConfig,
     auxiliaries: Mapping[str, Auxiliary] | None = None,
     *,
     autocast: bool = False,
@@ -91,16 +91,18 @@ def build_openvla_objective(
     Args:
         vla: the base model; it is changed in place.
         robot: sizes of actions and state.
+        config: what is trained.
         autocast: the objective will run under bf16 autocast.
     """
-    if options.use_film:
-        add_film(vla, identity_init=options.film_identity_init, exclude_padding=options.film_exclude_padding)
-    add_lora(vla, options.lora)
-    freeze_never_used(vla, lm_head_used=HEADS[options.head].uses_lm_head)
+    if config.use_film:
+        add_film(vla, identity_init=config.film_identity_init, exclude_padding=config.film_exclude_padding)
+    add_lora(vla, config.lora)
+    freeze_never_used(vla, lm_head_used=HEADS[config.head].uses_lm_head)
     if autocast:
         keep_input_dtypes(vla)
-    head = HEADS[options.head].build(HeadSizes(vla.llm_dim, robot.action_dim, robot.chunk, options.diffusion_steps))
-    proprio = ProprioProjector(vla.llm_dim, robot.proprio_dim) if options.use_proprio else None
+    sizes = HeadSizes(vla.llm_dim, robot.action_dim, robot.chunk, config.num_diffusion_steps_train)
+    head = HEADS[config.head].build(sizes)
+    proprio = ProprioProjector(vla.llm_dim, robot.proprio_dim) if config.use_proprio else None
     return OpenVLAObjective(vla, ActionModules(head, proprio), auxiliaries).to(vla.device)
 
 

@@ -96,7 +96,7 @@ def _resolved(config: FinetuneConfig, device: torch.device) -> dict[str, object]
     values = {
         "device": device.type,
         "dtype": name(config.precision(device)),
-        "lora_alpha": config.policy_options.lora.resolved_alpha,
+        "lora_alpha": config.lora.resolved_alpha,
         "use_wandb": config.wandb_wanted,
     }
     if isinstance(config, FinetuneAlignConfig):

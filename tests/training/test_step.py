@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 from prismo.embodiment import LIBERO
-from prismo.models.lora import LoraSpec
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticImageProcessor
 from prismo.models.openvla.processing import SPACE_ID, STOP_ID, TextBatch, pad_rows
 from prismo.models.random_weights import fill_random
 from prismo.testing.tiny import tiny_openvla_config
 from prismo.training.build import recompute_activations
+from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World
 from prismo.training.objective import Losses
 from prismo.training.openvla_objective import OpenVLAInputs, OpenVLAObjective, build_openvla_objective, openvla_inputs
 from prismo.training.optim import GuardedAdamW
-from prismo.training.options import PolicyOptions
 from prismo.training.step import TrainStep, trainable_parameters
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -35,7 +34,7 @@ def tiny_objective() -> OpenVLAObjective:
     torch.manual_seed(0)
     vla = OpenVLAForActionPrediction(tiny_openvla_config())
     fill_random(vla, 0)
-    return build_openvla_objective(vla, LIBERO, PolicyOptions(use_proprio=True, lora=LoraSpec(4)))
+    return build_openvla_objective(vla, LIBERO, FinetuneConfig(use_proprio=True, lora_rank=4))
 
 
 def batch(samples: slice, dtype: torch.dtype = torch.float32) -> OpenVLAInputs:
@@ -95,7 +94,7 @@ def test_trained_weights_and_moments_are_fp32_on_a_bf16_base():
     torch.manual_seed(0)
     vla = OpenVLAForActionPrediction(tiny_openvla_config()).to(torch.bfloat16)
     fill_random(vla, 0)
-    objective = build_openvla_objective(vla, LIBERO, PolicyOptions(use_proprio=True, lora=LoraSpec(4)), autocast=True)
+    objective = build_openvla_objective(vla, LIBERO, FinetuneConfig(use_proprio=True, lora_rank=4), autocast=True)
     step = TrainStep(objective, ALONE, precision=torch.bfloat16)
     frozen = {p.dtype for name, p in objective.named_parameters() if not p.requires_grad and "lora" not in name}
     assert frozen == {torch.bfloat16}
