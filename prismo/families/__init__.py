@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from prismo.models.folder import CONFIG, ModelConfig, missing_of_model
+from prismo.models.folder import CONFIG, missing_of_model, read_model_type
 from prismo.models.training_record import TrainingRecord
 from prismo.util.schema import JsonObject, read_json
 
@@ -106,15 +106,13 @@ def family_of(folder: Path) -> Family:
     Raises:
         ValueError: config.json is damaged, or of none of ours.
     """
-    return _known(folder, read_json(folder / CONFIG, ModelConfig).model_type)
+    return get_family(read_model_type(folder, FAMILIES))
 
 
 def family_of_checkpoint(folder: Path) -> Family:
     """The family of a policy's folder, which has no config.json if it holds an adapter alone; raises as `family_of`."""
-    if (folder / CONFIG).is_file():
-        found = read_json(folder / CONFIG, JsonObject).get("model_type")
-        if found is not None:
-            return _known(folder, found)
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG, JsonObject).get("model_type") is not None:
+        return family_of(folder)
     return _marked(lambda family, marker: (folder / marker).is_file())
 
 
@@ -128,13 +126,6 @@ def _marked(is_meant: Callable[[Family, str], bool]) -> Family:
     """The first family with a marker that is meant, else the one without."""
     found = [family for family in all_families() if family.marker and is_meant(family, family.marker)]
     return found[0] if found else next(family for family in all_families() if family.marker is None)
-
-
-def _known(folder: Path, model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        known = " or ".join(map(repr, FAMILIES))
-        raise ValueError(f"{folder / CONFIG} is of model_type {model_type!r}, expected {known}")
-    return get_family(model_type)
 
 
 def missing_of_base(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ _EXPECTED = "Expected a folder with config.json, model*.safetensors and preproce
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class _Config:
     """What config.json says of every model."""
 
     model_type: str
@@ -82,11 +82,16 @@ def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) ->
         raise FileNotFoundError(
             f"{folder} is not a checkpoint: no config.json. " + (UNFINISHED if is_unfinished(folder) else _EXPECTED)
         )
-    model_type = read_json(config, ModelConfig).model_type
-    if model_type not in model_types:
-        expected = " or ".join(repr(name) for name in model_types)
-        raise ValueError(f"{config} is of model_type {model_type!r}, expected {expected}")
+    read_model_type(folder, model_types)
     stored_tensors(folder)
+
+
+def read_model_type(folder: Path, expected: Collection[str]) -> str:
+    """What config.json says; ValueError where that is nothing expected, or the file is damaged."""
+    found = read_json(folder / CONFIG, _Config).model_type
+    if found not in expected:
+        raise ValueError(f"{folder / CONFIG} is of model_type {found!r}, expected {' or '.join(map(repr, expected))}")
+    return found
 
 
 def missing_of_model(folder: Path, processors: Mapping[str, Sequence[Sequence[str]]]) -> str | None:
@@ -99,7 +104,7 @@ def missing_of_model(folder: Path, processors: Mapping[str, Sequence[Sequence[st
         check_folder(folder, tuple(processors))
     except (OSError, ValueError) as error:
         return str(error)
-    lacking = missing_files(folder, processors[read_json(folder / CONFIG, ModelConfig).model_type])
+    lacking = missing_files(folder, processors[read_model_type(folder, processors)])
     return f"{folder} has no {', no '.join(lacking)}" if lacking else None
 
 
