@@ -17,7 +17,7 @@ from PIL import Image
 
 from prismo.benchmarks.libero import BENCHMARK
 from prismo.models.openvla.modeling import OpenVLAForActionPrediction
-from prismo.models.openvla.self_test import SelfTestError
+from prismo.models.self_test import SelfTestError
 from prismo.sim.assets import cache_folder, resolve_assets
 from prismo.sim.gl import GLUnavailableError, egl_devices, physical_cuda_index
 from prismo.sim.interface import SimulatorError

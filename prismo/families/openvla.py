@@ -12,8 +12,9 @@ from prismo.data.normalize import load_statistics, statistics_to_json
 from prismo.families import Family
 from prismo.models.component_files import find_component
 from prismo.models.folder import CONFIG
-from prismo.models.openvla import AttentionKind, OpenVLAForActionPrediction
+from prismo.models.openvla import OpenVLAForActionPrediction
 from prismo.models.openvla.loading import read_config
+from prismo.models.self_test import AttentionKind
 from prismo.models.training_record import attention_kind, check_modules, read_training_record
 from prismo.util.schema import JsonObject, read_json
 

@@ -15,7 +15,7 @@ from annotated_types import Ge
 from prismo.embodiment import Camera, Embodiment
 from prismo.models.component_files import TRAINING_CONFIG, has_component
 from prismo.models.heads import HEADS, NO_HEAD
-from prismo.models.openvla.configuration import AttentionKind
+from prismo.models.self_test import AttentionKind
 from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import did_you_mean
 

@@ -19,7 +19,7 @@ from prismo.models.adapter_file import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_W
 from prismo.models.component_files import find_component, has_component, read_component
 from prismo.models.folder import CONFIG, UNFINISHED, check_folder, is_model, is_unfinished
 from prismo.models.heads import HEADS, Shapes, recognise
-from prismo.models.openvla import AttentionKind
+from prismo.models.self_test import AttentionKind
 from prismo.models.training_record import TrainingRecord, attention_kind, read_training_record
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.util.hub import is_hub_id, local_folder, no_such_folder

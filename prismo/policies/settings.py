@@ -14,7 +14,7 @@ from typing import Any, Literal
 from prismo.data.normalize import UnknownKeyError, resolve_unnorm_key
 from prismo.embodiment import Embodiment, Normalization
 from prismo.models.heads import HEADS, NO_HEAD
-from prismo.models.openvla import AttentionKind
+from prismo.models.self_test import AttentionKind
 from prismo.policies.checkpoint import Checkpoint
 from prismo.policies.flags import PolicyFlags
 from prismo.util.text import did_you_mean

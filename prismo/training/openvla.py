@@ -17,17 +17,15 @@ from prismo.align.auxiliary import load_auxiliaries
 from prismo.data.loader import Batch
 from prismo.data.normalize import DatasetStats
 from prismo.embodiment import Embodiment
+from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.component_files import Step, save_component
-from prismo.models.openvla import (
-    BinTokenizer as ActionTokenizer,
-)
 from prismo.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     PrismaticProcessor,
     TextBatch,
 )
-from prismo.models.openvla.prediction import predict_normalized as predict_actions
+from prismo.models.openvla.prediction import predict_normalized
 from prismo.models.openvla.processing import prompt_text
 from prismo.training.build import Tokenise, recompute_activations, text_of
 from prismo.training.config import FinetuneConfig
@@ -62,7 +60,7 @@ def _check_flags(config: C, base: Path, processes: int) -> C:
 
 
 def _text(
-    processor: PrismaticProcessor, tokens: ActionTokenizer, instructions: list[str], actions: np.ndarray, _: np.ndarray
+    processor: PrismaticProcessor, tokens: BinTokenizer, instructions: list[str], actions: np.ndarray, _: np.ndarray
 ) -> TextBatch:
     return processor.training_text(instructions, actions, tokens)
 
@@ -70,7 +68,7 @@ def _text(
 def _load_collate(config: FinetuneConfig, base: Path) -> Tokenise:
     """Tokeniser and action tokens of a base model, without its weights."""
     model = OpenVLAConfig.from_pretrained(base)
-    tokens = ActionTokenizer(model.token_vocab_size, model.n_action_bins)
+    tokens = BinTokenizer(model.token_vocab_size, model.n_action_bins)
     return Tokenise(partial(_text, PrismaticProcessor.from_pretrained(base), tokens))
 
 
@@ -99,7 +97,7 @@ class OpenVLATask(PolicyTask[OpenVLAObjective]):
         )
 
     def predict(self, inputs: OpenVLAInputs) -> Tensor:
-        return predict_actions(
+        return predict_normalized(
             self.objective.vla,
             self.objective.policy,
             inputs.text,

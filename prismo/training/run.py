@@ -16,7 +16,7 @@ from prismo.data.images import prepare_images
 from prismo.data.loader import CollateText, Loader, make_loader, usual_workers
 from prismo.data.normalize import dump_statistics
 from prismo.merging.merge import resolve_base
-from prismo.models.openvla import SelfTestError
+from prismo.models.self_test import SelfTestError
 from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import read_state
 from prismo.training.config import FinetuneConfig

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from prismo.models.openvla import SelfTestError
+from prismo.models.self_test import SelfTestError
 from prismo.util.text import first_line
 
 T = TypeVar("T")

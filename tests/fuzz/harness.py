@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from prismo.models.openvla import SelfTestError
+from prismo.models.self_test import SelfTestError
 from prismo.util.cli import log_error
 from tests.fuzz.mutate import Mutation
 

@@ -9,9 +9,10 @@ import torch
 
 from prismo.embodiment import LIBERO
 from prismo.merging.merge import merge
+from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.component_files import TRAINING_CONFIG
 from prismo.models.lora import add_lora, save_adapter
-from prismo.models.openvla import BinTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
+from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors
 from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy
 from prismo.util.files import write_json

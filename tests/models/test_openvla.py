@@ -15,19 +15,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prismo.embodiment import LIBERO
+from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.heads import L1Head, L1RegressionActionHead
 from prismo.models.openvla import (
-    BinTokenizer,
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     PrismaticImageProcessor,
     PrismaticProcessor,
-    SelfTestError,
     TextBatch,
 )
 from prismo.models.openvla.prediction import ActionModules, predict_normalized
 from prismo.models.projectors import ProprioProjector
 from prismo.models.random_weights import fill_random
+from prismo.models.self_test import SelfTestError
 
 GOLDEN_PROMPT = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 GOLDEN_IDS = [1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 5839, 701, 278, 4628, 12580, 29880, 1546, 278]

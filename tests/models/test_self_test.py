@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prismo.models.openvla import OpenVLAForActionPrediction
-from prismo.models.openvla.self_test import SelfTestError
+from prismo.models.self_test import SelfTestError
 
 
 class Int8Linear(nn.Module):

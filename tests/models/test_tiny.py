@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, LlamaTokenizerFast
 
 from prismo.data.normalize import load_statistics
 from prismo.embodiment import BRIDGE, LIBERO
+from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.component_files import load_component
 from prismo.models.heads import DiffusionActionHead, L1RegressionActionHead
-from prismo.models.openvla import BinTokenizer, OpenVLAForActionPrediction, PrismaticProcessor
+from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.projectors import NoisyActionProjector, ProprioProjector
 from prismo.testing.tiny import make_tiny_openvla, make_tiny_policy
 from tests.golden import sizes

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from prismo.models.openvla.action_tokenizer import BinTokenizer
+from prismo.models.bin_tokenizer import BinTokenizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes
-
-if TYPE_CHECKING:
-    from prismo.models.openvla.action_tokenizer import BinTokenizer
 
 
 @dataclass(frozen=True)

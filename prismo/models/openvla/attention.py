@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prismo.models.openvla.configuration import AttentionKind
+from prismo.models.self_test import AttentionKind
 
 
 def attention_mask_for(implementation: str, kind: AttentionKind, keys: Tensor | None, queries: Tensor) -> Tensor | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
+from prismo.models.self_test import AttentionKind
 from prismo.models.vit import ViTConfig
 from prismo.util.text import did_you_mean
-
-AttentionKind = Literal["bidirectional", "causal"]
 
 
 def _dinov2_large(size: int) -> ViTConfig:

@@ -10,7 +10,8 @@ from annotated_types import Ge, Gt, Le
 from pydantic import FiniteFloat
 
 from prismo.models.folder import Layers, Size
-from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
+from prismo.models.openvla.configuration import OpenVLAConfig
+from prismo.models.self_test import AttentionKind
 from prismo.models.vit import ViTConfig
 from prismo.models.vla import read_model_config
 from prismo.util.schema import JsonObject

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.folder import check_folder
-from prismo.models.openvla.action_tokenizer import BinTokenizer
 from prismo.models.openvla.attention import attention_mask_for
-from prismo.models.openvla.configuration import AttentionKind, OpenVLAConfig
+from prismo.models.openvla.configuration import OpenVLAConfig
 from prismo.models.openvla.loading import check_loaded, read_config
-from prismo.models.openvla.self_test import judge_influences
 from prismo.models.openvla.vision import FiLMVisionBackbone, PrismaticProjector, PrismaticVisionBackbone
+from prismo.models.self_test import AttentionKind, judge_influences
 from prismo.models.vla import VLAModel
 
 _TEST_TOKENS = 16  # text of the self-test
@@ -101,7 +101,7 @@ class OpenVLAForActionPrediction(VLAModel):
 
         Args:
             pretrained_model_name_or_path: folder with config.json and safetensors, or a hub id.
-            self_test: check after loading that attention and the image path work (`prismo.models.openvla.self_test`).
+            self_test: check after loading that attention and the image path work (`prismo.models.self_test`).
             *args, **kwargs: as in transformers (`dtype`, `device_map`, `attn_implementation`, ...); `attention` chooses
                 "bidirectional" or "causal".
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, LlamaConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
-from prismo.models.openvla.action_tokenizer import IGNORE_INDEX, BinTokenizer
+from prismo.models.bin_tokenizer import IGNORE_INDEX, BinTokenizer
 from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import first_line
 

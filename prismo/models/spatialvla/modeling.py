@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM, SiglipVisionModel, ZoeDepthForDepthEstimation
 from transformers.utils import ModelOutput
 
+from prismo.models.bin_tokenizer import IGNORE_INDEX
 from prismo.models.folder import Layers, Size
 from prismo.models.random_weights import fill_random
 from prismo.models.spatialvla.checkpoint import model_folder, official_name, save_weights
@@ -33,8 +34,6 @@ from prismo.models.vla import VLAModel, read_model_config
 from prismo.models.weight_files import load_weights, set_parameter
 from prismo.util.files import write_json
 from prismo.util.schema import JsonObject
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ transformers versions dropped the image of OpenVLA without an error.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from prismo.models.openvla.configuration import AttentionKind
+AttentionKind = Literal["bidirectional", "causal"]  # parallel decoding of a chunk; token by token
 
 
 class SelfTestError(RuntimeError):
