@@ -23,7 +23,7 @@ from prismo.sim.gl import GLUnavailableError, egl_devices, physical_cuda_index
 from prismo.sim.interface import SimulatorError
 from prismo.sim.libero import CAMERAS
 from prismo.sim.libero_worker import LiberoWorker
-from prismo.sim.probes import probe_floor, probe_settling
+from prismo.sim.probes import BOWL_OFF_MM, DARK_FLOOR, probe_floor, probe_settling
 from prismo.sim.suites import package_folder
 from prismo.testing.tiny import make_tiny_openvla
 
@@ -102,9 +102,9 @@ def check_simulator(doctor: Doctor) -> Iterator[Finding]:
 
 
 def _probes(worker: LiberoWorker, output_dir: Path) -> Iterator[Finding]:
-    floor = probe_floor(worker)
+    brightness, observation = probe_floor(worker)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(("full_image", "wrist_image"), floor.observation.pictures(CAMERAS), strict=True):
+    for name, image in zip(("full_image", "wrist_image"), observation.pictures(CAMERAS), strict=True):
         Image.fromarray(image).save(output_dir / f"{name}.png")
         drawn = float(image.std()) > 10.0
         yield Finding("ok" if drawn else "FAIL", f"{output_dir / name}.png {'saved' if drawn else 'is blank'}")
@@ -116,11 +116,13 @@ def _probes(worker: LiberoWorker, output_dir: Path) -> Iterator[Finding]:
         )
         return
     yield Finding("ok", f"assets: {worker.assets.folder}")
-    text = f"floor of LIBERO-Object: mean brightness {floor.brightness:.1f} (training data: 130 to 134)"
-    yield Finding("ok", text) if floor.bright else Finding("FAIL", text + "; MuJoCo 3.3.3 and later draw it dark")
-    bowl = probe_settling(worker)
-    text = f"bowl on the ramekin (LIBERO-Spatial task 5): {bowl.distance_mm:.1f} mm off centre (training data: 14.5)"
-    yield Finding("ok", text) if bowl.seated else Finding("FAIL", text + "; MuJoCo 3.4 and later let it slip")
+    text = f"floor of LIBERO-Object: mean brightness {brightness:.1f} (training data: 130 to 134)"
+    dark = "" if brightness > DARK_FLOOR else "; MuJoCo 3.3.3 and later draw it dark"
+    yield Finding("FAIL" if dark else "ok", text + dark)
+    distance, _ = probe_settling(worker)
+    text = f"bowl on the ramekin (LIBERO-Spatial task 5): {distance:.1f} mm off centre (training data: 14.5)"
+    slipped = "" if distance < BOWL_OFF_MM else "; MuJoCo 3.4 and later let it slip"
+    yield Finding("FAIL" if slipped else "ok", text + slipped)
 
 
 def check_gpu_mapping(doctor: Doctor) -> Iterator[Finding]:

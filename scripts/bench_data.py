@@ -231,11 +231,11 @@ def measure_prismo(args: BenchConfig) -> dict[str, float]:
     started = time.perf_counter()
     from prismo.data.dataset import open_dataset  # noqa: PLC0415
     from prismo.data.images import prepare_images  # noqa: PLC0415
-    from prismo.data.loader import make_loader  # noqa: PLC0415
+    from prismo.data.loader import Loader  # noqa: PLC0415
 
     def batches() -> Iterator[Any]:
         dataset = open_dataset(args.data_root_dir, args.dataset_name)
-        for batch in make_loader(dataset, args.batch_size, num_workers=1):
+        for batch in Loader(dataset, args.batch_size, num_workers=1):
             if args.mode != "stored size":
                 prepare_images(batch.images, 224, batch.seeds if args.mode == "augmented" else None)
             yield batch

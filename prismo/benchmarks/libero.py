@@ -15,14 +15,7 @@ from prismo.eval.config import DEFAULT_STATES, EvalConfig
 from prismo.sim.assets import resolve_assets
 from prismo.sim.interface import Task
 from prismo.sim.libero_worker import LiberoWorker
-from prismo.sim.suites import (
-    MAX_STEPS,
-    SUITES,
-    check_task_ids,
-    load_init_states,
-    load_tasks,
-    read_custom_init_states,
-)
+from prismo.sim.suites import MAX_STEPS, SUITES, check_task_ids, load_init_states, load_tasks, read_custom_init_states
 from prismo.util.text import did_you_mean
 
 _STATES = 50  # initial states per task that LIBERO ships

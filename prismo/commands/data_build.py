@@ -8,8 +8,8 @@ Needs no TensorFlow. The HDF5 files come from `prismo data regenerate`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -48,6 +48,4 @@ def run(cfg: BuildConfig) -> None:
     print(f"{folder}: {len(demonstrations)} episodes of {tasks} tasks")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, BuildConfig, arguments)
+main = partial(run_command, run, BuildConfig)

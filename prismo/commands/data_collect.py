@@ -9,8 +9,8 @@ Writes {output_dir}/{task}_demo.hdf5 for `prismo data build`; an interrupted run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import BrokenOffError, run_command
@@ -58,10 +58,7 @@ def run(cfg: CollectConfig) -> None:
     settings = {"noise": cfg.noise, "seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}
     tasks = {item.task for item in items}
     collection = None if cfg.dry_run else Collection(cfg.output_dir, settings, tasks, overwrite=cfg.overwrite)
-
-    def make_worker() -> LiberoWorker:
-        return LiberoWorker(assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
-
+    make_worker = partial(LiberoWorker, assets, cameras=not cfg.dry_run, image_size=cfg.image_size)
     outcomes = run_expert(
         items, make_worker, num_workers=cfg.num_workers, noise=cfg.noise, seed=cfg.seed, collection=collection
     )
@@ -76,6 +73,4 @@ def run(cfg: CollectConfig) -> None:
         collection.discard_parts()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, CollectConfig, arguments)
+main = partial(run_command, run, CollectConfig)

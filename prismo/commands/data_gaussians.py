@@ -10,8 +10,8 @@ to fine-tuning as `--adapt_emb`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -50,6 +50,4 @@ def run(cfg: FitConfig) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, FitConfig, arguments)
+main = partial(run_command, run, FitConfig)

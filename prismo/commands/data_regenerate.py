@@ -11,8 +11,8 @@ run continues where it stopped; nothing is asked, `--overwrite` starts anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import BrokenOffError, run_command
@@ -56,18 +56,9 @@ def run(cfg: RegenerateConfig) -> None:
     settings = {"seed": cfg.seed, "image_size": cfg.image_size, "assets": assets.source}
     tasks = {item.task for item in items}
     collection = Collection(cfg.libero_target_dir, settings, tasks, overwrite=cfg.overwrite)
-
-    def make_worker() -> LiberoWorker:
-        return LiberoWorker(assets, image_size=cfg.image_size)
-
-    outcomes = regenerate(
-        items,
-        cfg.libero_raw_data_dir,
-        make_worker,
-        num_workers=cfg.num_workers,
-        seed=cfg.seed,
-        collection=collection,
-    )
+    make_worker = partial(LiberoWorker, assets, image_size=cfg.image_size)
+    raw, workers = cfg.libero_raw_data_dir, cfg.num_workers
+    outcomes = regenerate(items, raw, make_worker, num_workers=workers, seed=cfg.seed, collection=collection)
     finished = follow(outcomes, len(items), cfg.libero_task_suite, "kept")
     with make_worker() as worker:
         counts = collection.join(finished, worker.info)
@@ -82,6 +73,4 @@ def run(cfg: RegenerateConfig) -> None:
     collection.discard_parts()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, RegenerateConfig, arguments)
+main = partial(run_command, run, RegenerateConfig)

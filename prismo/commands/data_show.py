@@ -9,8 +9,8 @@ Check here that pictures are upright, that the first camera is the outside one, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -54,6 +54,4 @@ def run(cfg: ShowConfig) -> None:
     print(f"wrote {output}: episode {cfg.episode}, {episode.steps} steps, {episode.instruction!r}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, ShowConfig, arguments)
+main = partial(run_command, run, ShowConfig)

@@ -8,8 +8,8 @@ Training computes the same statistics by itself; this command is for looking at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -47,6 +47,4 @@ def run(cfg: StatsConfig) -> None:
         print(line)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, StatsConfig, arguments)
+main = partial(run_command, run, StatsConfig)

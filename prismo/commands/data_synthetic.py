@@ -7,8 +7,8 @@ With `prismo tiny` it is all that a first training on any machine needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -44,6 +44,4 @@ def run(cfg: SyntheticConfig) -> None:
     print(f"wrote {folder}: {cfg.episodes} episodes")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, SyntheticConfig, arguments)
+main = partial(run_command, run, SyntheticConfig)

@@ -10,8 +10,8 @@ weights start at random, so its success rate is that of a few minutes of trainin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -49,6 +49,4 @@ def run(cfg: DemoConfig) -> None:
     Demo(cfg.output, **sizes).run()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, DemoConfig, arguments)
+main = partial(run_command, run, DemoConfig)

@@ -8,8 +8,8 @@ Prints one line per check and ends with 1 if something would spoil results. Save
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -34,6 +34,4 @@ def run(cfg: DoctorConfig) -> int:
     return int(failures > 0)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, DoctorConfig, arguments)
+main = partial(run_command, run, DoctorConfig)

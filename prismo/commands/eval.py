@@ -9,7 +9,7 @@ or results could not be written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from prismo.eval.benchmark import benchmark_of
 from prismo.eval.config import EvalConfig
@@ -23,6 +23,4 @@ def run(cfg: EvalConfig) -> int:
     return 1 if evaluate(cfg).total.errors else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, EvalConfig, arguments)
+main = partial(run_command, run, EvalConfig)

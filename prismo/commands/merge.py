@@ -11,8 +11,8 @@ result is compared with base + adapter before it appears, with a model card (REA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -55,6 +55,4 @@ def run(cfg: MergeConfig) -> None:
         print(f"uploaded to {address}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, MergeConfig, arguments)
+main = partial(run_command, run, MergeConfig)

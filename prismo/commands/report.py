@@ -9,8 +9,8 @@ Training and evaluation print the same at their end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -32,6 +32,4 @@ def run(cfg: ReportConfig) -> None:
     print(report(cfg.run))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, ReportConfig, arguments, first="run")
+main = partial(run_command, run, ReportConfig, first="run")

@@ -8,8 +8,8 @@ They run every command of the project on a laptop; the actions are noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -41,6 +41,4 @@ def run(cfg: TinyConfig) -> None:
         print(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, TinyConfig, arguments)
+main = partial(run_command, run, TinyConfig)

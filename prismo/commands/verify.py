@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prismo.util.cli import run_command
@@ -53,6 +53,4 @@ def run(cfg: VerifyConfig) -> int:
     return int(report.differs)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; None takes the arguments of the process. Returns its exit code (`run_command`)."""
-    return run_command(run, VerifyConfig, arguments, first="source")
+main = partial(run_command, run, VerifyConfig, first="source")

@@ -80,20 +80,18 @@ class Source:
         return int(self.ends[-1])
 
 
+@dataclass(eq=False)
 class WindowDataset(Dataset[Sample]):
     """Map-style dataset over the windows of all sources, in stored order; build it with `open_dataset`."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        embodiment: Embodiment,
-        num_images: int,
-        image_size: tuple[int, int],
-        resize: bool,
-    ) -> None:
-        self.sources, self.embodiment, self.num_images = tuple(sources), embodiment, num_images
-        self.image_size, self.resize = image_size, resize
-        self._ends = np.cumsum([source.num_windows for source in sources])
+    sources: tuple[Source, ...]
+    embodiment: Embodiment
+    num_images: int
+    image_size: tuple[int, int]
+    resize: bool
+
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum([source.num_windows for source in self.sources])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -196,7 +194,7 @@ def open_dataset(
     robot = _common_robot(sources, chunk, views)
     sizes = {source.store.image_size(camera) for source in sources for camera in range(views)}
     stored = sizes.pop() if len(sizes) == 1 else None
-    return WindowDataset(sources, robot, views, stored or (size, size), resize=stored is None)
+    return WindowDataset(tuple(sources), robot, views, stored or (size, size), resize=stored is None)
 
 
 def _statistics(store: EpisodeStore, given: Mapping[str, DatasetStats] | None) -> DatasetStats:
@@ -248,17 +246,16 @@ def _common_robot(sources: Sequence[Source], chunk: int | None, views: int) -> E
     """The first one's, without names of cameras and states that are not all the same."""
     robots = [source.store.spec.embodiment for source in sources]
     robots = robots if chunk is None else [replace(robot, chunk=chunk) for robot in robots]
-    first = robots[0]
-    for source, robot in zip(sources, robots, strict=True):
-        if (robot.action_dim, robot.proprio_dim, robot.chunk) != (first.action_dim, first.proprio_dim, first.chunk):
+    sizes = [(robot.action_dim, robot.proprio_dim, robot.chunk) for robot in robots]
+    for source, found in zip(sources, sizes, strict=True):
+        if found != sizes[0]:
             raise ValueError(
-                f"{sources[0].name} and {source.name} cannot be mixed: (action, proprio, chunk) sizes "
-                f"{(first.action_dim, first.proprio_dim, first.chunk)} and "
-                f"{(robot.action_dim, robot.proprio_dim, robot.chunk)}. A common `chunk` can be given"
+                f"{sources[0].name} and {source.name} cannot be mixed: (action, proprio, chunk) sizes {sizes[0]} and "
+                f"{found}. A common `chunk` can be given"
             )
     names = {(robot.cameras[:views], robot.states) for robot in robots}
     cameras, states = names.pop() if len(names) == 1 else ((), ())
-    return replace(first, cameras=cameras, states=states)
+    return replace(robots[0], cameras=cameras, states=states)
 
 
 def _common_views(sources: Sequence[Source], wanted: int | None) -> int:

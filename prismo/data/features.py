@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator
@@ -52,6 +52,7 @@ _Count = Annotated[int, BeforeValidator(_from_text), Ge(0)]
 _Dimension = Annotated[int, BeforeValidator(_from_text), Ge(-1), Le(1 << 24)]
 _Pixels = Annotated[int, BeforeValidator(_from_text), Ge(-1), Le(1 << 16)]
 _Name = Annotated[str, MinLen(1)]
+_Length = TypeVar("_Length")
 
 
 @dataclass(frozen=True)
@@ -71,25 +72,20 @@ class _Info:
 
 
 @dataclass(frozen=True)
-class _ImageShape:
-    dimensions: list[_Pixels] = field(default_factory=list)
+class _Shape(Generic[_Length]):
+    dimensions: list[_Length] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Image:
-    shape: _ImageShape = _ImageShape()
+    shape: _Shape[_Pixels] = _Shape()
     encodingFormat: str = ""
-
-
-@dataclass(frozen=True)
-class _Shape:
-    dimensions: list[_Dimension] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Tensor:
     dtype: _Name
-    shape: _Shape = _Shape()
+    shape: _Shape[_Dimension] = _Shape()
     encoding: str = "none"
 
 
@@ -204,10 +200,7 @@ def _to_json(node: dict[str, Any] | Feature, name: str) -> dict[str, Any]:
     }
     if name != "steps":
         return content
-    return {
-        "pythonClassName": f"{_PACKAGE}.dataset_feature.Dataset",
-        "sequence": {"feature": content, "length": "-1"},
-    }
+    return {"pythonClassName": f"{_PACKAGE}.dataset_feature.Dataset", "sequence": {"feature": content, "length": "-1"}}
 
 
 def _leaf_to_json(feature: Feature) -> dict[str, Any]:

@@ -8,7 +8,6 @@ eye_in_hand_rgb}}` and pictures upside down as the simulator renders them.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from prismo.data.images import encode_jpeg
 from prismo.data.rlds_writer import EpisodeEntries, libero_episode
 from prismo.util.extras import need
+from prismo.util.text import instruction_of
 
 _VECTORS = {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2, "obs/joint_states": 7}
 _CAMERAS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
@@ -34,12 +34,8 @@ class Demonstration:
 
     @property
     def instruction(self) -> str:
-        """The task in words: the file name without the scene that LIBERO-90 and LIBERO-10 put in front.
-
-        "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5" gives "turn on the stove".
-        """
-        task = self.file.stem.removesuffix("_demo")
-        return re.sub(r"^[A-Z_]+_SCENE\d+_", "", task).replace("_", " ")
+        """The task in words: "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5" gives "turn on the stove"."""
+        return instruction_of(self.file.stem.removesuffix("_demo"))
 
 
 def find_demonstrations(folder: Path) -> list[Demonstration]:

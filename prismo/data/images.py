@@ -121,7 +121,7 @@ def resize_lanczos3(images: Tensor, size: int | tuple[int, int], *, exact: bool 
             a CPU, whose other rounding moves about one value in 75,000 by one level.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    return _per_image(lambda x: _to_rows(_resize(x, height, width, exact)), images, (height, width))
+    return _per_image(lambda x: _resize(x, height, width, exact).permute(0, 2, 3, 1), images, (height, width))
 
 
 def _resize(images: Tensor, height: int, width: int, exact: bool) -> Tensor:
@@ -142,11 +142,6 @@ def _to_columns(images: Tensor) -> Tensor:
 def _transpose(x: Tensor) -> Tensor:
     """[N, R, C] as contiguous [N, C, R]. torch moves a single matrix in cache blocks, a stack of them line by line."""
     return x[0].t().contiguous()[None] if len(x) == 1 else x.transpose(1, 2).contiguous()
-
-
-def _to_rows(columns: Tensor) -> Tensor:
-    """[N, W, 3, H] as [N, 3, H, W], a view."""
-    return columns.permute(0, 2, 3, 1)
 
 
 def _filter_rows(x: Tensor, out_rows: int, exact: bool) -> Tensor:

@@ -21,14 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from prismo.data.features import DatasetInfo, read_dataset_info
-from prismo.data.index_files import (
-    ROWS_PER_PIECE,
-    FileCheck,
-    file_check,
-    piece_checksums,
-    read_sealed,
-    write_sealed,
-)
+from prismo.data.index_files import ROWS_PER_PIECE, FileCheck, file_check, piece_checksums, read_sealed, write_sealed
 from prismo.data.rlds import EPISODE, EpisodeIndex, byte_strings, numbers, row_type
 from prismo.data.specs import DatasetSpec, Feature, Trajectory, find_feature, split_slice, standardize
 from prismo.data.tfrecord import FOOTER, HEADER, Record, crc32c, parse_example, read_records
@@ -206,8 +199,8 @@ def _index_episode(
     """Rows of one episode, and whether any of its steps has an instruction. New texts are added to `texts`."""
     entries = parse_example(record.data)
     action, proprio = (_vectors(names, info, record, entries) for names in (spec.action, spec.proprio))
-    images = [byte_strings(camera, _find(camera, "image", info, entries)) for camera in spec.cameras]
-    texts_at = byte_strings(spec.instruction, _find(spec.instruction, "text", info, entries))
+    images = [byte_strings(camera, _find(camera, "image", info, entries)[1]) for camera in spec.cameras]
+    texts_at = byte_strings(spec.instruction, _find(spec.instruction, "text", info, entries)[1])
     phrases = [record.data[a:b].decode() for a, b in texts_at]
     phrases = phrases * len(action) if len(phrases) == 1 else phrases  # one text for the whole episode
     lengths = {len(proprio), len(action), len(phrases), *map(len, images)}
@@ -236,12 +229,12 @@ def _check_finite(trajectory: Trajectory) -> None:
             )
 
 
-def _find(name: str, kind: str, info: DatasetInfo, entries: Mapping[str, Any]) -> Any:
-    """Entry of the feature `name` in a record."""
-    key, _ = find_feature(name, kind, info.features)
+def _find(name: str, kind: str, info: DatasetInfo, entries: Mapping[str, Any]) -> tuple[Feature, Any]:
+    """The feature `name` and its entry in a record."""
+    key, feature = find_feature(name, kind, info.features)
     if key not in entries:
         raise ValueError(f"it has no {key!r}, which features.json promises")
-    return entries[key]
+    return feature, entries[key]
 
 
 def _vectors(names: tuple[str, ...], info: DatasetInfo, record: Record, entries: Mapping[str, Any]) -> np.ndarray:
@@ -249,7 +242,7 @@ def _vectors(names: tuple[str, ...], info: DatasetInfo, record: Record, entries:
     columns = []
     for name in names:
         key, part = split_slice(name)
-        entry = _find(key, "tensor", info, entries)
-        vectors = numbers(key, find_feature(key, "tensor", info.features)[1], record.data, entry)
+        feature, entry = _find(key, "tensor", info, entries)
+        vectors = numbers(key, feature, record.data, entry)
         columns.append(vectors.reshape(len(vectors), -1)[:, part].astype(np.float32))
     return np.concatenate(columns, axis=1)

@@ -168,57 +168,62 @@ def _as_fetched(fetched: T) -> T:
 
 @dataclass(eq=False)
 class Loader:
-    """Iterates over this rank's batches from the current position on; see `make_loader`.
+    """Iterates over batches of `batch_size` for one rank, from the current position on.
 
     After every batch `state_dict()` holds two integers, the epoch and the samples of all ranks taken in it. A loader
     that is given them continues with exactly the batches that were left, also with another number of ranks as long as
     ranks x batch size stay the same (with another product the samples are the same, cut into other batches).
+
+    Args:
+        num_workers: decoding processes of this rank; None takes `usual_workers`. 0 decodes in the calling process,
+            which is for debugging.
+        collate_text: called in the workers with the samples of a batch, for example to tokenise.
+        epochs: None never ends (training); 1 gives every window once (validation), where the last batch may be
+            smaller and one rank may get one sample less than another.
+        pin_memory: page-locked batches, for asynchronous copies to a GPU.
     """
 
     dataset: WindowDataset
-    order: EpochOrder
     batch_size: int
     _: KW_ONLY
-    rank: int
-    world_size: int
-    num_workers: int
-    collate_text: CollateText | None
-    epochs: int | None
-    pin_memory: bool
-    _position: Position = field(default=Position(), init=False)
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int | None = None
+    collate_text: CollateText | None = None
+    shuffle: bool = True
+    epochs: int | None = None
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        sources = self.dataset.sources
+        counts, weights = tuple(s.num_windows for s in sources), tuple(s.weight for s in sources)
+        self.order, self._position = EpochOrder(counts, weights, self.seed, self.shuffle), Position()
 
     @property
     def samples_per_epoch(self) -> int:
         return self.order.size
 
     def __iter__(self) -> Generator[Batch]:
-        slots = None
-        if self.num_workers:
-            in_flight = self.num_workers * _PREFETCH + 1
+        slots, workers = None, usual_workers(self.world_size) if self.num_workers is None else self.num_workers
+        if workers:
             shape = (self.batch_size, *self.dataset.pixel_shape)
-            slots = _Slots(in_flight, shape, _local_ranks(self.world_size))
-        with _started(self._fetch(slots)) as fetched:
+            slots = _Slots(workers * _PREFETCH + 1, shape, _local_ranks(self.world_size))
+        with _started(self._fetch(slots, workers)) as fetched:
             for slot, batch in fetched:
                 images = batch.images if slots is None else _channels_first(slots.take(slot, len(batch)))
                 complete = replace(batch, images=images)
                 self._position = self.order.after(self._position, self.batch_size * self.world_size)
                 yield complete.pin_memory() if self.pin_memory else complete
 
-    def _fetch(self, slots: _Slots | None) -> DataLoader[tuple[int, Batch]]:
-        sampler = RankSampler(
-            self.order,
-            self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            start=self._position,
-            epochs=self.epochs,
-        )
+    def _fetch(self, slots: _Slots | None, workers: int) -> DataLoader[tuple[int, Batch]]:
+        sampler = RankSampler(self.order, self.batch_size, self.rank, self.world_size, self._position, self.epochs)
         return DataLoader(
-            _Fetcher(self.dataset, self.order.seed, self.collate_text, slots),
+            _Fetcher(self.dataset, self.seed, self.collate_text, slots),
             batch_sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=_as_fetched,
-            prefetch_factor=_PREFETCH if self.num_workers else None,
+            prefetch_factor=_PREFETCH if workers else None,
             worker_init_fn=functools.partial(_set_up_worker, os.getpid()),
         )
 
@@ -270,46 +275,3 @@ def _local_ranks(world_size: int) -> int:
 def usual_workers(world_size: int) -> int:
     """Decoding processes of a rank: its share of the machine's cores that it may use, 8 at most."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // _local_ranks(world_size)))
-
-
-def make_loader(
-    dataset: WindowDataset,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int | None = None,
-    collate_text: CollateText | None = None,
-    shuffle: bool = True,
-    epochs: int | None = None,
-    pin_memory: bool = False,
-) -> Loader:
-    """Batches of `batch_size` for one rank.
-
-    Args:
-        num_workers: decoding processes of this rank; None takes `usual_workers`. 0 decodes in the calling process,
-            which is for debugging.
-        collate_text: called in the workers with the samples of a batch, for example to tokenise.
-        epochs: None never ends (training); 1 gives every window once (validation), where the last batch may be
-            smaller and one rank may get one sample less than another.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
-    """
-    num_workers = usual_workers(world_size) if num_workers is None else num_workers
-    order = EpochOrder(
-        tuple(source.num_windows for source in dataset.sources),
-        tuple(source.weight for source in dataset.sources),
-        seed,
-        shuffle,
-    )
-    return Loader(
-        dataset,
-        order,
-        batch_size,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        collate_text=collate_text,
-        epochs=epochs,
-        pin_memory=pin_memory,
-    )

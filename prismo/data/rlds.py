@@ -76,11 +76,8 @@ class PositionedFiles:
             raise ValueError(f"{path} ends at byte {offset + len(data)}, {offset + size} expected; fetch it again")
         return data
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._of_thread = threading.local()
+    def __reduce__(self) -> tuple[type[PositionedFiles], tuple[()]]:
+        return PositionedFiles, ()
 
 
 @dataclass(frozen=True, eq=False)

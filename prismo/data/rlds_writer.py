@@ -82,7 +82,6 @@ def write_rlds(
     episodes: Iterable[EpisodeEntries],
     *,
     shard_bytes: int = 128 << 20,
-    description: str = "",
 ) -> int:
     """Write the version folder `folder` (for example `data/my_robot/1.0.0`), atomically; returns the episode count.
 
@@ -106,7 +105,7 @@ def write_rlds(
             target = f"{name}-train.tfrecord-{shard:05d}-of-{len(lengths):05d}"
             (temporary / f"{shard}.part").rename(temporary / target)
         write_json(temporary / "features.json", features_to_json(features))
-        write_json(temporary / "dataset_info.json", _dataset_info(name, folder.name, lengths, total, description))
+        write_json(temporary / "dataset_info.json", _dataset_info(name, folder.name, lengths, total))
     return sum(lengths)
 
 
@@ -145,7 +144,7 @@ def _check_episode(features: Mapping[str, Feature], episode: EpisodeEntries) -> 
             raise ValueError(f"{name} has shape {list(shape)}, expected [T, {list(features[name].shape)}]")
 
 
-def _dataset_info(name: str, version: str, lengths: list[int], total: int, description: str) -> dict[str, Any]:
+def _dataset_info(name: str, version: str, lengths: list[int], total: int) -> dict[str, Any]:
     split = {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         "name": "train",
@@ -153,7 +152,7 @@ def _dataset_info(name: str, version: str, lengths: list[int], total: int, descr
         "shardLengths": [str(n) for n in lengths],
     }
     return {
-        "description": description or f"{name}, written by prismo",
+        "description": f"{name}, written by prismo",
         "fileFormat": "tfrecord",
         "name": name,
         "splits": [split],

@@ -66,15 +66,12 @@ def pick(sources: tuple[Source, ...], number: int) -> ShownEpisode:
     Raises:
         ValueError: there are fewer.
     """
-    total = sum(len(source.episodes) for source in sources)
-    if not 0 <= number < total:
+    all_of_them = [(source, stored) for source in sources for stored in source.episodes.tolist()]
+    if not 0 <= number < len(all_of_them):
+        total = len(all_of_them)
         raise ValueError(f"episode {number} asked for, the dataset has {total} (0 to {total - 1})")
-    for source in sources:
-        if number < len(source.episodes):
-            stored, store = int(source.episodes[number]), source.store
-            return ShownEpisode(source, stored, store.rows(stored, 0, int(store.episodes["steps"][stored])))
-        number -= len(source.episodes)
-    raise AssertionError("unreachable: the number was checked")
+    source, stored = all_of_them[number]
+    return ShownEpisode(source, stored, source.store.rows(stored, 0, int(source.store.episodes["steps"][stored])))
 
 
 def new_figure(width: float, height: float) -> Figure:

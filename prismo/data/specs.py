@@ -146,21 +146,20 @@ def _fill(value: np.ndarray, valid: np.ndarray, start: Any) -> np.ndarray:
 # --- known datasets ---------------------------------------------------------------------------------------------------
 
 
-def _libero(suite: str) -> DatasetSpec:
-    return DatasetSpec(
-        name=f"libero_{suite}_no_noops",
-        embodiment=LIBERO,
-        cameras=("observation/image", "observation/wrist_image"),
-        action=("action",),
-        proprio=("observation/state",),
-        gripper="open_low",
-    )
-
-
 SPECS = {
     spec.name: spec
     for spec in (
-        *(_libero(suite) for suite in ("spatial", "object", "goal", "10", "90")),
+        *(
+            DatasetSpec(
+                name=f"libero_{suite}_no_noops",
+                embodiment=LIBERO,
+                cameras=("observation/image", "observation/wrist_image"),
+                action=("action",),
+                proprio=("observation/state",),
+                gripper="open_low",
+            )
+            for suite in ("spatial", "object", "goal", "10", "90")
+        ),
         DatasetSpec(
             name="bridge_orig",
             embodiment=BRIDGE,

@@ -35,15 +35,12 @@ class Record:
     crc: int
 
 
-def masked_crc(data: bytes) -> int:
-    """CRC32C of `data` in the rotated form that TFRecord stores."""
-    crc = google_crc32c.value(data)
+crc32c = google_crc32c.value  # of bytes (Castagnoli)
+
+
+def masked(crc: int) -> int:
+    """A CRC32C in the rotated form that TFRecord stores."""
     return ((crc >> 15 | crc << 17) + _CRC_MASK) & 0xFFFFFFFF
-
-
-def crc32c(data: bytes) -> int:
-    """CRC32C (Castagnoli) of `data`."""
-    return google_crc32c.value(data)
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -60,13 +57,13 @@ def read_records(path: Path) -> Iterator[Record]:
             if len(header) < HEADER:
                 raise ValueError(f"{path} ends in the middle of a record header at byte {offset}; {advice}")
             length, length_crc = struct.unpack("<QI", header)
-            if masked_crc(header[:8]) != length_crc:
+            if masked(crc32c(header[:8])) != length_crc:
                 raise ValueError(f"{path}: wrong checksum of the record length at byte {offset}; {advice}")
             if offset + HEADER + length + FOOTER > size:
                 raise ValueError(f"{path} ends in the middle of the record at byte {offset} ({length} bytes); {advice}")
             data, footer = file.read(length), file.read(FOOTER)
-            crc = google_crc32c.value(data)
-            if ((crc >> 15 | crc << 17) + _CRC_MASK) & 0xFFFFFFFF != struct.unpack("<I", footer)[0]:
+            crc = crc32c(data)
+            if masked(crc) != struct.unpack("<I", footer)[0]:
                 raise ValueError(f"{path}: wrong checksum of the record at byte {offset} ({length} bytes); {advice}")
             yield Record(offset + HEADER, data, crc)
             offset += HEADER + length + FOOTER
@@ -75,7 +72,8 @@ def read_records(path: Path) -> Iterator[Record]:
 def frame_record(data: bytes) -> bytes:
     """`data` with the length and checksums of a TFRecord around it."""
     length = struct.pack("<Q", len(data))
-    return b"".join((length, struct.pack("<I", masked_crc(length)), data, struct.pack("<I", masked_crc(data))))
+    first, last = (struct.pack("<I", masked(crc32c(part))) for part in (length, data))
+    return b"".join((length, first, data, last))
 
 
 # --- tf.train.Example -------------------------------------------------------------------------------------------------
@@ -114,16 +112,10 @@ def _parse_feature(data: bytes, start: int, stop: int) -> np.ndarray | list[tupl
         # Numbers are packed into one entry by every known writer, but one entry each is also legal.
         pieces = list(_fields(data, a, b))
         if kind == _FLOATS:
-            return np.concatenate(
-                [np.frombuffer(data, "<f4", (y - x) // 4, x) for _, _, x, y in pieces] or [_NO_FLOATS]
-            )
+            return np.concatenate([np.zeros(0, "<f4"), *(np.frombuffer(data[x:y], "<f4") for _, _, x, y in pieces)])
         if kind == _INTS:
-            return np.concatenate([_varints(data[x:y]) for _, _, x, y in pieces] or [_NO_INTS])
+            return np.concatenate([np.zeros(0, np.int64), *(_varints(data[x:y]) for _, _, x, y in pieces)])
     return None
-
-
-_NO_FLOATS = np.zeros(0, np.float32)
-_NO_INTS = np.zeros(0, np.int64)
 
 
 def _messages(data: bytes, at: int, end: int, wanted: int) -> list[tuple[int, int]]:

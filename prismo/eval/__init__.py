@@ -1,1 +1,1 @@
-"""Roll-outs of policies: what is run (`plan`), how an episode goes (`episode`), what is kept (`results`)."""
+"""Roll-outs of policies: what is run and how an episode goes (`episode`), what is kept (`results`)."""

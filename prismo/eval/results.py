@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from pydantic import Field, FiniteFloat
 
-from prismo.eval.rollout import Outcome
+from prismo.eval.episode import Outcome
 from prismo.sim.rates import Rate
 from prismo.util.schema import read_json_lines
 
@@ -70,18 +70,18 @@ class EpisodeLog:
 
     Args:
         path: `episodes.jsonl`; created if need be. A half-written last line is cut off.
+
+    Attributes:
+        results: by episode number; the last line of an episode counts.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._results: dict[int, EpisodeResult] = {}
+        self.results: dict[int, EpisodeResult] = {}
         if self._path.is_file():
-            self._read()
-
-    @property
-    def results(self) -> dict[int, EpisodeResult]:
-        """By episode number; the last line of an episode counts."""
-        return dict(self._results)
+            content = self._path.read_bytes()
+            os.truncate(self._path, content.rfind(b"\n") + 1)
+            self.results = read_episodes(self._path)
 
     def append(self, result: EpisodeResult) -> None:
         """Add one line and flush it to the disk; a line that does not fit there is taken back.
@@ -103,14 +103,7 @@ class EpisodeLog:
                 raise
         finally:
             os.close(handle)
-        self._results[result.episode] = result
-
-    def _read(self) -> None:
-        content = self._path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._path, whole)
-        self._results = read_episodes(self._path)
+        self.results[result.episode] = result
 
 
 def read_episodes(path: Path) -> dict[int, EpisodeResult]:
@@ -131,7 +124,7 @@ class Tally:
     Attributes:
         episodes: successes + failures + errors.
         success_rate: successes among successes and failures, in 0..1; None without any. Errors are in neither.
-        interval: 95 % Wilson interval of that rate.
+        wilson_95: 95 % interval of that rate.
     """
 
     episodes: int
@@ -139,7 +132,7 @@ class Tally:
     failures: int
     errors: int
     success_rate: float | None
-    interval: tuple[float, float] | None
+    wilson_95: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -162,8 +155,8 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """`complete`, `planned`, `total` and `tasks` of results.json."""
-        tasks = [{"task_id": i, "task": task, **_tally_json(tally)} for i, (task, tally) in self.tasks.items()]
-        return {"complete": self.complete, "planned": self.planned, "total": _tally_json(self.total), "tasks": tasks}
+        tasks = [{"task_id": i, "task": task, **asdict(tally)} for i, (task, tally) in self.tasks.items()]
+        return {"complete": self.complete, "planned": self.planned, "total": asdict(self.total), "tasks": tasks}
 
 
 def summarize(results: Iterable[EpisodeResult], planned: int) -> Summary:
@@ -181,16 +174,11 @@ def summarize(results: Iterable[EpisodeResult], planned: int) -> Summary:
 
 def tally(results: Sequence[EpisodeResult]) -> Tally:
     """Count outcomes."""
-    count = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("success", "failure", "error")}
-    rate = Rate(count["success"], count["success"] + count["failure"])
-    return Tally(
-        episodes=len(results),
-        successes=count["success"],
-        failures=count["failure"],
-        errors=count["error"],
-        success_rate=rate.value if rate.episodes else None,
-        interval=rate.wilson() if rate.episodes else None,
-    )
+    outcomes = [result.outcome for result in results]
+    successes, failures, errors = map(outcomes.count, ("success", "failure", "error"))
+    rate = Rate(successes, successes + failures)
+    known = (rate.value, rate.wilson()) if rate.episodes else (None, None)
+    return Tally(len(outcomes), successes, failures, errors, *known)
 
 
 def format_table(summary: Summary) -> str:
@@ -205,14 +193,8 @@ def format_table(summary: Summary) -> str:
 
 
 def _columns(counts: Tally) -> tuple[str, str, str, str]:
-    if counts.success_rate is None or counts.interval is None:
+    if counts.success_rate is None or counts.wilson_95 is None:
         return str(counts.episodes), "-", "-", str(counts.errors)
-    low, high = counts.interval
+    low, high = counts.wilson_95
     rate = f"{100 * counts.success_rate:.1f} %"
     return str(counts.episodes), rate, f"{100 * low:.1f} - {100 * high:.1f}", str(counts.errors)
-
-
-def _tally_json(counts: Tally) -> dict[str, Any]:
-    values = asdict(counts)
-    values["wilson_95"] = values.pop("interval")
-    return values

@@ -10,8 +10,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Generator, Iterable, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -23,19 +23,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from prismo.eval.benchmark import Benchmark, benchmark_of
 from prismo.eval.config import EvalConfig
-from prismo.eval.episode import RolloutSettings
-from prismo.eval.plan import Episode, plan_episodes
+from prismo.eval.episode import Episode, Rollout, RolloutSettings, plan_episodes
 from prismo.eval.results import EpisodeResult, Summary, summarize
-from prismo.eval.rollout import Rollout, run_episode
+from prismo.eval.rollout import reset, run_episode
 from prismo.eval.run_folder import EPISODES, EvalFolder, RunIdentity, open_run
 from prismo.eval.summary import report
 from prismo.eval.text_log import TextLog, WandbLog
-from prismo.eval.versions import (
-    changed_versions,
-    collect_versions,
-    episode_versions,
-    mixed_versions,
-)
+from prismo.eval.versions import changed_versions, collect_versions, episode_versions, mixed_versions
 from prismo.eval.video import annotated, check_video_writer, video_path, write_video
 from prismo.policies.base import Policy
 from prismo.policies.checkpoint import checkpoint_hash
@@ -55,8 +49,9 @@ def evaluate(cfg: EvalConfig) -> Summary:
         return evaluation.run()
 
 
-def prepare(cfg: EvalConfig) -> Evaluation:
-    """Check flags, checkpoint and simulator, find or create the run, load the policy.
+@contextmanager
+def prepare(cfg: EvalConfig) -> Generator[Evaluation]:
+    """Check flags, checkpoint and simulator, find or create the run, load the policy; at the end free all of them.
 
     Raises:
         ValueError, FileNotFoundError, SelfTestError, SimulatorError, GLUnavailableError: with one clear message.
@@ -68,39 +63,26 @@ def prepare(cfg: EvalConfig) -> Evaluation:
     spec = prepare_policy(cfg, benchmark.robot, default_key=cfg.task_suite_name)
     episodes = plan_episodes(cfg, benchmark)
     settings = _rollout_settings(cfg, spec, benchmark)
-    with ExitStack() as stack:
-        worker = stack.enter_context(benchmark.open(cfg, _cuda_device(spec)))
-        _try_first_scene(worker, episodes[0])
+    local = spec.device.index or 0
+    with benchmark.open(cfg, physical_cuda_index(local) if spec.device.type == "cuda" else None) as worker:
+        reset(worker, episodes[0], settle_steps=0)  # fail now, not in every episode, if no scene can be built or drawn
         versions = collect_versions(worker.info)
-        identity = RunIdentity(
-            cfg.task_suite_name,
-            spec.checkpoint.family,
-            cfg.run_id_note,
-            _identity_settings(cfg, spec, settings, benchmark.settings(cfg) | {"assets": versions["assets"]}),
-        )
-        run, resumed = open_run(
-            cfg.local_log_dir,
-            identity,
-            checkpoint=cfg.pretrained_checkpoint,
-            versions=versions,
-            resume=cfg.resume,
-            retry_errors=cfg.retry_errors,
-        )
-        stack.callback(run.close)
-        for warning in benchmark.warnings(versions):  # of stand-ins, whoever found them has warned
-            _LOG.warning(warning)
-        done = run.log.results
-        todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
-        if resumed:
-            if todo and not cfg.allow_mixed:
-                _refuse_mixture(run, {e.number for e in todo}, versions)
-            _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
-        run.begin(cfg, episodes)
-        wandb = WandbLog(cfg.use_wandb, cfg.wandb_entity, cfg.wandb_project, run.path, asdict(run.about))
-        policy = spec.load() if todo else None
-        return Evaluation(
-            cfg, benchmark, run, worker, policy, episodes, todo, settings, versions, wandb, stack.pop_all()
-        )
+        changing = _identity_settings(cfg, spec, settings, benchmark.settings(cfg) | {"assets": versions["assets"]})
+        identity = RunIdentity(cfg.task_suite_name, spec.checkpoint.family, cfg.run_id_note, changing)
+        run, resumed = open_run(cfg, identity, versions)
+        with closing(run):
+            for warning in benchmark.warnings(versions):  # of stand-ins, whoever found them has warned
+                _LOG.warning(warning)
+            done = run.log.results
+            todo = [e for e in episodes if e.number not in done or (cfg.retry_errors and done[e.number].error)]
+            if resumed:
+                if todo and not cfg.allow_mixed:
+                    _refuse_mixture(run, {e.number for e in todo}, versions)
+                _LOG.info("continuing %s: %d of %d episodes are done", run.path, len(done), len(episodes))
+            run.begin(cfg, episodes)
+            wandb = WandbLog(cfg, run.path, asdict(run.about))
+            policy = spec.load() if todo else None
+            yield Evaluation(cfg, benchmark, run, worker, policy, episodes, todo, settings, versions, wandb)
 
 
 class RepeatedError(BrokenOffError):
@@ -109,7 +91,7 @@ class RepeatedError(BrokenOffError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that is ready to run. Use it as a context manager: it ends the simulator and frees the run.
+    """An evaluation that is ready to run, inside of `prepare`.
 
     Attributes:
         benchmark: that `cfg` names.
@@ -129,13 +111,6 @@ class Evaluation:
     settings: RolloutSettings
     versions: dict[str, Any]
     wandb: WandbLog
-    resources: ExitStack
-
-    def __enter__(self) -> Evaluation:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.resources.close()
 
     def run(self) -> Summary:
         """Play what is left, one episode after the other, and write results.json.
@@ -147,32 +122,26 @@ class Evaluation:
         start, run = time.perf_counter(), self.run_folder
         seed_everything(self.cfg.seed)
         try:
-            with TextLog(run.text_log) as text, logging_redirect_tqdm():
+            with run.text_log.open("a", encoding="utf-8") as file, logging_redirect_tqdm():
+                text = TextLog(file)
                 self._play(text)
                 summary = summarize(run.log.results.values(), len(self.episodes))
                 text.end(summary, self._warnings())
             self._write_results(summary, time.perf_counter() - start)
-        except KeyboardInterrupt:
-            done = len(run.log.results)
-            _LOG.warning("stopped after %d of %d episodes; the same command continues", done, len(self.episodes))
+        except (KeyboardInterrupt, OSError) as error:
+            stopped = f"stopped after {len(run.log.results)} of {len(self.episodes)} episodes"
+            if isinstance(error, OSError):
+                advice = f"{run.path} cannot be written ({error}). Make room; the same command continues"
+                raise OSError(f"{stopped}: {advice}") from error
+            _LOG.warning("%s; the same command continues", stopped)
             raise
-        except OSError as error:
-            done = len(run.log.results)
-            raise OSError(
-                f"stopped after {done} of {len(self.episodes)} episodes: {run.path} cannot be written ({error}). "
-                "Make room; the same command continues"
-            ) from error
         finally:
             self._leave()
         self.wandb.task("total", list(run.log.results.values()))
         self.wandb.close(run.text_log)
         if summary.total.errors:
-            _LOG.error(
-                "%d of %d episodes ended in an error and count as neither success nor failure; see %s",
-                summary.total.errors,
-                summary.planned,
-                run.path / EPISODES,
-            )
+            errors = f"{summary.total.errors} of {summary.planned} episodes ended in an error"
+            _LOG.error("%s and count as neither success nor failure; see %s", errors, run.path / EPISODES)
         return summary
 
     def _leave(self) -> None:
@@ -243,13 +212,13 @@ class Evaluation:
     def _video(self, episode: Episode, rollout: Rollout) -> str | None:
         """Path of the episode's video, or None if it is not wanted or cannot be written."""
         success, wanted = rollout.outcome == "success", self.cfg.save_videos
-        if rollout.frames is None or wanted == "none" or (wanted == "failures" and success):
+        if not rollout.frames or wanted == "none" or (wanted == "failures" and success):
             return None
         about = self.run_folder.about
         path = video_path(self.cfg.rollout_dir, about.timestamp, about.family, episode, success)
         frames: Iterable[np.ndarray] = rollout.frames
         if self.cfg.annotate_videos:
-            frames = annotated(rollout.frames, episode, rollout.outcome, self.settings.max_steps)
+            frames = annotated(np.stack(rollout.frames), episode, rollout.outcome, self.settings.max_steps)
         try:
             write_video(path, frames)
         except OSError as error:  # a full disk must not cost the episode
@@ -336,17 +305,6 @@ def _present(cfg: EvalConfig, what: str, names: tuple[str, ...], available: tupl
         raise ValueError(f"{text}; --force True takes these in that order")
     _LOG.warning("%s, which are taken in that order (--force)", text)
     return available
-
-
-def _cuda_device(spec: PolicySpec) -> int | None:
-    """The policy's GPU as the simulator's driver counts it."""
-    return physical_cuda_index(spec.device.index or 0) if spec.device.type == "cuda" else None
-
-
-def _try_first_scene(worker: SimWorker, episode: Episode) -> None:
-    """Fail now, not in every episode, where no scene can be built or drawn."""
-    start = episode.init_state if episode.state is None else episode.state
-    worker.reset(episode.task.suite, episode.task.index, start, seed=episode.env_seed, settle_steps=0)
 
 
 def _versions_of(run: EvalFolder, results: Iterable[EpisodeResult]) -> list[Mapping[str, Any]]:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from typing import IO, Annotated, Any
 from pydantic import Field
 
 from prismo.eval.config import EvalConfig
-from prismo.eval.plan import Episode
+from prismo.eval.episode import Episode
 from prismo.eval.results import EpisodeLog, EpisodeResult, read_episodes
 from prismo.sim.interface import Task
 from prismo.util.files import point_link, write_json
@@ -53,29 +54,21 @@ class RunIdentity:
 
     @property
     def prefix(self) -> str:
+        """Of the run's name."""
         return f"EVAL-{self.suite}-{self.family}-"
-
-    def name(self, timestamp: str) -> str:
-        """The original's run id."""
-        return f"{self.prefix}{timestamp}" + (f"--{self.note}" if self.note else "")
 
 
 @dataclass(frozen=True)
-class RunFile:
+class RunFile(RunIdentity):
     """Content of run.json.
 
     Attributes:
-        suite, family, note, settings: of the identity.
         timestamp: of the first start, in the run's name.
         checkpoint: as the user named it.
         versions: at the first start (`prismo.eval.versions.collect_versions`).
     """
 
-    suite: str
-    family: str
-    note: str | None
     timestamp: Annotated[str, Field(pattern=r"^\d{4}(_\d\d){2}-\d\d(_\d\d){2}$")]
-    settings: dict[str, Any]
     checkpoint: str
     versions: dict[str, Any]
 
@@ -160,23 +153,14 @@ def read_run(folder: Path) -> tuple[RunFile, PlanFile, dict[int, EpisodeResult]]
     return read_json(folder / RUN, RunFile), read_json(folder / _PLAN, PlanFile), results
 
 
-def open_run(
-    root: str | Path,
-    identity: RunIdentity,
-    *,
-    checkpoint: str,
-    versions: dict[str, Any],
-    resume: bool,
-    retry_errors: bool,
-) -> tuple[EvalFolder, bool]:
+def open_run(cfg: EvalConfig, identity: RunIdentity, versions: dict[str, Any]) -> tuple[EvalFolder, bool]:
     """The newest unfinished run of this identity, or a new one.
 
-    A finished run is continued only for `retry_errors`, if it has errors. A run that another process is at work on is
+    A finished run is continued only for `--retry_errors`, if it has errors. A run that another process is at work on is
     left alone, one whose run.json is damaged is passed over with a warning.
 
     Args:
-        root: `--local_log_dir`.
-        checkpoint, versions: for the run.json of a new run.
+        versions: for the run.json of a new run.
 
     Returns:
         The run, and whether it is continued.
@@ -184,14 +168,14 @@ def open_run(
     Raises:
         ValueError: the episodes of the run that is to be continued are damaged.
     """
-    root = Path(root)
+    root = Path(cfg.local_log_dir)
     root.mkdir(parents=True, exist_ok=True)
-    if resume:
+    if cfg.resume:
         for path in sorted(root.glob(f"{identity.prefix}*/{RUN}"), reverse=True):
-            run = _continue(path.parent, identity, retry_errors)
+            run = _continue(path.parent, identity, cfg.retry_errors)
             if run is not None:
                 return run, True
-    return _create(root, identity, checkpoint, versions), False
+    return _create(root, identity, cfg.pretrained_checkpoint, versions), False
 
 
 def _continue(path: Path, identity: RunIdentity, retry_errors: bool) -> EvalFolder | None:
@@ -223,13 +207,11 @@ def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[s
     """A new run. Two started in the same second get different names."""
     while True:
         timestamp = datetime.now().strftime(TIMESTAMP)
-        path = root / identity.name(timestamp)
-        try:
+        path = root / f"{identity.prefix}{timestamp}{f'--{identity.note}' if identity.note else ''}"  # the original's
+        with contextlib.suppress(FileExistsError):
             path.mkdir()
             break
-        except FileExistsError:
-            continue
     lock = take_lock(path / _LOCK)
-    about = RunFile(identity.suite, identity.family, identity.note, timestamp, identity.settings, checkpoint, versions)
+    about = RunFile(**vars(identity), timestamp=timestamp, checkpoint=checkpoint, versions=versions)
     write_json(path / RUN, asdict(about))
     return EvalFolder(path, about, lock)

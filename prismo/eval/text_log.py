@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
+from prismo.eval.config import EvalConfig
 from prismo.eval.results import EpisodeResult, Summary, tally
 from prismo.util.extras import install_hint
 
 
+@dataclass(frozen=True)
 class TextLog:
-    """Appends to `EVAL-*.txt`.
+    """Writes `EVAL-*.txt`, in which a continued run goes on.
 
-    Args:
-        path: created if need be; a continued run goes on in it.
+    Attributes:
+        file: open for appending.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> TextLog:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+    file: IO[str]
 
     def write(self, line: str) -> None:
         """One line, flushed."""
-        self._file.write(line + "\n")
-        self._file.flush()
+        print(line, file=self.file, flush=True)
 
     def episode(self, result: EpisodeResult, done: list[EpisodeResult]) -> None:
         """The block of one episode. `done` are all results so far, this one included."""
@@ -66,7 +60,7 @@ class WandbLog:
     """Weights & Biases with the original's keys; does nothing when it is off.
 
     Args:
-        entity, project: where to.
+        cfg: whether, and where to.
         folder: of the run. Its name becomes the W&B run's, in which a continued run goes on; W&B's files go into it.
         config: to be shown with the run.
 
@@ -74,9 +68,9 @@ class WandbLog:
         ValueError: wandb is not installed or does not start.
     """
 
-    def __init__(self, enabled: bool, entity: str | None, project: str, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, cfg: EvalConfig, folder: Path, config: dict[str, Any]) -> None:
         self._run = None
-        if not enabled:
+        if not cfg.use_wandb:
             return
         try:
             import wandb  # noqa: PLC0415 (optional)
@@ -85,8 +79,8 @@ class WandbLog:
         identifier = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.name)
         try:
             self._run = wandb.init(
-                entity=entity,
-                project=project,
+                entity=cfg.wandb_entity,
+                project=cfg.wandb_project,
                 name=folder.name,
                 id=identifier,
                 resume="allow",

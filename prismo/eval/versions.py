@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import torch
 
 import prismo
 from prismo.sim.interface import SimInfo
+from prismo.util.extras import package_version
 from prismo.util.git import git_commit
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
@@ -66,11 +66,3 @@ def gpu_driver() -> str | None:
     call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
-
-
-def package_version(package: str) -> str | None:
-    """Of an installed one, else None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from prismo.eval.plan import Episode
+from prismo.eval.episode import Episode, Outcome
 from prismo.eval.results import EpisodeResult
-from prismo.eval.rollout import Outcome
 from prismo.util.extras import install_hint
 from prismo.util.files import atomic_write, point_link
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from prismo.sim import standins
 from prismo.sim.interface import STAND_INS
 from prismo.sim.suites import package_folder
+from prismo.util.files import atomic_folder
 
 log = logging.getLogger(__name__)
 
@@ -122,14 +122,8 @@ def _stand_ins() -> Path:
     """The generated stand-ins; the folder's name holds the generator's hash, so that an old set is never used."""
     folder = cache_folder() / f"stand-ins-{standins.scenes_fingerprint()}"
     if not folder.is_dir():
-        temporary = Path(tempfile.mkdtemp(dir=cache_folder()))
-        standins.write(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was faster; its simulators may be reading these files, so they stay
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(temporary)
+        with atomic_folder(folder, keep_existing=True) as temporary:  # simulators may read those of a faster one
+            standins.write(temporary)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from prismo.sim.collection import Collection, Finished, Item
 from prismo.sim.demos import EpisodeOutcome
@@ -53,31 +54,32 @@ def run_expert(
         collection: takes successes, and knows what an earlier run did. None: only outcomes.
     """
 
-    def run(worker: SimWorker, item: Item) -> EpisodeOutcome:
-        suite, task_id = item.task.suite, item.task.index
-        outcome = worker.request(
-            "expert_episode",
-            _EPISODE_TIMEOUT_S,
-            suite=suite,
-            task_id=task_id,
-            init_state=item.index % len(load_init_states(suite, task_id)),
-            seed=seed + item.index,
-            noise=noise,
-            target=collection.demo_file(item) if collection else None,
-        )
-        return EpisodeOutcome(**outcome)
+    def run(worker: SimWorker, item: Item, **where: Any) -> dict[str, Any]:
+        init_state = item.index % len(load_init_states(item.task.suite, item.task.index))
+        chosen = {"init_state": init_state, "seed": seed + item.index, "noise": noise}
+        return worker.request("expert_episode", _EPISODE_TIMEOUT_S, **where, **chosen)
 
-    yield from run_items(items, run, make_worker, num_workers, collection)
+    return run_items(items, run, make_worker, num_workers, collection)
 
 
 def run_items(
     items: Sequence[Item],
-    run: Callable[[SimWorker, Item], EpisodeOutcome],
+    request: Callable[..., dict[str, Any]],
     make_worker: Callable[[], SimWorker],
     num_workers: int,
     collection: Collection | None,
 ) -> Iterator[Finished]:
-    """Yield what the collection has of `items`, then the rest as workers finish it."""
+    """Yield what the collection has of `items`, then the rest as workers finish it.
+
+    Args:
+        request: asks a worker for an item, given suite, task_id and target; the answer is an `EpisodeOutcome`.
+    """
+
+    def run(worker: SimWorker, item: Item) -> EpisodeOutcome:
+        target = collection.demo_file(item) if collection else None
+        where = {"suite": item.task.suite, "task_id": item.task.index, "target": target}
+        return EpisodeOutcome(**request(worker, item, **where))
+
     finished = collection.finished(items) if collection else []
     yield from finished
     known = {done.item for done in finished}
@@ -92,12 +94,11 @@ def run_items(
 def success_table(finished: Sequence[Finished]) -> str:
     """Markdown: success per task with 95 % intervals, and the length of successful episodes."""
     rows = ["| task | instruction | success [Wilson 95 %] | mean steps | max steps |", "|---|---|---|---|---|"]
-    total = Rate(0, 0)
     for task in sorted({done.item.task for done in finished}, key=lambda task: task.index):
         outcomes = [done.outcome for done in finished if done.item.task == task]
         rate = Rate(sum(outcome.success for outcome in outcomes), len(outcomes))
         steps = [outcome.steps for outcome in outcomes if outcome.success] or [0]
         mean = sum(steps) / len(steps)
         rows.append(f"| {task.suite} {task.index} | {task.language} | {rate} | {mean:.0f} | {max(steps)} |")
-        total += rate
+    total = Rate(sum(done.outcome.success for done in finished), len(finished))
     return "\n".join([*rows, f"| all | | {total} | | |"])

@@ -41,11 +41,9 @@ class Finished:
 def follow(outcomes: Iterable[Finished], total: int, title: str, word: str) -> list[Finished]:
     """All outcomes, with a progress bar that counts the successes and calls them `word`."""
     finished: list[Finished] = []
-    with tqdm(total=total, unit="demo", desc=title) as progress:
-        for done in outcomes:
-            finished.append(done)
-            progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} {word}", refresh=False)
-            progress.update()
+    for done in (progress := tqdm(outcomes, total=total, unit="demo", desc=title)):
+        finished.append(done)
+        progress.set_postfix_str(f"{sum(d.outcome.success for d in finished)} {word}", refresh=False)
     return finished
 
 
@@ -85,7 +83,7 @@ class Collection:
 
     def demo_file(self, item: Item) -> Path:
         """Where the simulator process puts the item's demonstration."""
-        return self._stem(item).with_suffix(".hdf5")
+        return self.folder / "parts" / f"{item.task.name}_{item.index}.hdf5"
 
     def finished(self, items: Sequence[Item]) -> list[Finished]:
         """The items that an earlier run finished."""
@@ -114,8 +112,5 @@ class Collection:
         """Remove what `join` has made superfluous."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
-    def _stem(self, item: Item) -> Path:
-        return self.folder / "parts" / f"{item.task.name}_{item.index}"
-
     def _note(self, item: Item) -> Path:
-        return self._stem(item).with_suffix(".json")
+        return self.demo_file(item).with_suffix(".json")

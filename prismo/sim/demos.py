@@ -1,4 +1,4 @@
-"""Demonstrations in LIBERO's HDF5 schema: recording, writing and reading.
+"""Demonstrations in LIBERO's HDF5 schema: recording, replaying, writing and reading.
 
 `<task>_demo.hdf5` holds `data/demo_<i>` with `actions`, `states`, `robot_states`, `rewards`, `dones` and `obs/...`, as
 LIBERO publishes them and as OpenVLA's regeneration keeps them, so existing readers work on our files. Every finished
@@ -6,6 +6,9 @@ demonstration is one small file of its own until its task is complete: a killed 
 
 Pictures are stored as the simulator makes them (first row at the bottom); the turn by 180 degrees belongs to the step
 that makes RLDS data.
+
+A replay proves that data and simulator belong together, and filters no-ops. The filter and the success test are those
+with which OpenVLA made its `libero_*_no_noops` data.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +25,7 @@ import numpy as np
 from annotated_types import Ge
 
 from prismo.sim.interface import SETTLE_STEPS, SimInfo, SimulatorError
-from prismo.sim.libero import AGENT_CAMERA, WRIST_CAMERA, quat_to_axis_angle
+from prismo.sim.libero import AGENT_CAMERA, WRIST_CAMERA, LiberoEnv, quat_to_axis_angle
 from prismo.sim.suites import LiberoTask
 from prismo.util.extras import need
 from prismo.util.files import atomic_write
@@ -30,6 +33,7 @@ from prismo.util.files import atomic_write
 if TYPE_CHECKING:
     import h5py
 
+_NOOP_NORM = 1e-4
 AGENT_VIEW = "agentview_rgb"
 WRIST_VIEW = "eye_in_hand_rgb"
 
@@ -131,6 +135,45 @@ class Recorder:
         columns = {name: [row[name] for row in self._rows] for name in _ARRAYS}
         arrays: dict[str, Any] = {name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()}
         return Demo(**arrays, seed=self._seed)
+
+
+def is_noop(action: np.ndarray, previous: np.ndarray | None) -> bool:
+    """The arm is told to stay (norm of the six deltas below 1e-4) and the gripper to do what it already does.
+
+    Args:
+        action: float [7].
+        previous: the last action that was kept, None for the first.
+    """
+    still = bool(np.linalg.norm(action[:6]) < _NOOP_NORM)
+    return still if previous is None else still and bool(action[6] == previous[6])
+
+
+def replay(env: LiberoEnv, demo: Demo, *, seed: int, drop_noops: bool) -> tuple[Demo | None, EpisodeOutcome]:
+    """Set the demonstration's first state, let the objects come to rest, execute its actions.
+
+    The first state and robot state are copied from `demo`, as in the original regeneration (they are from before the
+    objects came to rest).
+
+    Returns:
+        What this simulator saw, None if every action was a no-op; and whether the goal holds after the last action.
+    """
+    env.reset(demo.states[0], seed=seed)
+    recorder = Recorder(env, demo.states[0], seed)
+    previous: np.ndarray | None = None
+    success, noops = False, 0
+    for action in demo.actions:
+        if drop_noops and is_noop(action, previous):
+            noops += 1
+            continue
+        recorder.add(action)
+        success = env.step(action)
+        previous = action
+    outcome = EpisodeOutcome(success, len(demo) - noops, noops)
+    if previous is None:
+        return None, outcome
+    recorded = recorder.demo()
+    robot_states = np.concatenate([demo.robot_states[:1], recorded.robot_states[1:]])
+    return replace(recorded, robot_states=robot_states), outcome
 
 
 def demo_file_name(task: LiberoTask) -> str:

@@ -15,6 +15,7 @@ from prismo.sim.demos import Demo, Recorder
 from prismo.sim.interface import SimulatorError
 from prismo.sim.libero import CAMERAS, GRIPPER_CLOSE, GRIPPER_OPEN, LiberoEnv
 from prismo.sim.suites import MAX_STEPS
+from prismo.util.extras import need
 
 # What the controller does with an action of 1: metres and radians.
 _POSITION_SCALE, _ROTATION_SCALE = 0.05, 0.5
@@ -76,14 +77,11 @@ class Scene:
 
     def release_height(self) -> float:
         """Height of the object's origin at which to let go, m: a little above the goal, it falls the rest."""
-        if self.relation == "in":
-            return self._region_top(self.place) + 0.01
+        if self.relation == "in":  # above the upper face of a box region
+            half = self._raw.object_sites_dict[self.place].size
+            axes = self._raw.sim.data.get_site_xmat(self.place)
+            return float(self.position(self.place)[2] + np.abs(axes @ half)[2]) + 0.01
         return self.position(self.place)[2] + self.position(self.item)[2] - self.span(self.item, UP)[0] + 0.02
-
-    def _region_top(self, name: str) -> float:
-        """Height of the upper face of a box region, m."""
-        half = self._raw.object_sites_dict[name].size
-        return float(self.position(name)[2] + np.abs(self._raw.sim.data.get_site_xmat(name) @ half)[2])
 
     def span(self, name: str, direction: np.ndarray, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
         """Extent [2] of an object along a unit vector, m, from its colliding geoms that reach into heights low..high.
@@ -189,7 +187,7 @@ class Expert:
         """Phases, each made when the one before is over, from what the scene is like then."""
         scene = self._scene
         for _ in range(_GRASP_ATTEMPTS):
-            grasp = plan_grasp(scene, _horizontal(self._upright[:, 1]))
+            grasp = plan_grasp(scene, self._upright[:, 1])
             bottom, top = scene.span(scene.item, UP)
             above = np.array([grasp[0], grasp[1], max(top, grasp[2]) + 0.05])
             travel = scene.travel_height() + grasp[2] - bottom
@@ -245,18 +243,9 @@ def _upright(quat: np.ndarray) -> np.ndarray:
     return np.column_stack([np.cross(fingers, -UP), fingers, -UP])
 
 
-def _horizontal(vector: np.ndarray) -> np.ndarray:
-    flat = vector * (1, 1, 0)
-    return flat / np.linalg.norm(flat)
-
-
 def _matrix(quat: np.ndarray) -> np.ndarray:
-    from scipy.spatial.transform import Rotation  # noqa: PLC0415 (comes with the simulator, in whose process this runs)
-
-    return Rotation.from_quat(quat).as_matrix()
+    return need("scipy.spatial.transform", "libero").Rotation.from_quat(quat).as_matrix()
 
 
 def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
-    from scipy.spatial.transform import Rotation  # noqa: PLC0415 (comes with the simulator, in whose process this runs)
-
-    return Rotation.from_matrix(matrix).as_rotvec()
+    return need("scipy.spatial.transform", "libero").Rotation.from_matrix(matrix).as_rotvec()

@@ -75,14 +75,14 @@ def run_jobs(
 
 
 def _attempt(run: Callable[[SimWorker, Job], Result], worker: SimWorker, job: Job, pending: _Pending) -> Result:
-    for attempt in range(1, _ATTEMPTS + 1):
+    for _ in range(_ATTEMPTS - 1):
         try:
             return run(worker, job)
         except (SimulatorCrashed, SimulatorTimeout) as error:
-            if attempt == _ATTEMPTS or pending.stopped:
+            if pending.stopped:
                 raise
             log.warning("%s; repeating the job with a new simulator", error)
-    raise AssertionError("unreachable")
+    return run(worker, job)
 
 
 class _Pending:

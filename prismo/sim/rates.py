@@ -30,9 +30,6 @@ class Rate:
         # At 0 of n and n of n rounding leaves 1e-17 beyond the bound.
         return max(0.0, center - half), min(1.0, center + half)
 
-    def __add__(self, other: Rate) -> Rate:
-        return Rate(self.successes + other.successes, self.episodes + other.episodes)
-
     def __str__(self) -> str:
         low, high = self.wilson()
         return f"{self.successes}/{self.episodes} = {self.value:.1%} [{low:.1%}, {high:.1%}]"

@@ -12,7 +12,7 @@ from typing import Any
 
 from prismo.sim.collect import run_items
 from prismo.sim.collection import Collection, Finished, Item
-from prismo.sim.demos import EpisodeOutcome, demo_file_name, demo_indices, read_demo
+from prismo.sim.demos import demo_file_name, demo_indices, read_demo
 from prismo.sim.suites import check_task_ids, load_tasks
 from prismo.sim.worker import SimWorker
 from prismo.util.files import write_json
@@ -59,21 +59,11 @@ def regenerate(
         collection: the target.
     """
 
-    def run(worker: SimWorker, item: Item) -> EpisodeOutcome:
-        outcome = worker.request(
-            "replay_demo",
-            _REPLAY_TIMEOUT_S,
-            suite=item.task.suite,
-            task_id=item.task.index,
-            source=raw_folder / demo_file_name(item.task),
-            index=item.index,
-            seed=seed + item.index,
-            drop_noops=True,
-            target=collection.demo_file(item),
-        )
-        return EpisodeOutcome(**outcome)
+    def run(worker: SimWorker, item: Item, **where: Any) -> dict[str, Any]:
+        demo = {"source": raw_folder / demo_file_name(item.task), "index": item.index, "seed": seed + item.index}
+        return worker.request("replay_demo", _REPLAY_TIMEOUT_S, **where, **demo, drop_noops=True)
 
-    yield from run_items(items, run, make_worker, num_workers, collection)
+    return run_items(items, run, make_worker, num_workers, collection)
 
 
 def write_metainfo(path: Path, finished: Sequence[Finished], raw_folder: Path) -> None:

@@ -121,6 +121,34 @@ OBJECTS: dict[str, list[Part]] = {
 REGIONS = {"stable_scanned_objects/basket": ("contain_region", (0.0, 0.0, 0.07185), (0.06108, 0.06108, 0.06949))}
 
 
+# The arena of the suite: LIBERO replaces the files of the two textures by those of the wanted style.
+_FLOOR = """\
+<mujoco model="floor">
+  <asset>
+    <texture type="skybox" builtin="gradient" width="256" height="256" rgb1="0.9 0.9 1" rgb2="0.2 0.3 0.4" />
+    <texture name="texplane" type="2d" file="../textures/light-gray-floor-tile.png" />
+    <material name="floorplane" texture="texplane" {matt} />
+    <texture name="tex-wall" type="2d" file="../textures/light-gray-plaster.png" />
+    <material name="walls_mat" texture="tex-wall" {matt} />
+  </asset>
+  <worldbody>
+    <body name="floor" pos="0 0 0">
+      <geom type="plane" size="3 3 0.125" pos="0 0 0" condim="3" group="1" name="floor" material="floorplane" />
+    </body>
+    <geom name="wall_rear" pos="-2 0 1.5" size="0.01 3 1.5" {wall} />
+    <geom name="wall_left" pos="0.5 3 1.5" size="2.5 0.01 1.5" {wall} />
+    <geom name="wall_right" pos="0.5 -3 1.5" size="2.5 0.01 1.5" {wall} />
+    <light pos="1 1 4" dir="0 -0.15 -1" diffuse="0.8 0.8 0.8" specular="0.3 0.3 0.3" castshadow="false" />
+    <light pos="-3 -3 4" dir="0 -0.15 -1" diffuse="0.8 0.8 0.8" specular="0.3 0.3 0.3" castshadow="false" />
+    <camera name="agentview" mode="fixed" pos="0.5 0 1.35" quat="0.653 0.271 0.271 0.653" />
+  </worldbody>
+</mujoco>
+""".format(
+    matt='texrepeat="3 3" texuniform="true" reflectance="0" shininess="0" specular="0"',
+    wall='type="box" group="1" material="walls_mat" contype="0" conaffinity="0"',
+)
+
+
 def write(folder: Path) -> None:
     """Write all files below `folder` (laid out like LIBERO's `assets`). The same bytes every time."""
     for path, parts in OBJECTS.items():
@@ -128,7 +156,7 @@ def write(folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_object_xml(Path(path).name, parts, REGIONS.get(path)))
     (folder / "scenes").mkdir(parents=True, exist_ok=True)
-    (folder / "scenes" / "libero_floor_base_style.xml").write_text(_floor_xml())
+    (folder / "scenes" / "libero_floor_base_style.xml").write_text(_FLOOR)
     (folder / "textures").mkdir(exist_ok=True)
     for name, image in _textures().items():
         Image.fromarray(image).save(folder / "textures" / name, optimize=False)
@@ -152,40 +180,8 @@ def _object_xml(name: str, parts: list[Part], region: tuple[str, Vector, Vector]
     # robosuite reads bottom, top (z) and radius (x) from these when it drops objects at a reset.
     for site, at in {"bottom": (0, 0, -0.06), "top": (0, 0, 0.04), "horizontal_radius": (0.025, 0.025, 0)}.items():
         ET.SubElement(outer, "site", name=f"{site}_site", pos=_text(at), size="0.005", rgba="0 0 0 0")
-    return _document(root)
-
-
-def _floor_xml() -> str:
-    root = ET.Element("mujoco", model="floor")
-    asset = ET.SubElement(root, "asset")
-    sky = {"type": "skybox", "builtin": "gradient", "width": "256", "height": "256"}
-    ET.SubElement(asset, "texture", sky | {"rgb1": "0.9 0.9 1", "rgb2": "0.2 0.3 0.4"})
-    for texture, material, file in (
-        ("texplane", "floorplane", "light-gray-floor-tile.png"),
-        ("tex-wall", "walls_mat", "light-gray-plaster.png"),
-    ):
-        ET.SubElement(asset, "texture", name=texture, type="2d", file=f"../textures/{file}")
-        look = {"texrepeat": "3 3", "texuniform": "true", "reflectance": "0", "shininess": "0", "specular": "0"}
-        ET.SubElement(asset, "material", look | {"name": material, "texture": texture})
-    world = ET.SubElement(root, "worldbody")
-    plane = {"type": "plane", "size": "3 3 0.125", "pos": "0 0 0", "condim": "3", "group": "1"}
-    ET.SubElement(
-        ET.SubElement(world, "body", name="floor", pos="0 0 0"),
-        "geom",
-        plane | {"name": "floor", "material": "floorplane"},
-    )
-    for name, at, half in (
-        ("rear", (-2.0, 0.0, 1.5), (0.01, 3.0, 1.5)),
-        ("left", (0.5, 3.0, 1.5), (2.5, 0.01, 1.5)),
-        ("right", (0.5, -3.0, 1.5), (2.5, 0.01, 1.5)),
-    ):
-        box = {"type": "box", "pos": _text(at), "size": _text(half), "group": "1", "material": "walls_mat"}
-        ET.SubElement(world, "geom", box | {"name": f"wall_{name}", "contype": "0", "conaffinity": "0"})
-    for at in ((1.0, 1.0, 4.0), (-3.0, -3.0, 4.0)):
-        light = {"pos": _text(at), "dir": "0 -0.15 -1", "diffuse": "0.8 0.8 0.8", "specular": "0.3 0.3 0.3"}
-        ET.SubElement(world, "light", light | {"castshadow": "false"})
-    ET.SubElement(world, "camera", name="agentview", mode="fixed", pos="0.5 0 1.35", quat="0.653 0.271 0.271 0.653")
-    return _document(root)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"
 
 
 def _textures() -> dict[str, np.ndarray]:
@@ -199,8 +195,3 @@ def _textures() -> dict[str, np.ndarray]:
 
 def _text(numbers: tuple[float, ...]) -> str:
     return " ".join(f"{number:.5g}" for number in numbers)
-
-
-def _document(root: ET.Element) -> str:
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode") + "\n"

@@ -24,17 +24,11 @@ from pydantic import Field, FiniteFloat
 from prismo.sim.interface import Task
 from prismo.util.extras import install_hint
 from prismo.util.schema import read_json
-from prismo.util.text import did_you_mean
+from prismo.util.text import did_you_mean, instruction_of
 
 # Policy steps before an episode counts as failed, after the longest human demonstration of each suite: 193, 254, 270,
 # 505 and 373 steps (OpenVLA's protocol; the settle steps come on top).
-MAX_STEPS = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SUITES = tuple(MAX_STEPS)
 
 
@@ -109,7 +103,7 @@ def load_tasks(suite: str) -> tuple[LiberoTask, ...]:
             suite=suite,
             index=index,
             name=name,
-            language=_language(name),
+            language=instruction_of(name),
             bddl_file=root / "bddl_files" / suite / f"{name}.bddl",
             init_states_file=root / "init_files" / suite / f"{name}.pruned_init",
         )
@@ -143,27 +137,12 @@ def check_task_ids(suite: str, task_ids: Sequence[int] | None) -> None:
         raise ValueError(f"--task_ids holds {wrong}; {suite} has tasks 0 to {count - 1}")
 
 
-def _language(name: str) -> str:
-    # "KITCHEN_SCENE3_turn_on_the_stove": the scene is no part of the instruction.
-    if name[0].isupper():
-        _, _, name = name.partition("SCENE")
-        name = name.lstrip("0123456789").lstrip("_")
-    return name.replace("_", " ")
-
-
 class _NumpyUnpickler(pickle.Unpickler):
     """Rebuilds numpy arrays and nothing else: initial states are data, whoever made the file."""
 
     ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy.core.multiarray", "scalar"),
-            ("numpy._core.multiarray", "scalar"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
+        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
     )
 
     def find_class(self, module: str, name: str) -> Any:

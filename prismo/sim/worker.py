@@ -106,13 +106,7 @@ class SimWorker:
         return self._running.process.pid if self._running else None
 
     def reset(
-        self,
-        suite: str,
-        task_id: int,
-        init_state: int | np.ndarray,
-        *,
-        seed: int = 0,
-        settle_steps: int = SETTLE_STEPS,
+        self, suite: str, task_id: int, init_state: int | np.ndarray, *, seed: int = 0, settle_steps: int = SETTLE_STEPS
     ) -> Observation:
         """Start an episode and let the objects come to rest.
 
@@ -160,7 +154,7 @@ class SimWorker:
         return self._read(StepResult, "step_chunk", answer)
 
     def request(self, command: str, timeout: float, **arguments: Any) -> Any:
-        """Any public method of the simulator, e.g. a whole episode of LIBERO's expert (`prismo.sim.commands`)."""
+        """Any public method of the simulator, e.g. a whole episode of LIBERO's expert (`prismo.sim.libero_server`)."""
         self.start()
         return self._call(command, timeout, **arguments)
 
@@ -172,12 +166,14 @@ class SimWorker:
         output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         # Not multiprocessing's spawn: that would run the caller's main script (torch, perhaps TensorFlow) in the child.
         environment = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder `libero` where the user stands hides no package
-        if self._python is None:
-            paths = [_import_root(), *filter(None, [os.environ.get("PYTHONPATH")])]
+        if self._python is None:  # the child imports the same `prismo` as this process
+            paths = [str(Path(prismo.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         interpreter = str(self._python or sys.executable)
+        # The kernel ends a process with the *thread* that it was started by.
+        starter = "main" if threading.current_thread() is threading.main_thread() else "thread"
         process = subprocess.Popen(
-            [interpreter, "-m", self._module, str(child.fileno()), str(os.getpid()), _starter()],
+            [interpreter, "-m", self._module, str(child.fileno()), str(os.getpid()), starter],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -248,13 +244,3 @@ class SimWorker:
         except subprocess.TimeoutExpired:
             log.debug("simulator %d did not leave by itself", running.process.pid)
         self._kill()
-
-
-def _starter() -> str:
-    """The thread that starts a simulator: the kernel ends a process with the *thread* that it was started by."""
-    return "main" if threading.current_thread() is threading.main_thread() else "thread"
-
-
-def _import_root() -> str:
-    """The folder that holds the `prismo` package of this process, for the child to import the same one."""
-    return str(Path(prismo.__file__).resolve().parents[1])

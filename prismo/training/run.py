@@ -13,7 +13,7 @@ import torch
 
 from prismo.data.dataset import WindowDataset, open_dataset
 from prismo.data.images import prepare_images
-from prismo.data.loader import CollateText, Loader, make_loader, usual_workers
+from prismo.data.loader import CollateText, Loader, usual_workers
 from prismo.data.normalize import dump_statistics
 from prismo.merging.merge import resolve_base
 from prismo.models.self_test import SelfTestError
@@ -147,7 +147,7 @@ def _loaders(
 ) -> tuple[Loader, Loader | None]:
     """Training and validation batches of this process; None in place of a validation that is not wanted."""
     batches = partial(
-        make_loader,
+        Loader,
         batch_size=config.batch_size,
         seed=config.seed,
         rank=world.rank,

@@ -1,10 +1,19 @@
-"""Packages that only an extra installs: imported where they are needed, and named where they are missing."""
+"""Packages that are perhaps not there: imported where they are needed, and named where they are missing."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from pathlib import Path
 from types import ModuleType
+
+
+def package_version(package: str) -> str | None:
+    """The installed version; None where there is no such package, or it is a bare folder on the path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def install_hint(extra: str) -> str:

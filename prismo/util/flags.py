@@ -154,9 +154,6 @@ class _Option:
             text = " ".join(f"{where} {value}: another type than {_shown(self.hint)} ({reason})".split())
             raise ValueError(text) from error
 
-    def __hash__(self) -> int:
-        return hash(self.name)
-
 
 def _split(arguments: Sequence[str], options: dict[str, _Option]) -> dict[str, list[str]]:
     """Flag -> the texts that follow it; the last of a repeated flag counts."""

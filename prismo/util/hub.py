@@ -43,11 +43,7 @@ def no_such_folder(source: str | Path) -> str:
 
 
 def local_folder(
-    source: str | Path,
-    patterns: Sequence[str],
-    *,
-    missing: Callable[[Path], str | None],
-    optional: Sequence[str] = (),
+    source: str | Path, patterns: Sequence[str], *, missing: Callable[[Path], str | None], optional: Sequence[str] = ()
 ) -> Path:
     """A folder as it is; a hub id from the local cache, downloaded into it if it is not all there.
 
@@ -72,8 +68,8 @@ def local_folder(
         raise FileNotFoundError(no_such_folder(source))
     name = str(source)
     cached = _cached(name, patterns)
-    if cached is not None and _is_listed(cached):
-        return cached
+    if cached is not None and (cached.parents[1] / "trees" / f"{cached.name}.json").is_file():
+        return cached  # the hub's listing of this revision is there, so `snapshot_download` has compared with it
     fetched = _fetch(name, [*patterns, *optional], None if cached is None else cached.name)
     if lacking := missing(fetched):
         raise FileNotFoundError(
@@ -93,11 +89,6 @@ def _cached(name: str, patterns: Sequence[str]) -> Path | None:
         return None
     except HFValidationError as error:
         raise FileNotFoundError(f"{name} is neither a checkpoint folder nor a hub id ({error})") from error
-
-
-def _is_listed(snapshot: Path) -> bool:
-    """Whether the hub's listing of this revision lies in the cache, `snapshot_download` then has compared with it."""
-    return (snapshot.parents[1] / "trees" / f"{snapshot.name}.json").is_file()
 
 
 def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:

@@ -73,12 +73,9 @@ def signal_at_death_of(parent: int, number: signal.Signals) -> bool:
 
 def _wait_for_end(parent: int) -> None:
     try:
-        handle = os.pidfd_open(parent)
+        handles = [os.pidfd_open(parent)]
     except (AttributeError, OSError):  # already gone, or a system without: looked for below
-        handle = None
+        handles = []
     while os.getppid() == parent:
-        if handle is None:
-            select.select([], [], [], 1.0)
-        else:
-            select.select([handle], [], [], 1.0)
+        select.select(handles, [], [], 1.0)
     os.kill(os.getpid(), signal.SIGKILL)

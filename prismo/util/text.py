@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -17,6 +18,14 @@ def did_you_mean(kind: str, name: str, options: Iterable[str]) -> str:
     close = nearest(name, known)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or '(none)'}"
+
+
+def instruction_of(task: str) -> str:
+    """The instruction in a LIBERO task's name, without the scene that LIBERO-90 and LIBERO-10 put in front.
+
+    "KITCHEN_SCENE3_turn_on_the_stove" gives "turn on the stove".
+    """
+    return re.sub(r"^[A-Z_]+_SCENE\d+_", "", task).replace("_", " ")
 
 
 def size_text(count: float) -> str:

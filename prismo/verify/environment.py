@@ -8,7 +8,8 @@ import platform
 import torch
 
 import prismo
-from prismo.eval.versions import gpu_driver, package_version
+from prismo.eval.versions import gpu_driver
+from prismo.util.extras import package_version
 from prismo.util.git import git_commit
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")

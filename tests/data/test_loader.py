@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prismo.data.dataset import Sample, WindowDataset, open_dataset
 from prismo.data.images import prepare_images, sample_seeds
-from prismo.data.loader import Batch, make_loader
+from prismo.data.loader import Batch, Loader
 from tests.data.conftest import quiet_environment
 
 
@@ -38,13 +38,13 @@ def pixels(batch: Batch) -> Tensor:
 def test_two_ranks_see_every_window_once(small: WindowDataset, workers: int) -> None:
     seen: list[int] = []
     for rank in range(2):
-        loader = make_loader(small, 7, seed=4, rank=rank, world_size=2, num_workers=workers, epochs=1)
+        loader = Loader(small, 7, seed=4, rank=rank, world_size=2, num_workers=workers, epochs=1)
         seen += [index for batch in loader for index in batch.index.tolist()]
     assert sorted(seen) == list(range(len(small)))
 
 
 def test_a_batch_holds_its_samples(small: WindowDataset) -> None:
-    loader = make_loader(small, 5, seed=3, num_workers=2, collate_text=note_worker)
+    loader = Loader(small, 5, seed=3, num_workers=2, collate_text=note_worker)
     for batch in islice(loader, 4):
         assert batch.images.shape == (5, 2, 3, 64, 64)
         assert batch.images.dtype == torch.uint8
@@ -63,7 +63,7 @@ def test_a_batch_holds_its_samples(small: WindowDataset) -> None:
 
 def test_earlier_batches_stay_as_they_were(small: WindowDataset) -> None:
     """The workers reuse their image memory; what was handed out must not change."""
-    batches = list(islice(make_loader(small, 4, num_workers=2), 12))
+    batches = list(islice(Loader(small, 4, num_workers=2), 12))
     for batch in batches:
         for i, index in enumerate(batch.index.tolist()):
             assert torch.equal(batch.images[i], small[index].images)
@@ -72,7 +72,7 @@ def test_earlier_batches_stay_as_they_were(small: WindowDataset) -> None:
 @pytest.mark.parametrize("stopped_after", [2, 9])
 def test_resume_is_exact_to_the_augmented_pixel(small: WindowDataset, stopped_after: int) -> None:
     options = {"seed": 11, "rank": 1, "world_size": 2}
-    loader = make_loader(small, 6, num_workers=2, **options)
+    loader = Loader(small, 6, num_workers=2, **options)
     state, expected = None, []
     for number, batch in enumerate(islice(loader, 14), start=1):
         if number == stopped_after:
@@ -83,7 +83,7 @@ def test_resume_is_exact_to_the_augmented_pixel(small: WindowDataset, stopped_af
     assert set(state) == {"epoch", "sample"}
     assert all(isinstance(value, int) for value in state.values())
     assert expected[-1][1].max() > 0, "the sequence runs into the next epoch"
-    resumed = make_loader(small, 6, num_workers=1, **options)
+    resumed = Loader(small, 6, num_workers=1, **options)
     resumed.load_state_dict(state)
     for batch, (index, epoch, actions, picture) in zip(resumed, expected, strict=False):
         assert torch.equal(batch.index, index)
@@ -93,7 +93,7 @@ def test_resume_is_exact_to_the_augmented_pixel(small: WindowDataset, stopped_af
 
 
 def test_another_seed_gives_another_order_and_other_pixels(small: WindowDataset) -> None:
-    first, again, other = (next(iter(make_loader(small, 8, seed=s, num_workers=1))) for s in (0, 0, 1))
+    first, again, other = (next(iter(Loader(small, 8, seed=s, num_workers=1))) for s in (0, 0, 1))
     assert torch.equal(first.index, again.index)
     assert torch.equal(pixels(first), pixels(again))
     assert not torch.equal(first.index, other.index)
@@ -102,17 +102,17 @@ def test_another_seed_gives_another_order_and_other_pixels(small: WindowDataset)
 
 def test_the_training_process_neither_decodes_nor_tokenises(small: WindowDataset) -> None:
     processes = set()
-    for batch in islice(make_loader(small, 4, num_workers=2, collate_text=note_worker), 8):
+    for batch in islice(Loader(small, 4, num_workers=2, collate_text=note_worker), 8):
         processes |= set(batch.text["process"].tolist())
     assert len(processes) == 2
     assert os.getpid() not in processes
 
 
 def test_iterating_again_goes_on(small: WindowDataset) -> None:
-    loader = make_loader(small, 4, num_workers=1)
+    loader = Loader(small, 4, num_workers=1)
     first = [batch.index for batch in islice(loader, 2)]
     second = [batch.index for batch in islice(loader, 2)]
-    whole = [batch.index for batch in islice(make_loader(small, 4, num_workers=1), 4)]
+    whole = [batch.index for batch in islice(Loader(small, 4, num_workers=1), 4)]
     assert all(torch.equal(a, b) for a, b in zip(first + second, whole, strict=True))
 
 
@@ -123,7 +123,7 @@ def test_damage_reaches_the_user_with_the_file_name(synthetic: Path, tmp_path: P
     for file in root.rglob("*.tfrecord*"):
         file.write_bytes(file.read_bytes().replace(b"\xff\xd8", b"\xff\xd9"))
     with pytest.raises(ValueError, match=r"tfrecord.*not what was indexed"):
-        next(iter(make_loader(dataset, 4, num_workers=1)))
+        next(iter(Loader(dataset, 4, num_workers=1)))
 
 
 @pytest.mark.processes
@@ -132,11 +132,11 @@ def test_workers_may_be_spawned(synthetic: Path) -> None:
     program = f"""
 import itertools, torch
 from prismo.data.dataset import open_dataset
-from prismo.data.loader import make_loader
+from prismo.data.loader import Loader
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn")
     dataset = open_dataset({str(synthetic)!r}, "libero_spatial_no_noops")
-    for batch in itertools.islice(make_loader(dataset, 4, num_workers=1), 5):
+    for batch in itertools.islice(Loader(dataset, 4, num_workers=1), 5):
         assert all(torch.equal(batch.images[i], dataset[j].images) for i, j in enumerate(batch.index.tolist()))
     print("equal")
 """
@@ -157,11 +157,11 @@ def test_too_little_shared_memory_is_an_error_not_a_crash(
     batch_size = int(share * free / slots / math.prod(small.pixel_shape))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     with pytest.raises(ValueError, match=rf"{ranks} processes need .* MB of shared memory, /dev/shm has .*--shm-size"):
-        next(iter(make_loader(small, batch_size, num_workers=1, world_size=ranks)))
+        next(iter(Loader(small, batch_size, num_workers=1, world_size=ranks)))
 
 
 def test_batches_move_to_a_device(small: WindowDataset) -> None:
-    batch = next(iter(make_loader(small, 2, num_workers=0, collate_text=note_worker)))
+    batch = next(iter(Loader(small, 2, num_workers=0, collate_text=note_worker)))
     moved = batch.to("meta")
     assert moved.images.device.type == moved.text["length"].device.type == "meta"
     assert moved.seeds.device.type == "cpu"
@@ -171,7 +171,7 @@ def test_batches_move_to_a_device(small: WindowDataset) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_batches(small: WindowDataset) -> None:
-    batch = next(iter(make_loader(small, 4, num_workers=1, pin_memory=True, collate_text=note_worker)))
+    batch = next(iter(Loader(small, 4, num_workers=1, pin_memory=True, collate_text=note_worker)))
     assert batch.images.is_pinned()
     assert batch.text["length"].is_pinned()
     assert torch.equal(batch.to("cuda").images.cpu(), batch.images)

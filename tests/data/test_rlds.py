@@ -19,7 +19,7 @@ from prismo.data.rlds import EpisodeIndex
 from prismo.data.rlds_writer import libero_features, write_rlds
 from prismo.data.specs import Feature
 from prismo.data.synthetic import write_synthetic_libero
-from prismo.data.tfrecord import masked_crc
+from prismo.data.tfrecord import crc32c, masked
 from tests.data.conftest import quiet_environment, read_episode
 
 NAME = "libero_spatial_no_noops"
@@ -231,7 +231,7 @@ def test_a_record_that_claims_to_be_huge_is_named(copy: Path, length: int) -> No
     """With a right checksum of its length; reading so much ended the process for want of memory."""
     path = shard(copy)
     header = struct.pack("<Q", length)
-    path.write_bytes(header + struct.pack("<I", masked_crc(header)) + path.read_bytes()[12:])
+    path.write_bytes(header + struct.pack("<I", masked(crc32c(header))) + path.read_bytes()[12:])
     with pytest.raises(ValueError, match=rf"{path.name} ends in the middle of the record at byte 0 \({length} bytes\)"):
         index_of(copy)
 

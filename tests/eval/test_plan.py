@@ -12,7 +12,7 @@ import pytest
 from prismo.benchmarks.libero import BENCHMARK
 from prismo.eval.benchmark import benchmark_of
 from prismo.eval.config import EvalConfig
-from prismo.eval.plan import plan_episodes
+from prismo.eval.episode import plan_episodes
 from prismo.sim.suites import load_tasks
 from prismo.util.cli import parse_flags
 

@@ -102,7 +102,7 @@ def test_errors_are_in_neither_number_of_a_rate() -> None:
     assert not summary.complete
     assert (summary.total.episodes, summary.total.errors) == (16, 6)
     assert summary.total.success_rate == 0.8
-    assert summary.total.interval == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson's for 8 of 10
+    assert summary.total.wilson_95 == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson's for 8 of 10
     assert summary.tasks[1][1].success_rate is None
     stored = json.loads(json.dumps(summary.to_json()))
     assert stored["tasks"][0]["wilson_95"] == pytest.approx([0.4902, 0.9433], abs=1e-4)

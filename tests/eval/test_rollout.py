@@ -15,8 +15,7 @@ import pytest
 from prismo.benchmarks.libero import BENCHMARK
 from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
-from prismo.eval.episode import RolloutSettings
-from prismo.eval.plan import Episode, plan_episodes
+from prismo.eval.episode import Episode, RolloutSettings, plan_episodes
 from prismo.eval.rollout import run_episode
 from prismo.policies.base import PolicyInput
 from prismo.sim.libero import CAMERAS, STATES
@@ -110,15 +109,15 @@ def test_frames_of_every_step(simulator: LiberoWorker, episode: Episode) -> None
     policy = ScriptedPolicy()
     filmed = run_episode(simulator, policy, episode, replace(SETTINGS, film=CAMERAS[:1]))
     plain = run_episode(simulator, ScriptedPolicy(), episode, SETTINGS)
-    assert filmed.frames.shape == (11, 64, 64, 3)
-    assert plain.frames is None
+    assert np.shape(filmed.frames) == (11, 64, 64, 3)
+    assert plain.frames == []
     assert filmed.actions_sha256 == plain.actions_sha256
     np.testing.assert_array_equal(filmed.frames[8], policy.inputs[1].images[0])
     both = run_episode(simulator, ScriptedPolicy(), episode, replace(SETTINGS, film=CAMERAS))
     assert both.actions_sha256 == plain.actions_sha256
-    np.testing.assert_array_equal(both.frames[:, :, :64], filmed.frames)
+    np.testing.assert_array_equal(np.stack(both.frames)[:, :, :64], filmed.frames)
     for step, seen in ((0, policy.inputs[0]), (8, policy.inputs[1])):
-        np.testing.assert_array_equal(both.frames[step, :, 64:], seen.images[1])
+        np.testing.assert_array_equal(both.frames[step][:, 64:], seen.images[1])
 
 
 def test_a_custom_initial_state(simulator: LiberoWorker, episode: Episode) -> None:

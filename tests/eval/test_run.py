@@ -191,14 +191,15 @@ def test_sigterm_and_continue(finished: EvalConfig, tmp_path: Path) -> None:
 
 
 FULL_DISK = """
-import resource, sys
+import contextlib, resource, sys
 from prismo.commands.eval import main
 from prismo.eval import run
 settle = run.prepare
+@contextlib.contextmanager
 def prepare(cfg):
-    evaluation = settle(cfg)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # the second line does not fit
-    return evaluation
+    with settle(cfg) as evaluation:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # the second line does not fit
+        yield evaluation
 run.prepare = prepare
 sys.exit(main())
 """
@@ -288,10 +289,9 @@ def test_a_run_goes_on_with_the_versions_that_it_began_with(
     done = [{**line, "versions": line["versions"] | other} for line in lines(folder.parent)]
     (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done))
     ours = version("mujoco")
-    with pytest.raises(
-        ValueError, match=rf"1 episode.*mujoco 3\.9\.0, now {re.escape(ours)}; renderer osmesa"
-    ) as error:
-        prepare(cfg)
+    says = rf"1 episode.*mujoco 3\.9\.0, now {re.escape(ours)}; renderer osmesa"
+    with pytest.raises(ValueError, match=says) as error, prepare(cfg):
+        pass
     assert "--resume False" in str(error.value)
     assert "--allow_mixed True" in str(error.value)
     assert len(lines(folder.parent)) == 1
@@ -362,8 +362,8 @@ def test_the_same_command_after_the_end_is_a_new_run(finished: EvalConfig) -> No
     ],
 )
 def test_wrong_input_stops_before_the_first_episode(config: EvalConfig, flags: dict, says: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError, SimulatorError)) as error:
-        prepare(replace(config, **flags))
+    with pytest.raises((ValueError, FileNotFoundError, SimulatorError)) as error, prepare(replace(config, **flags)):
+        pass
     assert says in str(error.value)
     assert not Path(config.local_log_dir).exists()
 

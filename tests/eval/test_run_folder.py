@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
+from prismo.eval.config import EvalConfig
 from prismo.eval.results import EpisodeResult
-from prismo.eval.run_folder import RunFolder, RunIdentity, open_run
+from prismo.eval.run_folder import EvalFolder, RunIdentity, open_run
 
 IDENTITY = RunIdentity("libero_object", "openvla", None, {"checkpoint_hash": "ab", "max_steps": 280})
 RESULT = EpisodeResult(1, "libero_object", 0, "pick up the milk", 0, 0, 7, "success", 93, 12, 4.2, 0.5, "0" * 16)
 
 
-def opened(root: Path, identity: RunIdentity = IDENTITY, **flags: bool) -> tuple[RunFolder, bool]:
-    flags = {"resume": True, "retry_errors": False, **flags}
-    return open_run(root, identity, checkpoint="runs/x", versions={}, **flags)
+def opened(root: Path, identity: RunIdentity = IDENTITY, **flags: bool) -> tuple[EvalFolder, bool]:
+    return open_run(EvalConfig(pretrained_checkpoint="runs/x", local_log_dir=str(root), **flags), identity, {})
 
 
 def test_an_unfinished_run_is_continued(tmp_path: Path) -> None:

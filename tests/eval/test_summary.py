@@ -14,10 +14,10 @@ from PIL import Image
 
 from prismo.benchmarks.libero import BENCHMARK
 from prismo.eval.config import EvalConfig
+from prismo.eval.episode import Episode, plan_episodes
 from prismo.eval.overview import OVERVIEW
-from prismo.eval.plan import Episode, plan_episodes
 from prismo.eval.results import EpisodeResult
-from prismo.eval.run_folder import RunFolder, RunIdentity, open_run
+from prismo.eval.run_folder import EvalFolder, RunIdentity, open_run
 from prismo.eval.summary import report
 from prismo.eval.video import COLORS, annotated
 from prismo.util.flags import parse_flags
@@ -40,11 +40,11 @@ def cfg(tmp_path: Path) -> EvalConfig:
 
 
 @pytest.fixture
-def run(cfg: EvalConfig, tmp_path: Path) -> RunFolder:
+def run(cfg: EvalConfig, tmp_path: Path) -> EvalFolder:
     """The first task is played: a success, an error and a failure, with videos."""
     episodes = plan_episodes(cfg, BENCHMARK)
     identity = RunIdentity(cfg.task_suite_name, "openvla", "a", {"assets": "folder"})
-    folder, _ = open_run(cfg.local_log_dir, identity, checkpoint="runs/x", versions={}, resume=True, retry_errors=False)
+    folder, _ = open_run(replace(cfg, retry_errors=False), identity, {})
     folder.begin(cfg, episodes)
     for episode, outcome in zip(episodes, OUTCOMES, strict=False):
         video = tmp_path / "rollouts" / f"{episode.number}.mp4"
@@ -67,7 +67,7 @@ def typed(text: str) -> EvalConfig:
     return parse_flags(EvalConfig, words)
 
 
-def test_the_next_command(run: RunFolder, cfg: EvalConfig) -> None:
+def test_the_next_command(run: EvalFolder, cfg: EvalConfig) -> None:
     text = report(run.path)
     assert "3 of 6 episodes, not finished" in text
     assert "ended in an error, and go on with this run" in text
@@ -87,7 +87,7 @@ def test_the_next_command(run: RunFolder, cfg: EvalConfig) -> None:
     assert typed(text) == replace(cfg, **other, retry_errors=False)
 
 
-def test_links_follow_the_episodes(run: RunFolder, cfg: EvalConfig, tmp_path: Path) -> None:
+def test_links_follow_the_episodes(run: EvalFolder, cfg: EvalConfig, tmp_path: Path) -> None:
     def names() -> list[str]:
         return [path.name.removeprefix("libero_object--task_01--") for path in sorted(run.path.glob("videos/*"))]
 
@@ -102,7 +102,7 @@ def test_links_follow_the_episodes(run: RunFolder, cfg: EvalConfig, tmp_path: Pa
     assert (run.path / "videos" / "mine.mp4").is_file()
 
 
-def test_where_nothing_can_be_linked_or_drawn(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_linked_or_drawn(run: EvalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (run.path / "videos").write_text("a file")
@@ -112,7 +112,7 @@ def test_where_nothing_can_be_linked_or_drawn(run: RunFolder, monkeypatch: pytes
     assert not (run.path / OVERVIEW).exists()
 
 
-def test_the_overview_shows_every_trial(run: RunFolder) -> None:
+def test_the_overview_shows_every_trial(run: EvalFolder) -> None:
     report(run.path)
     with Image.open(run.path / OVERVIEW) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 24)}

@@ -92,7 +92,8 @@ def _evaluate(arguments: list[str]) -> None:
     config = parse_flags(EvalConfig, arguments)
     prismo.benchmarks.libero.LiberoWorker = _stop_here
     try:
-        prismo.eval.run.prepare(config)
+        with prismo.eval.run.prepare(config):
+            pass
     except _ReachedSimulatorError:
         prismo.eval.run.seed_everything(config.seed)
 

@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from prismo.data.dataset import open_dataset
-from prismo.data.tfrecord import HEADER, frame_record, masked_crc, read_records
+from prismo.data.tfrecord import HEADER, crc32c, frame_record, masked, read_records
 from tests.fuzz.conftest import DATASET
 from tests.fuzz.harness import Fuzzer
 from tests.fuzz.mutate import Draw, Mutation, damage, writes
@@ -64,7 +64,7 @@ def records(draw: Draw, root: Path) -> Mutation:
     if kind == "length":
         data = (root / file).read_bytes()
         length = struct.pack("<Q", draw(st.sampled_from(_LENGTHS)))
-        changed = length + struct.pack("<I", masked_crc(length)) + data[HEADER:]
+        changed = length + struct.pack("<I", masked(crc32c(length))) + data[HEADER:]
         return writes(file, kind, f"record length {length.hex()} with a right checksum", changed, must_fail=True)
     place = draw(st.integers(0, len(found) - 1))
     changed = {

@@ -9,8 +9,7 @@ import pytest
 from prismo.benchmarks.libero import BENCHMARK
 from prismo.embodiment import LIBERO
 from prismo.eval.config import EvalConfig
-from prismo.eval.episode import EpisodeProgress, Query, Reset, RolloutSettings, Step, play
-from prismo.eval.plan import plan_episodes
+from prismo.eval.episode import Query, Reset, Rollout, RolloutSettings, Step, plan_episodes, play
 from prismo.eval.rollout import run_episode
 from prismo.policies.base import Policy
 from prismo.policies.flags import PolicyFlags
@@ -42,7 +41,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 def test_episodes_in_turn_are_the_episodes_of_the_player(simulators: list[LiberoWorker], policy: Policy) -> None:
     """Two episodes at once, each answered a request at a time: the generators mix nothing and own no process."""
     episodes = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=2), BENCHMARK)[:2]
-    progresses = [EpisodeProgress() for _ in episodes]
+    progresses = [Rollout() for _ in episodes]
     flows = [play(episode, SETTINGS, LIBERO, progress) for episode, progress in zip(episodes, progresses, strict=True)]
     kinds: list[type] = []
     waiting = {slot: next(flow) for slot, flow in enumerate(flows)}
@@ -75,7 +74,7 @@ def test_episodes_in_turn_are_the_episodes_of_the_player(simulators: list[Libero
 
 def test_an_episode_that_breaks_off_says_how_far_it_came() -> None:
     (episode, *_) = plan_episodes(EvalConfig(task_suite_name="libero_object", num_trials_per_task=1), BENCHMARK)
-    progress = EpisodeProgress()
+    progress = Rollout()
     flow = play(episode, SETTINGS, LIBERO, progress)
     assert isinstance(next(flow), Reset)
     with pytest.raises(RuntimeError, match="the simulator is gone"):

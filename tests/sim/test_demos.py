@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 
 from prismo.commands import data_collect
-from prismo.data.hdf5 import find_demonstrations, read_episodes
+from prismo.data.hdf5 import convert_episodes, find_demonstrations
 from prismo.sim.assets import Assets
 from prismo.sim.collect import EXPERT_TASKS, expert_items, run_expert, success_table
 from prismo.sim.collection import Collection
-from prismo.sim.demos import Demo, assemble, demo_file_name, demo_indices, read_demo, write_demo
+from prismo.sim.demos import Demo, assemble, demo_file_name, demo_indices, is_noop, read_demo, write_demo
 from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimInfo, SimulatorError
 from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.rates import Rate
 from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
-from prismo.sim.replay import is_noop
 from prismo.sim.suites import load_task, read_custom_init_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +110,7 @@ def test_demonstration_looks_like_a_human_one(collected: Path) -> None:
 def test_dataset_builder_reads_the_files(collected: Path) -> None:
     demonstrations = find_demonstrations(collected)
     assert [d.instruction for d in demonstrations] == ["pick up the butter and place it in the basket"]
-    assert len(list(read_episodes(demonstrations))) == 1
+    assert len(list(convert_episodes(demonstrations))) == 1
 
 
 @pytest.mark.processes

@@ -13,7 +13,7 @@ import torch
 
 import prismo.training.openvla
 from prismo.data.dataset import open_dataset
-from prismo.data.loader import make_loader
+from prismo.data.loader import Loader
 from prismo.training.openvla_objective import openvla_inputs
 from prismo.training.run_folder import RunFolder
 from tests.training.conftest import DATASET, assert_same_state, figures, state, train
@@ -105,7 +105,7 @@ def test_non_finite_batch_is_named_and_the_state_before_it_saved(flags, libero, 
         patched.setattr(prismo.training.openvla, "openvla_inputs", spoiled)
         assert train(flags(tmp_path, **options)) == 1
     assert "not finite in update 3. The state after update 2 is saved" in caplog.text
-    batches = iter(make_loader(open_dataset(libero, DATASET, num_images=2), 2, seed=7, num_workers=0))
+    batches = iter(Loader(open_dataset(libero, DATASET, num_images=2), 2, seed=7, num_workers=0))
     third = [next(batches) for _ in range(3)][-1]
     place = f"{DATASET} episode {third.episode[1]} step {third.step[1]}"
     assert f"\n  process 0: {place} (its numbers are not finite)\n" in caplog.text
