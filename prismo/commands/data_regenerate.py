@@ -45,9 +45,9 @@ class RegenerateConfig:
 
 def run(cfg: RegenerateConfig) -> None:
     from prismo.sim.assets import resolve_assets
+    from prismo.sim.collect import raw_items, regenerate, write_metainfo
     from prismo.sim.collection import Collection, follow
     from prismo.sim.libero_worker import LiberoWorker
-    from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 
     at_least(cfg, num_workers=1, image_size=16, seed=0)
     at_most(cfg, num_workers=1024, image_size=4096, seed=2**31)

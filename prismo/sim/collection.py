@@ -1,6 +1,6 @@
 """A folder of demonstrations in the making: one HDF5 file per task at the end, nothing lost on the way there.
 
-Used by the scripted expert (`prismo.sim.collect`) and by the regeneration of LIBERO's data (`prismo.sim.regenerate`).
+Used by the scripted expert and by the regeneration of LIBERO's data (`prismo.sim.collect`).
 """
 
 from __future__ import annotations

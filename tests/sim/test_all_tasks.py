@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from prismo.doctor import BOWL_OFF_MM, DARK_FLOOR, probe_floor, probe_settling
 from prismo.sim.assets import Assets
 from prismo.sim.collect import expert_items, run_expert
 from prismo.sim.libero import CAMERAS
 from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.parallel import run_jobs
-from prismo.sim.probes import BOWL_OFF_MM, DARK_FLOOR, probe_floor, probe_settling
 from prismo.sim.suites import load_init_states, load_tasks
 
 pytestmark = pytest.mark.processes

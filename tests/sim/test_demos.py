@@ -16,14 +16,21 @@ import pytest
 from prismo.commands import data_collect
 from prismo.data.hdf5 import convert_episodes, find_demonstrations
 from prismo.sim.assets import Assets
-from prismo.sim.collect import EXPERT_TASKS, expert_items, run_expert, success_table
+from prismo.sim.collect import (
+    EXPERT_TASKS,
+    expert_items,
+    raw_items,
+    regenerate,
+    run_expert,
+    success_table,
+    write_metainfo,
+)
 from prismo.sim.collection import Collection
 from prismo.sim.demos import Demo, assemble, demo_file_name, demo_indices, is_noop, read_demo, write_demo
 from prismo.sim.gl import GLBackend
 from prismo.sim.interface import SimInfo, SimulatorError
 from prismo.sim.libero_worker import LiberoWorker
 from prismo.sim.rates import Rate
-from prismo.sim.regenerate import raw_items, regenerate, write_metainfo
 from prismo.sim.suites import load_task, read_custom_init_states
 
 ROOT = Path(__file__).resolve().parents[2]
