@@ -207,7 +207,8 @@ def _create(root: Path, identity: RunIdentity, checkpoint: str, versions: dict[s
     """A new run. Two started in the same second get different names."""
     while True:
         timestamp = datetime.now().strftime(TIMESTAMP)
-        path = root / f"{identity.prefix}{timestamp}{f'--{identity.note}' if identity.note else ''}"  # the original's
+        note = f"--{identity.note}" if identity.note else ""
+        path = root / f"{identity.prefix}{timestamp}{note}"  # the original's run id
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             break
