@@ -1,0 +1,1 @@
+"""Adapter into base model: the weights, the folder that comes out, its model card (start at `merge.py`)."""
