@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes, masked_mean
-from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width
+from prismo.models.heads.mlp import MLPResNet, hidden_width
 from prismo.models.projectors import NoisyActionProjector, TimeEmbedding
 
 
@@ -77,7 +77,7 @@ class DiffusionActionHead(nn.Module):
     """Noise prediction for a chunk of normalised actions; the timestep enters as a token of the language model.
 
     Args:
-        input_dim, hidden_dim, action_dim, chunk: as in `L1RegressionActionHead`.
+        input_dim, hidden_dim, action_dim, chunk: as in `MLPResNet`.
         train_steps: length of the noise schedule.
     """
 
@@ -90,15 +90,14 @@ class DiffusionActionHead(nn.Module):
         train_steps: int = 50,
     ) -> None:
         super().__init__()
-        self.action_dim, self.chunk = action_dim, chunk
-        mlp = MLPResNet(input_dim * action_dim, hidden_dim or input_dim, action_dim)
+        mlp = MLPResNet(input_dim, hidden_dim, action_dim, chunk)
         self.noise_predictor = nn.ModuleDict({"mlp_resnet": mlp})  # its published name
         self.time_encoder = TimeEmbedding(input_dim)
         self.ddim = DDIM(train_steps)
 
     def forward(self, action_hidden: Tensor) -> Tensor:
         """Hidden states of the action slots [B, K*A, D] -> predicted noise [B, K, A]."""
-        return self.noise_predictor["mlp_resnet"](group_by_action(action_hidden, self.chunk, self.action_dim))
+        return self.noise_predictor["mlp_resnet"](action_hidden)
 
     def noisy_actions(
         self, actions: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None

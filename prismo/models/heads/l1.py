@@ -8,29 +8,21 @@ from typing import Self
 from torch import Tensor, nn
 
 from prismo.models.heads.base import ActionHead, HeadLoss, HeadSizes, Run, Shapes, masked_mean
-from prismo.models.heads.mlp import MLPResNet, group_by_action, hidden_width
+from prismo.models.heads.mlp import MLPResNet, hidden_width
 
 
 class L1RegressionActionHead(nn.Module):
-    """MLP that regresses a whole chunk in one pass.
-
-    Args:
-        input_dim: width D of the language model.
-        hidden_dim: width of the MLP; the published heads use D.
-        action_dim: numbers per action A.
-        chunk: actions per chunk K.
-    """
+    """Regresses a whole chunk in one pass; sizes as in `MLPResNet`."""
 
     def __init__(
         self, input_dim: int = 4096, hidden_dim: int | None = None, action_dim: int = 7, chunk: int = 8
     ) -> None:
         super().__init__()
-        self.action_dim, self.chunk = action_dim, chunk
-        self.model = MLPResNet(input_dim * action_dim, hidden_dim or input_dim, action_dim)
+        self.model = MLPResNet(input_dim, hidden_dim, action_dim, chunk)
 
     def forward(self, action_hidden: Tensor) -> Tensor:
         """Hidden states of the action slots [B, K*A, D] -> normalised actions [B, K, A], nominally in [-1, 1]."""
-        return self.model(group_by_action(action_hidden, self.chunk, self.action_dim))
+        return self.model(action_hidden)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The MLP of the published heads, and what its tensors say of its sizes."""
+"""The MLP of the published heads, and what its tensors say of its sizes. Shape legend: see `prismo.models.heads.base`."""
 
 from __future__ import annotations
 
@@ -20,33 +20,37 @@ class MLPResNetBlock(nn.Module):
 
 
 class MLPResNet(nn.Module):
-    """LayerNorm, linear, ReLU, residual blocks, LayerNorm, linear: [..., input_dim] -> [..., output_dim]."""
+    """LayerNorm, linear, ReLU, two residual blocks, LayerNorm, linear over the hidden states of an action's A slots.
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, blocks: int = 2) -> None:
+    Args:
+        input_dim: width D of the language model.
+        hidden_dim: width of the MLP; None is D, as in the published heads.
+        action_dim: numbers per action A.
+        chunk: actions per chunk K.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int | None, action_dim: int, chunk: int) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(input_dim)
-        self.fc1 = nn.Linear(input_dim, hidden_dim)
-        self.mlp_resnet_blocks = nn.ModuleList(MLPResNetBlock(hidden_dim) for _ in range(blocks))
+        self.action_dim, self.chunk = action_dim, chunk
+        hidden_dim = hidden_dim or input_dim
+        self.layer_norm1 = nn.LayerNorm(input_dim * action_dim)
+        self.fc1 = nn.Linear(input_dim * action_dim, hidden_dim)
+        self.mlp_resnet_blocks = nn.Sequential(MLPResNetBlock(hidden_dim), MLPResNetBlock(hidden_dim))
         self.layer_norm2 = nn.LayerNorm(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, output_dim)
+        self.fc2 = nn.Linear(hidden_dim, action_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, action_hidden: Tensor) -> Tensor:
+        """Hidden states of the action slots [B, K*A, D] -> [B, K, A]."""
+        slots = self.chunk * self.action_dim
+        if action_hidden.ndim != 3 or action_hidden.shape[1] != slots:
+            raise ValueError(
+                f"the action head expects hidden states [batch, {self.chunk} * {self.action_dim} = {slots}, width], "
+                f"got {list(action_hidden.shape)}; chunk and action_dim of head and policy must agree"
+            )
         # Heads keep their own dtype (fp32 masters in training) while the language model hands over bf16.
-        x = F.relu(self.fc1(self.layer_norm1(x.to(self.fc1.weight.dtype))))
-        for block in self.mlp_resnet_blocks:
-            x = block(x)
-        return self.fc2(self.layer_norm2(x))
-
-
-def group_by_action(action_hidden: Tensor, chunk: int, action_dim: int) -> Tensor:
-    """[B, K*A, D] -> [B, K, A*D]: one row per action holds the hidden states of its A slots."""
-    slots = chunk * action_dim
-    if action_hidden.ndim != 3 or action_hidden.shape[1] != slots:
-        raise ValueError(
-            f"the action head expects hidden states [batch, {chunk} * {action_dim} = {slots}, width], "
-            f"got {list(action_hidden.shape)}; chunk and action_dim of head and policy must agree"
-        )
-    return action_hidden.reshape(action_hidden.shape[0], chunk, -1)
+        x = action_hidden.unflatten(1, (self.chunk, -1)).flatten(2).to(self.fc1.weight.dtype)
+        x = F.relu(self.fc1(self.layer_norm1(x)))
+        return self.fc2(self.layer_norm2(self.mlp_resnet_blocks(x)))
 
 
 def hidden_width(shapes: Shapes | None) -> int | None:

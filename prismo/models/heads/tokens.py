@@ -37,8 +37,7 @@ class TokenHead(ActionHead):
         predicted = logits.argmax(dim=-1)
         first = tokens.first_action_mask(run.labels, actions.shape[-1])[:, 1:][supervised]
         right = (predicted == wanted).float()
-        centers = torch.as_tensor(tokens.centers, dtype=torch.float32, device=wanted.device)
-        error = (_center(centers, predicted, tokens) - _center(centers, wanted, tokens)).abs()
+        error = (decode(tokens, predicted) - decode(tokens, wanted)).abs()
         metrics = {}
         for name, where in (("curr_action", is_action & first), ("next_actions", is_action & ~first)):
             metrics[f"{name}_accuracy"] = _mean_where(right, where).detach()
@@ -50,19 +49,15 @@ class TokenHead(ActionHead):
 
 
 def decode(tokens: BinTokenizer, ids: Tensor) -> Tensor:
-    """Action token ids [B, n] -> bin centres [B, n] float32."""
-    return torch.from_numpy(tokens.decode(ids.cpu().numpy())).float().to(ids.device)
+    """`tokens.decode` without leaving the device of `ids`: bin centres of any shape, float32."""
+    centers = torch.as_tensor(tokens.centers, dtype=torch.float32, device=ids.device)
+    return centers[(tokens.vocab_size - ids - 1).clamp(0, len(centers) - 1)]
 
 
 def _real_tokens(tokens: BinTokenizer, targets: Tensor, action_mask: Tensor, action_dim: int) -> Tensor:
     """False at tokens of padded actions [B, L-1]; the stop token stays."""
     real = torch.ones_like(targets, dtype=torch.bool)
     return real.masked_scatter(tokens.mask(targets), action_mask.repeat_interleave(action_dim, dim=1))
-
-
-def _center(centers: Tensor, ids: Tensor, tokens: BinTokenizer) -> Tensor:
-    """Bin centres of token ids; ids outside the action block give the nearest bin."""
-    return centers[(tokens.vocab_size - ids - 1).clamp(0, len(centers) - 1)]
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
