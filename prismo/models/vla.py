@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prismo.models.folder import CONFIG
@@ -19,12 +20,6 @@ class VLAModel(PreTrainedModel):
     """A model whose `language_model` is a causal one of transformers."""
 
     language_model: Any
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
@@ -52,6 +47,39 @@ class VLAModel(PreTrainedModel):
         if not -count <= layer < count:
             raise IndexError(f"hidden layer {layer} asked, the language model has {-count}..{count - 1}")
         return layer % count
+
+    def run_llm(
+        self,
+        embeddings: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        *,
+        hidden_layers: Sequence[int] = (),
+        cache: Any = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The decoder stack of the language model on embeddings.
+
+        Args:
+            embeddings: [B, Q, D].
+            mask: in the form that transformers' attention function takes.
+            positions: [B, Q], or [1, Q] for every sample.
+            hidden_layers: indices of `layer_index` to keep; only these are, not all.
+            cache: like one of transformers: its `update(keys, values, layer_idx)` stores those of new tokens and
+                returns all that the layer's queries look at.
+
+        Returns:
+            Final states after the norm [B, Q, D], and the kept ones by the index that was asked.
+        """
+        decoder = self.language_model.model
+        wanted = {self.layer_index(i) for i in hidden_layers}
+        rotary = decoder.rotary_emb(embeddings, positions)
+        x, kept = embeddings, {0: embeddings}
+        for i, layer in enumerate(decoder.layers, start=1):
+            x = layer(x, attention_mask=mask, position_ids=positions, past_key_values=cache, position_embeddings=rotary)
+            if i in wanted:
+                kept[i] = x
+        kept[self.num_layers] = x = decoder.norm(x)  # the last state is the one behind the norm
+        return x, {asked: kept[self.layer_index(asked)] for asked in hidden_layers}
 
 
 def read_model_config(folder: Path, kind: type[K], schema: type, model_type: str | None = None, **switches: Any) -> K:

@@ -51,7 +51,7 @@ def test_l1_head_uses_only_the_slots_of_its_own_action():
     hidden = torch.randn(2, 12, 6)
     before = head(hidden)
     assert before.shape == (2, 4, 3)
-    hidden[:, 3:6] += 1.0  # the slots of action 1
+    hidden[:, 3:6] = torch.randn(2, 3, 6)  # the slots of action 1
     changed = (head(hidden) != before).any(dim=(0, 2))
     assert changed.tolist() == [False, True, False, False]
 

@@ -1,4 +1,4 @@
-"""The MLP of the published heads, and what its tensors say of its sizes. Shape legend: see `prismo.models.heads.base`."""
+"""The MLP of the published heads, and what its tensors say of its sizes. Letters: see `prismo.models.heads.base`."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class OpenVLAForActionPrediction(VLAModel):
         if vision_tokens is None:
             if pixel_values is None:
                 raise ValueError("expected pixel_values or vision_tokens, found neither")
-            condition = self.language_condition(embeddings, action_mask, attention_mask)
+            condition = self.vision_backbone.language_mean(embeddings, action_mask, attention_mask)
             vision_tokens = self.project_vision(pixel_values, condition)
         if action_mask is not None:
             embeddings = _fill_actions(embeddings, action_mask, action_embeddings)
@@ -177,7 +177,7 @@ class OpenVLAForActionPrediction(VLAModel):
         if attention_mask is not None:
             real = attention_mask.bool()
             keys = torch.cat([real[:, :1], real.new_ones(real.shape[0], count), real[:, 1:]], dim=1)
-        last, hidden = self.run_llm(sequence, keys, hidden_layers=hidden_layers, cache=past_key_values)
+        last, hidden = self._run(sequence, keys, hidden_layers=hidden_layers, cache=past_key_values)
         return OpenVLAOutput(
             last_hidden_state=last,
             hidden_states=hidden,
@@ -186,59 +186,21 @@ class OpenVLAForActionPrediction(VLAModel):
             past_key_values=past_key_values,
         )
 
-    def run_llm(
-        self,
-        sequence: Tensor,
-        keys: Tensor | None = None,
-        *,
-        positions: Tensor | None = None,
-        hidden_layers: Sequence[int] = (),
-        cache: Cache | None = None,
+    def _run(
+        self, sequence: Tensor, keys: Tensor | None, *, positions: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The decoder stack on embeddings.
+        """`run_llm` with the mask for this model's kind of attention.
 
         Args:
-            sequence: [B, Q, D].
+            sequence: embeddings [B, Q, D].
             keys: True at tokens that may be attended to [B, S], cache included; None without padding.
             positions: [B, Q]; default 0..Q-1 for every sample.
-            hidden_layers: indices of `layer_index` to keep.
-            cache: keys and values of earlier tokens; updated.
-
-        Returns:
-            Final states after the norm [B, Q, D], and the kept ones by the index that was asked.
         """
-        llama = self.language_model.model
-        wanted = {self.layer_index(i) for i in hidden_layers}
         if positions is None:
             positions = torch.arange(sequence.shape[1], device=sequence.device)[None]
-        mask = attention_mask_for(self._llm_attention, self.config.attention, keys, sequence)
-        rotary = llama.rotary_emb(sequence, position_ids=positions)
-        kept = {0: sequence}
-        x = sequence
-        for i, layer in enumerate(llama.layers, start=1):
-            x = layer(
-                x,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
-            )
-            if i in wanted:
-                kept[i] = x
-        x = llama.norm(x)
-        kept[self.num_layers] = x  # the last state is the one behind the norm
-        return x, {asked: kept[self.layer_index(asked)] for asked in hidden_layers}
-
-    @property
-    def _llm_attention(self) -> str:
-        return self.language_model.config._attn_implementation or "eager"
-
-    def language_condition(
-        self, embeddings: Tensor, action_mask: Tensor | None, attention_mask: Tensor | None
-    ) -> Tensor | None:
-        """FiLM's condition [B, D] from text embeddings [B, L, D]; None for a model without FiLM."""
-        return self.vision_backbone.language_mean(embeddings, action_mask, attention_mask)
+        kernel = self.language_model.config._attn_implementation or "eager"
+        mask = attention_mask_for(kernel, self.config.attention, keys, sequence)
+        return self.run_llm(sequence, mask, positions, **options)
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -268,7 +230,7 @@ class OpenVLAForActionPrediction(VLAModel):
             condition = embeddings[:2].mean(dim=1)
         black, white = self.project_vision(pixels, condition)[:, ::_TEST_STRIDE].to(embeddings.dtype)
         sequence = torch.cat([torch.stack([black, black, white]), embeddings], dim=1)
-        states, _ = self.run_llm(sequence)
+        states, _ = self._run(sequence, None)
         early = black.shape[0] + 2
         before = (states[0, early] - states[1, early]).abs().max()
         after = (states[0, -1] - states[1, -1]).abs().max()
@@ -316,9 +278,8 @@ class OpenVLAForActionPrediction(VLAModel):
                 position = position + 1
                 keys = torch.cat([keys, keys.new_ones(batch, 1)], dim=1)
                 embedding = self.get_input_embeddings()(token[:, None])
-                last, _ = self.run_llm(
-                    embedding, None if attention_mask is None else keys, positions=position, cache=cache
-                )
+                seen = None if attention_mask is None else keys
+                last, _ = self._run(embedding, seen, positions=position, cache=cache)
         return torch.stack(ids, dim=1)
 
 

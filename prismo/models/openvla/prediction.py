@@ -89,7 +89,7 @@ class OpenVLARun:
     def _vision(self) -> Tensor:
         text = self._text
         embeddings = self._vla.get_input_embeddings()(text.input_ids)
-        condition = self._vla.language_condition(embeddings, self._mask, text.attention_mask)
+        condition = self._vla.vision_backbone.language_mean(embeddings, self._mask, text.attention_mask)
         return self._vla.project_vision(self._pixels, condition)
 
     def __call__(self, action_embeddings: Tensor | None = None, time_token: Tensor | None = None) -> Tensor:

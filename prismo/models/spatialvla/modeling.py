@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -108,24 +108,6 @@ class SpatialVLAOutput(ModelOutput):
         return self.loss, self.logits, self.targets
 
 
-class KeyValueCache(Protocol):
-    """What Gemma2's attention asks of a cache."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new tokens and return all that the layer's queries look at."""
-
-
-class _Projector(nn.Module):
-    """Holds the projection under its published name."""
-
-    def __init__(self, width: int, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, hidden_size)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features)
-
-
 class SpatialVLAForConditionalGeneration(VLAModel):
     """SpatialVLA with a language-model head.
 
@@ -147,7 +129,7 @@ class SpatialVLAForConditionalGeneration(VLAModel):
         config.text_config._attn_implementation = "eager"
         vision, width = config.vision_config, config.text_config.hidden_size
         self.vision_tower = nn.ModuleDict({"vision_model": SiglipVisionModel(vision)})
-        self.multi_modal_projector = _Projector(vision.hidden_size, width)
+        self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(vision.hidden_size, width)})
         self.language_model = Gemma2ForCausalLM(config.text_config)
         self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, width)
         if config.use_vision_zoe:
@@ -281,7 +263,7 @@ class SpatialVLAForConditionalGeneration(VLAModel):
             elif parity:
                 depth = depth.to(self.dtype)
             features = features + self.position_embedding_3d(depth, intrinsics, self.config.geometry)
-        features = self.multi_modal_projector(features)
+        features = self.multi_modal_projector["linear"](features)
         if parity:
             # The official code divides here and Gemma2 of its day multiplied every input again: two roundings.
             features = features / self.llm_dim**0.5 * self._embed_scale(features.dtype)
@@ -306,46 +288,6 @@ class SpatialVLAForConditionalGeneration(VLAModel):
 
     def _embed_scale(self, dtype: torch.dtype) -> Tensor:
         return self.language_model.model.embed_tokens.embed_scale.to(dtype)
-
-    def run_llm(
-        self,
-        inputs_embeds: Tensor,
-        bias: Tensor,
-        position_ids: Tensor,
-        *,
-        hidden_layers: Sequence[int] = (),
-        cache: KeyValueCache | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Gemma2's decoder stack on embeddings.
-
-        Args:
-            inputs_embeds: [B, L, D].
-            bias: [B, 1, L, K] added to the attention scores (see `attention_bias`).
-            position_ids: [B, L]; the first token has position 1.
-            hidden_layers: states to keep: 0 the inputs, i the output of decoder layer i - 1, the last one (also -1)
-                after the final norm. Only these are kept, not all 27.
-            cache: takes the new keys and values and gives back those that may be attended to.
-
-        Returns:
-            Final states after the norm [B, L, D], and the kept ones by the index that was asked.
-        """
-        gemma = self.language_model.model
-        wanted = {self.layer_index(i) for i in hidden_layers}
-        rotary = gemma.rotary_emb(inputs_embeds, position_ids)
-        x = inputs_embeds
-        kept = {0: x}
-        for i, layer in enumerate(gemma.layers, start=1):
-            x = layer(
-                x,
-                attention_mask=bias,
-                position_ids=position_ids,
-                past_key_values=cache,
-                position_embeddings=rotary,
-            )
-            if i in wanted:
-                kept[i] = x
-        kept[self.num_layers] = x = gemma.norm(x)
-        return x, {i: kept[self.layer_index(i)] for i in hidden_layers}
 
     def lm_logits(self, hidden: Tensor, rows: slice | None = None) -> Tensor:
         """Soft-capped logits [..., V] fp32 of hidden states [..., D], or only those of a range of token ids."""
