@@ -10,45 +10,34 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _TwoLayerProjector(nn.Module):
-    """Linear, exact (erf) GELU, linear, under the published names `fc1` and `fc2`."""
-
-    def __init__(self, input_dim: int, llm_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(input_dim, llm_dim)
-        self.fc2 = nn.Linear(llm_dim, llm_dim)
-
-    def _project(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype))))
+from prismo.models.vit import Mlp
 
 
-class ProprioProjector(_TwoLayerProjector):
-    """Normalised proprioceptive state [B, proprio_dim] in [-1, 1] -> one token [B, 1, llm_dim]."""
+class ProprioProjector(Mlp):
+    """Normalised proprioceptive state `x` [B, proprio_dim] in [-1, 1] -> one token [B, 1, llm_dim]."""
 
     def __init__(self, llm_dim: int = 4096, proprio_dim: int = 8) -> None:
-        super().__init__(proprio_dim, llm_dim)
+        super().__init__(proprio_dim, llm_dim, llm_dim)
 
-    def forward(self, proprio: Tensor) -> Tensor:
-        if proprio.ndim != 2 or proprio.shape[1] != self.fc1.in_features:
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.fc1.in_features:
             raise ValueError(
-                f"the proprio projector expects [batch, {self.fc1.in_features}], got {list(proprio.shape)}; "
+                f"the proprio projector expects [batch, {self.fc1.in_features}], got {list(x.shape)}; "
                 "checkpoint and robot must agree on the proprioceptive state"
             )
-        return self._project(proprio).unsqueeze(1)
+        return super().forward(x.to(self.fc1.weight.dtype)).unsqueeze(1)
 
 
-class NoisyActionProjector(_TwoLayerProjector):
-    """Noisy normalised actions [B, K, A] -> one token per number [B, K*A, llm_dim]."""
+class NoisyActionProjector(Mlp):
+    """Noisy normalised actions `x` [B, K, A] -> one token per number [B, K*A, llm_dim]."""
 
     def __init__(self, llm_dim: int = 4096) -> None:
-        super().__init__(1, llm_dim)
+        super().__init__(1, llm_dim, llm_dim)
 
-    def forward(self, actions: Tensor) -> Tensor:
-        return self._project(actions.flatten(1).unsqueeze(-1))
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1).unsqueeze(-1).to(self.fc1.weight.dtype))
 
 
 class TimeEmbedding(nn.Module):

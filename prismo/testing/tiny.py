@@ -7,6 +7,7 @@ file formats are the same.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def tiny_openvla_config(dataset: str = "bridge_orig", hidden_size: int = 32, lay
             "num_key_value_heads": hidden_size // 16,
         },
         norm_stats=statistics_to_json({dataset: tiny_statistics(embodiment_for(dataset))}),
-        vision_towers=OpenVLAConfig.towers_to_json(towers),
+        vision_towers=[asdict(tower) for tower in towers],
     )
 
 

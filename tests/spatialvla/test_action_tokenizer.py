@@ -126,8 +126,8 @@ def test_error_is_within_half_a_bin(tokens: ActionTokenizer) -> None:
     actions[:, 6] = rng.integers(0, 2, 5000)
     offsets = tokens.encode(actions)
     index = (
-        *np.unravel_index(offsets[:, 0], tokens.translation_shape),
-        *np.unravel_index(offsets[:, 1] - 4096, tokens.rotation_shape),
+        *np.unravel_index(offsets[:, 0], tokens.shape("translation")),
+        *np.unravel_index(offsets[:, 1] - 4096, tokens.shape("rotation")),
     )
     values = (*to_spherical(actions[:, :3]), *actions[:, 3:6].T)
     for name, i, value in zip(VARIABLES, index, values, strict=True):

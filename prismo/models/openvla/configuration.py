@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
@@ -13,13 +12,17 @@ from prismo.util.text import did_you_mean
 
 
 def _dinov2_large(size: int) -> ViTConfig:
-    """timm's vit_large_patch14_reg4_dinov2.lvd142m."""
     return ViTConfig(1024, 24, 16, 4096, image_size=size, cls_token=True, registers=4, layer_scale="scale_factor")
 
 
 def _siglip_so400m(size: int) -> ViTConfig:
-    """timm's vit_so400m_patch14_siglip_{size}."""
     return ViTConfig(1152, 27, 16, 4304, image_size=size, attention_pool=True)
+
+
+def _timm_id(tower: ViTConfig) -> str:
+    """What timm calls one of the two towers above."""
+    siglip = f"vit_so400m_patch14_siglip_{tower.image_size}"
+    return siglip if tower.attention_pool else "vit_large_patch14_reg4_dinov2.lvd142m"
 
 
 # Towers in the order in which their features are concatenated: `featurizer`, then `fused_featurizer`.
@@ -29,13 +32,6 @@ VISION_BACKBONES: dict[str, tuple[ViTConfig, ...]] = {
     "dinov2-vit-l": (_dinov2_large(224),),
     "siglip-vit-so400m": (_siglip_so400m(224),),
     "siglip-vit-so400m-384px": (_siglip_so400m(384),),
-}
-_TIMM_IDS = {
-    "dinosiglip-vit-so-224px": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
-    "dinosiglip-vit-so-384px": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"],
-    "dinov2-vit-l": ["vit_large_patch14_reg4_dinov2.lvd142m"],
-    "siglip-vit-so400m": ["vit_so400m_patch14_siglip_224"],
-    "siglip-vit-so400m-384px": ["vit_so400m_patch14_siglip_384"],
 }
 LLM_BACKBONES = {
     "llama2-7b-pure": "meta-llama/Llama-2-7b-hf",
@@ -115,7 +111,7 @@ class OpenVLAConfig(PreTrainedConfig):
         self.n_action_bins = n_action_bins
         self.vision_towers = vision_towers
         self.attention = attention
-        self.timm_model_ids = _TIMM_IDS[vision_backbone_id]
+        self.timm_model_ids = [_timm_id(tower) for tower in VISION_BACKBONES[vision_backbone_id]]
         self.timm_override_act_layers = [None] * len(self.timm_model_ids)
         self.image_sizes = [tower.image_size for tower in self.towers]
         self.hf_llm_id = LLM_BACKBONES[llm_backbone_id]
@@ -131,11 +127,6 @@ class OpenVLAConfig(PreTrainedConfig):
         if self.vision_towers is not None:
             return tuple(ViTConfig(**tower) for tower in self.vision_towers)
         return VISION_BACKBONES[self.vision_backbone_id]
-
-    @staticmethod
-    def towers_to_json(towers: tuple[ViTConfig, ...]) -> list[dict[str, Any]]:
-        """The value of `vision_towers` for the given sizes."""
-        return [asdict(tower) for tower in towers]
 
     @property
     def patches_per_view(self) -> int:

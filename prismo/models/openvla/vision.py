@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismo.models.vit import VisionTransformer, ViTConfig
+from prismo.models.vit import Mlp, VisionTransformer, ViTConfig
 
 
 class PrismaticVisionBackbone(nn.Module):
@@ -74,18 +74,15 @@ class PrismaticVisionBackbone(nn.Module):
         return torch.cat(features, dim=-1).reshape(batch, -1, self.width)
 
 
-class PrismaticProjector(nn.Module):
+class PrismaticProjector(Mlp):
     """From vision features to LLM embeddings: three layers for fused towers, two for a single one."""
 
     def __init__(self, vision_width: int, llm_width: int, fused: bool) -> None:
-        super().__init__()
-        hidden = 4 * vision_width if fused else llm_width
-        self.fc1 = nn.Linear(vision_width, hidden)
-        self.fc2 = nn.Linear(hidden, llm_width)
+        super().__init__(vision_width, 4 * vision_width if fused else llm_width, llm_width)
         self.fc3 = nn.Linear(llm_width, llm_width) if fused else None
 
-    def forward(self, features: Tensor) -> Tensor:
-        x = self.fc2(F.gelu(self.fc1(features)))
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
         return x if self.fc3 is None else self.fc3(F.gelu(x))
 
 

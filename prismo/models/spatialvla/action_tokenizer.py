@@ -34,7 +34,8 @@ RANGES = {
 }
 BINS = {"theta": 16, "phi": 32, "r": 8, "roll": 16, "pitch": 16, "yaw": 16}
 TOKENS_PER_ACTION = 3
-_GROUPS = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
+# What the first two tokens of an action hold; the third is the gripper's.
+GROUPS = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,7 @@ class ActionTokenizer:
     def from_bin_policy(cls, policy: Mapping[str, Mapping[str, list[float]]]) -> ActionTokenizer:
         """The `bin_policy` of a checkpoint's processor_config.json, which decides over any stored Gaussians."""
         try:
-            edges = {
-                name: np.array(policy[group][f"{name}_bins"], np.float64)
-                for group in _GROUPS
-                for name in _GROUPS[group]
-            }
+            edges = {n: np.array(policy[group][f"{n}_bins"], np.float64) for group in GROUPS for n in GROUPS[group]}
         except KeyError as error:
             raise ValueError(f"bin_policy lacks {error}; expected translation and rotation with *_bins") from None
         # Stored ends are off by an ulp here and there (r starts at 2e-16): zero must stay inside.
@@ -114,9 +111,7 @@ class ActionTokenizer:
 
     def bin_policy(self) -> dict[str, dict[str, list[float]]]:
         """The edges in the layout of processor_config.json."""
-        return {
-            group: {f"{name}_bins": self.edges[name].tolist() for name in names} for group, names in _GROUPS.items()
-        }
+        return {group: {f"{n}_bins": self.edges[n].tolist() for n in names} for group, names in GROUPS.items()}
 
     # ------------------------------------------------------------------ sizes
 
@@ -124,20 +119,14 @@ class ActionTokenizer:
     def bins(self) -> dict[str, int]:
         return {name: len(self.edges[name]) - 1 for name in VARIABLES}
 
-    @property
-    def translation_shape(self) -> tuple[int, int, int]:
-        theta, phi, r = (self.bins[name] for name in _GROUPS["translation"])
-        return theta, phi, r
-
-    @property
-    def rotation_shape(self) -> tuple[int, int, int]:
-        roll, pitch, yaw = (self.bins[name] for name in _GROUPS["rotation"])
-        return roll, pitch, yaw
+    def shape(self, group: str) -> tuple[int, ...]:
+        """Bins of the three variables of "translation" or "rotation"."""
+        return tuple(self.bins[name] for name in GROUPS[group])
 
     @property
     def slots(self) -> tuple[slice, slice, slice]:
         """Valid offsets of the three tokens of an action."""
-        translation, rotation = math.prod(self.translation_shape), math.prod(self.rotation_shape)
+        translation, rotation = (math.prod(self.shape(group)) for group in GROUPS)
         end = translation + rotation
         return slice(0, translation), slice(translation, end), slice(end, end + 2)
 
@@ -158,11 +147,9 @@ class ActionTokenizer:
         values = (*to_spherical(actions[..., :3]), *np.moveaxis(actions[..., 3:6], -1, 0))
         # Only interior edges count, so values at or beyond an end fall into the outermost bins.
         index = {name: np.digitize(v, self.edges[name][1:-1]) for name, v in zip(VARIABLES, values, strict=True)}
-        translation = np.ravel_multi_index([index[n] for n in _GROUPS["translation"]], self.translation_shape)
-        rotation = np.ravel_multi_index([index[n] for n in _GROUPS["rotation"]], self.rotation_shape)
+        codes = [np.ravel_multi_index([index[n] for n in names], self.shape(g)) for g, names in GROUPS.items()]
         gripper = (actions[..., 6] >= 0.5).astype(np.int64)
-        starts = [slot.start for slot in self.slots]
-        return np.stack((translation, rotation, gripper), axis=-1).astype(np.int64) + starts
+        return np.stack((*codes, gripper), axis=-1).astype(np.int64) + [slot.start for slot in self.slots]
 
     def decode(self, offsets: np.ndarray) -> np.ndarray:
         """Normalised actions float64 [..., 7] of offsets [..., 3]: bin centres, xyz cut to -1..1, gripper 0 or 1.
@@ -172,16 +159,10 @@ class ActionTokenizer:
         """
         offsets = np.asarray(offsets)
         valid = [np.clip(offsets[..., i], s.start, s.stop - 1) - s.start for i, s in enumerate(self.slots)]
-        theta, phi, r = (
-            self.centers(name)[index]
-            for name, index in zip(
-                _GROUPS["translation"], np.unravel_index(valid[0], self.translation_shape), strict=True
-            )
+        (theta, phi, r), rotation = (
+            [self.centers(n)[i] for n, i in zip(names, np.unravel_index(code, self.shape(group)), strict=True)]
+            for code, (group, names) in zip(valid[:2], GROUPS.items(), strict=True)
         )
-        rotation = [
-            self.centers(name)[index]
-            for name, index in zip(_GROUPS["rotation"], np.unravel_index(valid[1], self.rotation_shape), strict=True)
-        ]
         xyz = (r * np.sin(theta) * np.cos(phi), r * np.sin(theta) * np.sin(phi), r * np.cos(theta))
         return np.stack((*(np.clip(x, -1, 1) for x in xyz), *rotation, valid[2].astype(np.float64)), axis=-1)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismo.models.spatialvla.action_tokenizer import ActionTokenizer
+from prismo.models.spatialvla.action_tokenizer import GROUPS, ActionTokenizer
 from prismo.models.spatialvla.modeling import SpatialVLAForConditionalGeneration
 
 
@@ -31,11 +31,9 @@ def interpolate_rows(table: Tensor, old: ActionTokenizer, new: ActionTokenizer) 
     if len(table) != old.size:
         raise ValueError(f"the table has {len(table)} rows, the grid {old.size} tokens")
     result = table.to(torch.float64, copy=True)
-    groups = (("theta", "phi", "r"), ("roll", "pitch", "yaw"))
-    shapes = (old.translation_shape, old.rotation_shape)
-    for names, shape, rows in zip(groups, shapes, old.slots[:2], strict=True):
+    for (group, names), rows in zip(GROUPS.items(), old.slots[:2], strict=True):
         a, b, c = (_weights(old.centers(name), new.centers(name)).to(table.device) for name in names)
-        volume = result[rows].reshape(*shape, -1)
+        volume = result[rows].unflatten(0, old.shape(group))
         result[rows] = torch.einsum("ia,jb,kc,abcd->ijkd", a, b, c, volume).flatten(0, 2)
     return result.to(table.dtype)
 
