@@ -67,7 +67,7 @@ def write_base(folder: Path) -> int:
         count = math.prod(layout[name].shape)
         return noise.repeat(math.ceil(count / len(noise)))[:count].view(layout[name].shape)
 
-    _, weight_map = write_shards(folder, layout, produce, shard_bytes=7_000_000_000, wrote=lambda _: None)
+    weight_map = write_shards(folder, layout, produce, shard_bytes=7_000_000_000, wrote=lambda _: None)
     size = sum(stored.size for stored in layout.values())
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     return size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ def merge(
         card = model_card(str(base), config["model_type"], checkpoint_dir, adapter.spec.rank, where)
         beside = side_files(base_folder, checkpoint_dir, output, base_code=family.base_code(checkpoint_dir))
         refuse_overwriting(base_folder, checkpoint_dir, output, beside, overwrite)
-        size = total_bytes(tensors.values())
+        size = total_bytes(tensors)
         check_space(output, size, beside)
         with prepared(output) as temporary:
             for name, source in beside.items():
@@ -283,22 +283,18 @@ def _write_weights(
     def produce(name: str) -> Tensor:
         return adapter.apply(name, tensors[name].read())
 
-    size = total_bytes(tensors.values())
-    with _bar("merge", size, progress) as wrote:
-        _, weight_map = write_shards(folder, tensors, produce, shard_bytes=shard_bytes, wrote=wrote)
+    size = total_bytes(tensors)
+    with _bar("merge", size, progress) as bar:
+        weight_map = write_shards(folder, tensors, produce, shard_bytes=shard_bytes, wrote=bar.update)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, progress: bool) -> MergeChecks:
     """See `verify_merge`."""
     written = stored_tensors(merged)
-    differing = sorted(
-        name
-        for name in tensors.keys() | written.keys()
-        if name not in written or name not in tensors or not _same_kind(written[name], tensors[name])
-    )
-    if differing:
-        raise ValueError(f"{merged}: {differing[0]} is not stored as in the base model")
+    kinds, expected = ({(n, t.dtype, t.shape) for n, t in found.items()} for found in (written, tensors))
+    if differing := kinds ^ expected:
+        raise ValueError(f"{merged}: {min(differing)[0]} is not stored as in the base model")
 
     def check(name: str) -> tuple[MergeChecks, int]:
         before, after = tensors[name].read(), written[name].read()
@@ -312,17 +308,14 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
         return MergeChecks(0.0, 0.0), of_base
 
     worst, checksums = MergeChecks(0.0, 0.0), {}
-    with (
-        _bar("verify", total_bytes(tensors.values()), progress) as read,
-        closing(in_parallel(tensors, check)) as found_in,
-    ):
+    with _bar("verify", total_bytes(tensors), progress) as bar, closing(in_parallel(tensors, check)) as found_in:
         for name, (found, checksums[name]) in found_in:
             if not (found.weight_error <= 1.05 and found.output_error <= 10):
                 raise ValueError(f"{merged}: {name} is not base + adapter ({found})")
             worst = MergeChecks(
                 max(worst.weight_error, found.weight_error), max(worst.output_error, found.output_error)
             )
-            read(tensors[name].size)
+            bar.update(tensors[name].size)
     trained_on = (adapter.file.metadata() or {}).get("base_full_fingerprint")
     if trained_on not in (None, combine_checksums(checksums)):
         raise ValueError(
@@ -332,15 +325,9 @@ def _verify(tensors: dict[str, StoredTensor], adapter: _Adapter, merged: Path, p
     return worst
 
 
-def _same_kind(left: StoredTensor, right: StoredTensor) -> bool:
-    return (left.dtype, left.shape) == (right.dtype, right.shape)
-
-
-@contextmanager
-def _bar(title: str, size: int, show: bool) -> Generator[Callable[[int], object]]:
+def _bar(title: str, size: int, show: bool) -> tqdm:
     """A progress bar over bytes with rate and time left."""
-    with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=not show) as bar:
-        yield bar.update
+    return tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=not show)
 
 
 def _sha256(path: Path) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prismo.models.folder import CONFIG
@@ -82,6 +84,11 @@ class VLAModel(PreTrainedModel):
         return x, {asked: kept[self.layer_index(asked)] for asked in hidden_layers}
 
 
+def pad(rows: Iterable[list[int]], value: int) -> Tensor:
+    """Token ids int64 [B, L] of rows of different lengths; `value` stands behind the shorter ones."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
 def read_model_config(folder: Path, kind: type[K], schema: type, model_type: str | None = None, **switches: Any) -> K:
     """The configuration of a checkpoint folder.
 
@@ -89,7 +96,7 @@ def read_model_config(folder: Path, kind: type[K], schema: type, model_type: str
         kind: class of the configuration.
         schema: dataclass of what config.json may say.
         model_type: that it has to say; None where another family may use the same classes.
-        **switches: replace settings of the file.
+        **switches: replace settings of the file, except where they are None.
 
     Raises:
         FileNotFoundError, ValueError: no config.json, a damaged one, or one of another model.
@@ -102,7 +109,7 @@ def read_model_config(folder: Path, kind: type[K], schema: type, model_type: str
         raise ValueError(f"{path} is of model_type {found!r}, expected {model_type!r}")
     check(stored, schema, str(path))
     try:
-        return kind.from_dict(stored | switches)
+        return kind.from_dict(stored | {name: value for name, value in switches.items() if value is not None})
     except Exception as error:  # whatever transformers has against sizes that contradict each other
         model = kind.__name__.removesuffix("Config")
         raise ValueError(f"{path} describes no {model} ({first_line(error)}); fetch it again") from error

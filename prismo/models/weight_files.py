@@ -43,7 +43,6 @@ DTYPES = {
 }
 _LISTED = 8  # names per kind of problem in an error
 _SAMPLE = 4096  # bytes per tensor that enter a fingerprint
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -198,12 +197,12 @@ def in_parallel(names: Iterable[str], work: Callable[[str], T], workers: int = 4
     pool = ThreadPoolExecutor(min(workers, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
     try:
         pending: deque[tuple[str, Future[T]]] = deque()
-        for name in names:
-            pending.append((name, pool.submit(work, name)))
-            if len(pending) > workers:
-                first, future = pending.popleft()
-                yield first, future.result()
-        while pending:
+        coming = iter(names)
+        while True:
+            for name in itertools.islice(coming, workers + 1 - len(pending)):
+                pending.append((name, pool.submit(work, name)))
+            if not pending:
+                return
             first, future = pending.popleft()
             yield first, future.result()
     finally:
@@ -218,7 +217,7 @@ def write_shards(
     *,
     shard_bytes: int,
     wrote: Callable[[int], object],
-) -> tuple[list[Path], dict[str, str]]:
+) -> dict[str, str]:
     """Write tensors one after the other as `model-0000i-of-0000n.safetensors`.
 
     Args:
@@ -229,10 +228,10 @@ def write_shards(
         wrote: called with the bytes of each tensor.
 
     Returns:
-        The files, flushed to disk, and the index's `weight_map`.
+        The index's `weight_map`; the files are flushed to disk.
     """
     shards = _split(layout, shard_bytes)
-    files, weight_map = [], {}
+    weight_map: dict[str, str] = {}
     with closing(in_parallel([name for names in shards for name in names], produce)) as tensors:
         for i, names in enumerate(shards, start=1):
             path = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -247,9 +246,8 @@ def write_shards(
                     wrote(layout[name].size)
                 file.flush()
                 os.fsync(file.fileno())
-            files.append(path)
             weight_map |= dict.fromkeys(names, path.name)
-    return files, weight_map
+    return weight_map
 
 
 @dataclass(frozen=True)
@@ -290,11 +288,11 @@ def _header(entries: Mapping[str, StoredTensor]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, stored in entries.items():
-        size = math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
-        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        end = offset + stored.size
+        header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % 8)  # as safetensors aligns the data
     return len(text).to_bytes(8, "little") + text
 
 
@@ -311,9 +309,9 @@ def _split(layout: Mapping[str, StoredTensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:
     """Bytes of data."""
-    return sum(stored.size for stored in tensors)
+    return sum(stored.size for stored in tensors.values())
 
 
 def _check_fit(expected: Mapping[str, torch.Size], found: Mapping[str, StoredTensor], folder: Path) -> None:

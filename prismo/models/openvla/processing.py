@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, BatchFeature, LlamaConfig, PreTrainedTok
 from transformers.image_processing_base import ImageProcessingMixin
 
 from prismo.models.bin_tokenizer import IGNORE_INDEX, BinTokenizer
+from prismo.models.vla import pad
 from prismo.util.schema import JsonObject, read_json
 from prismo.util.text import first_line
 
@@ -273,13 +274,7 @@ def query(prompts: Sequence[list[int]], action_tokens: int, tokens: BinTokenizer
 
 def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> TextBatch:
     """Concatenate (unsupervised, supervised) id lists and pad on the right."""
-    length = max(len(a) + len(b) for a, b in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, (prompt, target) in enumerate(rows):
-        n = len(prompt) + len(target)
-        ids[i, :n] = torch.tensor(prompt + target)
-        labels[i, len(prompt) : n] = torch.tensor(target, dtype=torch.long)
-        mask[i, :n] = True
+    ids = pad([[*prompt, *target] for prompt, target in rows], pad_id)
+    labels = pad([[IGNORE_INDEX] * len(prompt) + target for prompt, target in rows], IGNORE_INDEX)
+    mask = pad([[1] * (len(prompt) + len(target)) for prompt, target in rows], 0).bool()
     return TextBatch(ids, None if mask.all() else mask, labels)

@@ -24,7 +24,7 @@ from transformers import Gemma2ForCausalLM, SiglipVisionModel, ZoeDepthForDepthE
 from transformers.utils import ModelOutput
 
 from prismo.models.bin_tokenizer import IGNORE_INDEX
-from prismo.models.folder import Layers, Size
+from prismo.models.folder import CONFIG, Layers, Size
 from prismo.models.random_weights import fill_random
 from prismo.models.spatialvla.checkpoint import model_folder, official_name, save_weights
 from prismo.models.spatialvla.configuration import Geometry, PrefixMask, SpatialVLAConfig
@@ -211,9 +211,8 @@ class SpatialVLAForConditionalGeneration(VLAModel):
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
         config = self.config.to_diff_dict()
-        config["architectures"] = [type(self).__name__]
-        config["torch_dtype"] = str(state["spatial_embed_tokens.weight"].dtype).removeprefix("torch.")
-        write_json(folder / "config.json", config)
+        dtype = str(state["spatial_embed_tokens.weight"].dtype).removeprefix("torch.")
+        write_json(folder / CONFIG, config | {"architectures": [type(self).__name__], "torch_dtype": dtype})
         save_weights(state, folder, max_shard_size)
 
     def train(self, mode: bool = True) -> SpatialVLAForConditionalGeneration:
@@ -344,14 +343,9 @@ class SpatialVLAForConditionalGeneration(VLAModel):
 def read_config(
     folder: Path, *, geometry: Geometry | None = None, prefix_mask: PrefixMask | None = None
 ) -> SpatialVLAConfig:
-    """The configuration of a checkpoint folder; arguments that are given replace its settings.
-
-    Raises:
-        FileNotFoundError, ValueError: no config.json, or one of another model.
-    """
+    """The configuration of a checkpoint folder; arguments replace its settings; raises as `read_model_config` does."""
     switches = {"geometry": geometry, "prefix_mask": prefix_mask}
-    given = {name: value for name, value in switches.items() if value is not None}
-    return read_model_config(folder, SpatialVLAConfig, _SpatialVLAFile, "spatialvla", **given)
+    return read_model_config(folder, SpatialVLAConfig, _SpatialVLAFile, "spatialvla", **switches)
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:

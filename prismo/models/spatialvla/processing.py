@@ -32,6 +32,7 @@ from prismo.models.spatialvla.checkpoint import model_folder
 from prismo.models.spatialvla.configuration import SpatialVLAConfig
 from prismo.models.spatialvla.ego3d import CameraIntrinsics
 from prismo.models.spatialvla.modeling import IGNORE_INDEX, read_config
+from prismo.models.vla import pad
 from prismo.util.files import atomic_write, write_json
 from prismo.util.schema import JsonObject, check, read_json
 
@@ -93,8 +94,7 @@ class SpatialVLATextBatch:
 
     def to(self, device: torch.device | str) -> SpatialVLATextBatch:
         """The same batch on another device."""
-        fields = (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
-        return SpatialVLATextBatch(*(field.to(device, non_blocking=True) for field in fields))
+        return SpatialVLATextBatch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,8 +214,7 @@ class SpatialVLAProcessor:
 
     def pixel_values(self, images: Sequence[Image.Image | np.ndarray]) -> Tensor:
         """RGB images (PIL or uint8 [H, W, 3], any size) -> float32 [B, 3, 224, 224] in 0..1."""
-        size = self.config.image_pixels
-        arrays = [_resized(image, size) for image in images]
+        arrays = [_resized(image, self.config.image_pixels) for image in images]
         return self.scale(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
     @staticmethod
@@ -277,16 +276,12 @@ class SpatialVLAProcessor:
         length = max(len(prompt) + len(suffix) for prompt, suffix, _ in rows)
         if length > _MAX_TOKENS:
             raise ValueError(f"an instruction gives {length} tokens, the model takes {_MAX_TOKENS}; shorten it")
-        shape = (len(rows), length)
-        ids, mask = torch.full(shape, self.config.pad_token_id), torch.zeros(shape, dtype=torch.long)
-        types, labels = torch.ones(shape, dtype=torch.long), torch.full(shape, IGNORE_INDEX)
-        for i, (prompt, suffix, targets) in enumerate(rows):
-            end = len(prompt) + len(suffix)
-            ids[i, :end] = torch.tensor(prompt + suffix)
-            mask[i, :end] = 1
-            types[i, : len(prompt)] = 0
-            labels[i, len(prompt) : end] = torch.tensor(targets, dtype=torch.long)
-        return SpatialVLATextBatch(ids, mask, types, labels)
+        return SpatialVLATextBatch(
+            input_ids=pad([prompt + suffix for prompt, suffix, _ in rows], self.config.pad_token_id),
+            attention_mask=pad([[1] * len(prompt + suffix) for prompt, suffix, _ in rows], 0),
+            token_type_ids=pad([[0] * len(prompt) + [1] * len(suffix) for prompt, suffix, _ in rows], 1),
+            labels=pad([[IGNORE_INDEX] * len(prompt) + targets for prompt, _, targets in rows], IGNORE_INDEX),
+        )
 
     # ------------------------------------------------------------------ actions
 
@@ -311,10 +306,7 @@ class SpatialVLAProcessor:
 
 def _resized(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture = picture.convert("RGB")
-    if picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(picture)
+    return np.array(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
