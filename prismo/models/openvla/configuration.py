@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -68,58 +68,41 @@ class OpenVLAConfig(PreTrainedConfig):
     model_type = "openvla"
     sub_configs = {"text_config": LlamaConfig}  # noqa: RUF012 (transformers reads this class attribute)
 
-    def __init__(
-        self,
-        vision_backbone_id: str = "dinosiglip-vit-so-224px",
-        llm_backbone_id: str = "llama2-7b-pure",
-        arch_specifier: str = "no-align+fused-gelu-mlp",
-        use_fused_vision_backbone: bool | None = None,
-        image_resize_strategy: str = "resize-naive",
-        text_config: dict[str, Any] | LlamaConfig | None = None,
-        llm_max_length: int = 2048,
-        pad_token_id: int = 32000,
-        pad_to_multiple_of: int = 64,
-        output_projector_states: bool = False,
-        norm_stats: dict[str, Any] | None = None,
-        n_action_bins: int = 256,
-        vision_towers: list[dict[str, Any]] | None = None,
-        attention: AttentionKind = "bidirectional",
-        **kwargs: Any,
-    ) -> None:
-        if vision_backbone_id not in VISION_BACKBONES:
-            raise ValueError(did_you_mean("vision_backbone_id", vision_backbone_id, VISION_BACKBONES))
-        if llm_backbone_id not in LLM_BACKBONES:
-            raise ValueError(did_you_mean("llm_backbone_id", llm_backbone_id, LLM_BACKBONES))
-        if attention not in ("bidirectional", "causal"):
-            raise ValueError(did_you_mean("attention", attention, ("bidirectional", "causal")))
-        self.vision_backbone_id = vision_backbone_id
-        self.llm_backbone_id = llm_backbone_id
-        self.arch_specifier = arch_specifier
-        if use_fused_vision_backbone is None:
-            use_fused_vision_backbone = vision_backbone_id.startswith(("dinoclip", "dinosiglip"))
-        self.use_fused_vision_backbone = use_fused_vision_backbone
-        self.image_resize_strategy = image_resize_strategy
-        if not isinstance(text_config, LlamaConfig):
-            settings: dict[str, Any] = {"vocab_size": 32064, "pad_token_id": pad_token_id}
-            settings |= {k: v for k, v in (text_config or {}).items() if k != "model_type"}
-            text_config = LlamaConfig(**settings)
-        self.text_config = text_config
-        self.llm_max_length = llm_max_length
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.output_projector_states = output_projector_states
-        self.norm_stats = norm_stats
-        self.n_action_bins = n_action_bins
-        self.vision_towers = vision_towers
-        self.attention = attention
-        self.timm_model_ids = [_timm_id(tower) for tower in VISION_BACKBONES[vision_backbone_id]]
-        self.timm_override_act_layers = [None] * len(self.timm_model_ids)
-        self.image_sizes = [tower.image_size for tower in self.towers]
-        self.hf_llm_id = LLM_BACKBONES[llm_backbone_id]
+    vision_backbone_id: str = "dinosiglip-vit-so-224px"
+    llm_backbone_id: str = "llama2-7b-pure"
+    arch_specifier: str = "no-align+fused-gelu-mlp"
+    use_fused_vision_backbone: bool | None = None
+    image_resize_strategy: str = "resize-naive"
+    text_config: Any = None
+    llm_max_length: int = 2048
+    pad_token_id: int = 32000
+    pad_to_multiple_of: int = 64
+    output_projector_states: bool = False
+    norm_stats: dict[str, Any] | None = None
+    n_action_bins: int = 256
+    vision_towers: list[dict[str, Any]] | None = None
+    attention: AttentionKind = "bidirectional"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_backbone_id not in VISION_BACKBONES:
+            raise ValueError(did_you_mean("vision_backbone_id", self.vision_backbone_id, VISION_BACKBONES))
+        if self.llm_backbone_id not in LLM_BACKBONES:
+            raise ValueError(did_you_mean("llm_backbone_id", self.llm_backbone_id, LLM_BACKBONES))
+        if self.attention not in get_args(AttentionKind):
+            raise ValueError(did_you_mean("attention", self.attention, get_args(AttentionKind)))
+        if self.use_fused_vision_backbone is None:
+            self.use_fused_vision_backbone = self.vision_backbone_id.startswith(("dinoclip", "dinosiglip"))
+        if not isinstance(self.text_config, LlamaConfig):
+            settings: dict[str, Any] = {"vocab_size": 32064, "pad_token_id": self.pad_token_id}
+            settings |= {k: v for k, v in (self.text_config or {}).items() if k != "model_type"}
+            self.text_config = LlamaConfig(**settings)
         for derived in ("timm_model_ids", "timm_override_act_layers", "image_sizes", "hf_llm_id"):
             kwargs.pop(derived, None)  # stored by the original, but only ever a function of the ids
-        kwargs["pad_token_id"] = pad_token_id
-        super().__init__(**kwargs)
-        self.pad_token_id = pad_token_id
+        self.timm_model_ids = [_timm_id(tower) for tower in VISION_BACKBONES[self.vision_backbone_id]]
+        self.timm_override_act_layers = [None] * len(self.timm_model_ids)
+        self.image_sizes = [tower.image_size for tower in self.towers]
+        self.hf_llm_id = LLM_BACKBONES[self.llm_backbone_id]
+        super().__post_init__(**kwargs)
 
     @property
     def towers(self) -> tuple[ViTConfig, ...]:

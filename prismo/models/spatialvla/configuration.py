@@ -42,39 +42,30 @@ class SpatialVLAConfig(PreTrainedConfig):
         "vision_zoe_config": ZoeDepthConfig,
     }
 
-    def __init__(
-        self,
-        text_config: dict[str, Any] | Gemma2Config | None = None,
-        vision_config: dict[str, Any] | SiglipVisionConfig | None = None,
-        vision_zoe_config: dict[str, Any] | ZoeDepthConfig | None = None,
-        image_token_index: int = 257152,
-        action_token_begin_idx: int = 257153,
-        spatial_token_num: int = 8194,
-        ego3d_patch_reso: int = 2,
-        n_freqs: int = 8,
-        use_vision_zoe: bool = True,
-        geometry: Geometry = "parity",
-        prefix_mask: PrefixMask = "bidirectional",
-        **kwargs: Any,
-    ) -> None:
-        self.text_config = _sub_config(Gemma2Config, text_config, _TEXT_4B)
-        self.vision_config = _sub_config(SiglipVisionConfig, vision_config, _VISION_4B)
-        self.vision_zoe_config = _sub_config(ZoeDepthConfig, vision_zoe_config, zoedepth_sizes())
-        self.image_token_index = image_token_index
-        self.action_token_begin_idx = action_token_begin_idx
-        self.spatial_token_num = spatial_token_num
-        self.ego3d_patch_reso = ego3d_patch_reso
-        self.n_freqs = n_freqs
-        self.use_vision_zoe = use_vision_zoe
-        self.geometry = geometry
-        self.prefix_mask = prefix_mask
+    text_config: Any = None
+    vision_config: Any = None
+    vision_zoe_config: Any = None
+    image_token_index: int = 257152
+    action_token_begin_idx: int = 257153
+    spatial_token_num: int = 8194
+    ego3d_patch_reso: int = 2
+    n_freqs: int = 8
+    use_vision_zoe: bool = True
+    geometry: Geometry = "parity"
+    prefix_mask: PrefixMask = "bidirectional"
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _sub_config(Gemma2Config, self.text_config, _TEXT_4B)
+        self.vision_config = _sub_config(SiglipVisionConfig, self.vision_config, _VISION_4B)
+        self.vision_zoe_config = _sub_config(ZoeDepthConfig, self.vision_zoe_config, zoedepth_sizes())
         if not kwargs.pop("use_spatial_token", True):
             raise ValueError("use_spatial_token is false: such models were never published and are not supported")
         self._check()
         kwargs.pop("_vocab_size", None)  # repeats the text vocabulary
-        special = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-        settings: dict[str, Any] = {**special, **kwargs, "tie_word_embeddings": False}
-        super().__init__(**settings)
+        super().__post_init__(**kwargs | {"tie_word_embeddings": False})
 
     def _check(self) -> None:
         for name, value, options in (
