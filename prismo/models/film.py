@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prismo.models.adapter_file import ADAPTER_FOLDER
-from prismo.models.component_files import Step, find_component, load_tensors, read_component
+from prismo.models.component_files import find_component, load_tensors, read_component
 from prismo.models.folder import read_marker
 from prismo.models.lora import LoraSpec, merged_weight, read_adapter_spec
 from prismo.models.openvla import OpenVLAForActionPrediction
@@ -31,7 +31,7 @@ def add_film(
     return wrapped
 
 
-def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path, step: Step | None = None) -> Path:
+def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path) -> Path:
     """Give `model` the trained FiLM backbone of a checkpoint folder, with its LoRA merged into the weights.
 
     The originals keep the LoRA layers of these files apart and pay for them in every prediction. The scaling comes from
@@ -43,7 +43,7 @@ def load_film_backbone(model: OpenVLAForActionPrediction, folder: str | Path, st
     Raises:
         FileNotFoundError, ValueError: as `prismo.models.component_files.load_component`.
     """
-    path = find_component(folder, "vision_backbone", step)
+    path = find_component(folder, "vision_backbone")
     state = _merge_lora(read_component(path), path)
     if not model.vision_backbone.film:
         add_film(model)

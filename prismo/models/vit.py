@@ -218,11 +218,6 @@ class VisionTransformer(nn.Module):
             self.attn_pool = AttentionPool(width, config.mlp_width, config.eps)
         self.gradient_checkpointing = False
 
-    @property
-    def prefix_tokens(self) -> int:
-        """CLS and register tokens in front of the patches."""
-        return int(self.config.cls_token) + self.config.registers
-
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> tokens [B, prefix + P, C] with positions added."""
         rows, columns = pixels.shape[-2] // self.config.patch_size, pixels.shape[-1] // self.config.patch_size
@@ -273,4 +268,4 @@ class VisionTransformer(nn.Module):
                 x = block(x, *extra)
         if final_norm:
             x = self.norm(x)
-        return x[:, self.prefix_tokens :]
+        return x[:, int(self.config.cls_token) + self.config.registers :]

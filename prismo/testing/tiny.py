@@ -32,10 +32,11 @@ _NORMALIZE = [
     {"inplace": False, "mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]},
     {"inplace": False, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 ]
+_WIDTH = 32  # of the language model
 _VGGT_HEADS = ("camera_head", "depth_head", "point_head", "track_head")
 
 
-def tiny_openvla_config(dataset: str = "bridge_orig", hidden_size: int = 32, layers: int = 4) -> OpenVLAConfig:
+def tiny_openvla_config(dataset: str = "bridge_orig", hidden_size: int = _WIDTH, layers: int = 4) -> OpenVLAConfig:
     """Configuration of the tiny model: two towers of three blocks, a Llama of `layers` layers with the full vocabulary.
 
     Args:
@@ -80,7 +81,7 @@ def make_tiny_openvla(
     *,
     dataset: str = "bridge_orig",
     dtype: torch.dtype = torch.bfloat16,
-    hidden_size: int = 32,
+    hidden_size: int = _WIDTH,
     layers: int = 4,
 ) -> Path:
     """Write a base model as openvla-7b is published: config, sharded safetensors, preprocessor and tokenizer files.
@@ -110,19 +111,17 @@ def make_tiny_policy(
     dataset: str = "libero_spatial_no_noops",
     head: str = "l1",
     proprio: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-    hidden_size: int = 32,
     layers: int = 4,
 ) -> Path:
     """Write a fine-tuned policy with merged weights as OpenVLA-OFT and Spatial-Forcing publish them.
 
     On top of `make_tiny_openvla`: `dataset_statistics.json` and the side modules that `head` and `proprio` ask for.
     """
-    folder = make_tiny_openvla(folder, seed, dataset=dataset, dtype=dtype, hidden_size=hidden_size, layers=layers)
+    folder = make_tiny_openvla(folder, seed, dataset=dataset, layers=layers)
     robot = embodiment_for(dataset)
     dump_statistics({dataset: tiny_statistics(robot)}, folder / "dataset_statistics.json")
-    built = HEADS[head].build(HeadSizes(hidden_size, robot.action_dim, robot.chunk))
-    modules = ActionModules(built, ProprioProjector(hidden_size, robot.proprio_dim) if proprio else None)
+    built = HEADS[head].build(HeadSizes(_WIDTH, robot.action_dim, robot.chunk))
+    modules = ActionModules(built, ProprioProjector(_WIDTH, robot.proprio_dim) if proprio else None)
     for stem, module in modules.by_stem().items():
         fill_random(module, seed)
         save_component(module, folder, stem, "latest")

@@ -7,11 +7,12 @@ of the vocabulary, and the true ids of the prompt's words, so that the published
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
+
+from prismo.util.files import write_json
 
 VOCABULARY = 32000
 PAD_ID = 32000
@@ -46,12 +47,9 @@ def write_tiny_tokenizer(folder: str | Path) -> None:
         "processor_class": "PrismaticProcessor",
         "tokenizer_class": "LlamaTokenizer",
     }
-    for name, value in (
-        ("tokenizer_config.json", settings | special),
-        ("special_tokens_map.json", special),
-        ("added_tokens.json", {"<PAD>": PAD_ID}),
-    ):
-        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings | special)
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "added_tokens.json", {"<PAD>": PAD_ID})
 
 
 def build_tokenizer() -> Tokenizer:

@@ -143,11 +143,6 @@ class FiLMVisionBackbone(nn.Module):
         """The towers in the order of their channels."""
         return self.vision_backbone.towers
 
-    @property
-    def width(self) -> int:
-        """Feature channels per patch."""
-        return self.vision_backbone.width
-
     def language_mean(self, embeddings: Tensor, action_mask: Tensor | None, real: Tensor | None) -> Tensor:
         """Mean of the text embeddings except the action tokens.
 
