@@ -222,12 +222,10 @@ class OpenVLAForActionPrediction(VLAModel):
         # Of the model, not of some weight: quantised ones are integers.
         pixels = torch.ones(2, channels, size, size, device=table.device, dtype=self.dtype)
         pixels[0] *= -1
-        condition = None
         ids = torch.arange(3, 3 + _TEST_TOKENS, device=table.device)[None].repeat(3, 1)
         ids[1, -2] += 100  # the later token that differs
         embeddings = embedding(ids)
-        if self.vision_backbone.film:
-            condition = embeddings[:2].mean(dim=1)
+        condition = self.vision_backbone.language_mean(embeddings[:2], None, None)
         black, white = self.project_vision(pixels, condition)[:, ::_TEST_STRIDE].to(embeddings.dtype)
         sequence = torch.cat([torch.stack([black, black, white]), embeddings], dim=1)
         states, _ = self._run(sequence, None)

@@ -20,17 +20,17 @@ from prismo.util.hub import local_folder
 
 PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json",))
 
-# (our name, official name) inside a BEiT layer.
-_BEIT_LAYER = (
-    ("attention.q_proj", "attention.attention.query"),
-    ("attention.k_proj", "attention.attention.key"),
-    ("attention.v_proj", "attention.attention.value"),
-    ("attention.o_proj", "attention.output.dense"),
-    ("relative_position_bias", "attention.attention.relative_position_bias"),
-    ("mlp.fc1", "intermediate.dense"),
-    ("mlp.fc2", "output.dense"),
-)
-_OUR_LAYER = re.compile(r"^vision_zoe_model\.backbone\.beit\.layers\.(\d+)\.(.+)$")
+# Modules of a BEiT layer: our name -> official name.
+_BEIT_LAYER = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "relative_position_bias": "attention.attention.relative_position_bias",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_OUR_LAYER = re.compile(r"^vision_zoe_model\.backbone\.beit\.layers\.(\d+)\.(.*?)(\.?\w+)$")
 
 
 def official_name(name: str) -> str:
@@ -38,12 +38,8 @@ def official_name(name: str) -> str:
     match = _OUR_LAYER.match(name)
     if not match:
         return name.replace("vision_zoe_model.backbone.beit.embeddings.", "vision_zoe_model.backbone.embeddings.", 1)
-    index, rest = match.groups()
-    for ours, theirs in _BEIT_LAYER:
-        if rest.startswith(ours + "."):
-            rest = theirs + rest[len(ours) :]
-            break
-    return f"vision_zoe_model.backbone.encoder.layer.{index}.{rest}"
+    index, module, leaf = match.groups()
+    return f"vision_zoe_model.backbone.encoder.layer.{index}.{_BEIT_LAYER.get(module, module)}{leaf}"
 
 
 def model_folder(path: str | Path) -> Path:
