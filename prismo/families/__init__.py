@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from prismo.models.folder import CONFIG, missing_of_model, read_model_type
+from prismo.models.folder import CONFIG, missing_files, missing_of_model, read_model_type
 from prismo.models.training_record import TrainingRecord
+from prismo.util.hub import local_folder
 from prismo.util.schema import JsonObject, read_json
 
 FAMILIES = {
@@ -85,8 +86,8 @@ class Family:
     checks: str = "prismo.verify.kinds.policy:PolicyFolder"
 
     def load(self, what: str) -> Any:
-        """The object of one of its strings: `self.training`, `self.policy`, `self.checks`."""
-        module, _, name = what.partition(":")
+        """The object that one of its strings names: "training", "policy" or "checks"."""
+        module, _, name = getattr(self, what).partition(":")
         return getattr(importlib.import_module(module), name)
 
 
@@ -131,6 +132,23 @@ def _marked(is_meant: Callable[[Family, str], bool]) -> Family:
 def missing_of_base(folder: Path) -> str | None:
     """What a folder lacks to be the base model of a family, as a sentence; None for nothing."""
     return missing_of_model(folder, {family.model_type: family.processor for family in all_families()})
+
+
+def settings_folder(base: str) -> Path:
+    """Folder with the small files of a base model; of a hub id only these are downloaded.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository that could be fetched.
+    """
+    return local_folder(base, ("*.json",), missing=_missing_settings, optional=("tokenizer.model",))
+
+
+def _missing_settings(folder: Path) -> str | None:
+    """What a folder lacks to be described, as a sentence; None for nothing."""
+    if not (folder / CONFIG).is_file():
+        return f"{folder} has no {CONFIG}"
+    lacking = missing_files(folder, family_of(folder).processor)
+    return f"{folder} has no {', no '.join(lacking)}" if lacking else None
 
 
 def foreign_flags(flags: Any, family: Family) -> list[str]:

@@ -38,7 +38,7 @@ class PolicySpec:
 
     def load(self) -> Policy:
         """Read the weights (minutes for a 7B model on a slow disk)."""
-        family: PolicyFamily = self.checkpoint.kind.load(self.checkpoint.kind.policy)
+        family: PolicyFamily = self.checkpoint.kind.load("policy")
         return family.load(self.checkpoint, self.settings, self.robot, device=self.device, dtype=self.dtype)
 
     def describe(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def prepare_policy(flags: PolicyFlags, robot: Embodiment | None = None, default_
     robot = _robot(robot, checkpoint, flags, default_key)
     if given := foreign_flags(flags, checkpoint.kind):
         raise ValueError(f"{checkpoint.source} is of {checkpoint.kind.title}; leave out {', '.join(given)}")
-    family: PolicyFamily = checkpoint.kind.load(checkpoint.kind.policy)
+    family: PolicyFamily = checkpoint.kind.load("policy")
     settings = family.settings(flags, checkpoint, robot, default_key)
     # The published figures are bfloat16 on a GPU; CPUs are slow at it.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -16,14 +16,13 @@ from typing import Generic
 from prismo.align import teacher_sizes
 from prismo.align.recipe import layer_index
 from prismo.data.resolve import resolve
-from prismo.families import all_families, family_of, foreign_flags
+from prismo.families import all_families, family_of, foreign_flags, settings_folder
 from prismo.merging.merge import resolve_base
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.training.checkpoint import base_of, check_same_run, check_state, read_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.training.families import model_family, settings_folder
 from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
-from prismo.training.task import C
+from prismo.training.task import C, ModelFamily
 from prismo.util.extras import install_hint
 from prismo.util.hub import is_hub_id
 from prismo.util.problems import check_all
@@ -65,7 +64,7 @@ def make_plan(config: C, world_size: int, held: ExitStack) -> Plan[C]:
     check_all(*(partial(check, config) for check in _LOCAL))
     base = settings_folder(config.vla_path)
     _refuse_foreign(config, base)
-    family = model_family(base)
+    family: ModelFamily = family_of(base).load("training")
     config = family.check_flags(config, base, world_size)
     _check_layers(config, family.hidden_states(base))
     if exact:

@@ -15,13 +15,13 @@ from prismo.data.dataset import WindowDataset, open_dataset
 from prismo.data.images import prepare_images
 from prismo.data.loader import CollateText, Loader, usual_workers
 from prismo.data.normalize import dump_statistics
+from prismo.families import family_of, settings_folder
 from prismo.merging.merge import resolve_base
 from prismo.models.self_test import SelfTestError
 from prismo.training.action_error import ActionErrors
 from prismo.training.checkpoint import read_state
 from prismo.training.config import FinetuneConfig
 from prismo.training.distributed import World, start_world, stop_world
-from prismo.training.families import model_family, settings_folder
 from prismo.training.logs import Sink, open_online
 from prismo.training.preflight import Plan, make_plan
 from prismo.training.preview import describe, describe_data, expected_memory, first_batch_picture, teacher_parameters
@@ -101,7 +101,7 @@ def _train(plan: Plan, world: World, online: list[Sink], log: RunLog) -> None:
     if config.compiles:
         end_descendants_of_this_process()
     base = resolve_base(config.vla_path)
-    family = model_family(base)
+    family: ModelFamily = family_of(base).load("training")
     data = _open_datasets(config, family, base)
     collate = family.load_collate(config, base)
     robot = data[0].embodiment
@@ -175,7 +175,7 @@ def _dry_run(plan: Plan, world: World) -> None:
         return
     config = replace(plan.config, num_workers=0)
     base = settings_folder(config.vla_path)
-    family = model_family(base)
+    family: ModelFamily = family_of(base).load("training")
     data = _open_datasets(config, family, base)
     sizes, teacher = family.sizes(config, base, data[0].embodiment), teacher_parameters(config)
     memory = expected_memory(config, sizes, teacher, world.device, world.size)

@@ -284,7 +284,7 @@ class PolicyKind:
         return path.is_dir() and model_type(path) == self.family.model_type
 
     def checks(self, subject: Subject) -> list[Check]:
-        return self.family.load(self.family.checks)(self.family, subject).checks()
+        return self.family.load("checks")(self.family, subject).checks()
 
 
 def model_type(folder: Path) -> str | None:
