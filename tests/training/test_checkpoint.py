@@ -121,6 +121,7 @@ def test_the_robot_is_recorded(stopped):
     assert stored["embodiment"] == {
         "name": "libero", "action_dim": 7, "proprio_dim": 8, "chunk": 8, "normalization": "bounds_q99",
         "control_hz": 20.0, "gripper_dims": [-1], "gripper_env_sign": -1,
+        "cameras": ["agentview", "robot0_eye_in_hand"], "states": ["eef_pos", "eef_axis_angle", "gripper_qpos"],
     }  # fmt: skip
 
 
