@@ -77,7 +77,8 @@ def latencies(vla: OpenVLAForActionPrediction, modules: ActionModules, args: Ben
 def main(args: BenchConfig) -> None:
     vla, modules = build(args.tiny)
     name = "CPU, tiny" if args.tiny else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {name}, {args.num_images_in_input} images, attention {vla.language_model.config._attn_implementation}")
+    kernel = vla.language_model.config._attn_implementation
+    print(f"torch {torch.__version__}, {name}, {args.num_images_in_input} images, attention {kernel}")
     print("| batch | p50 ms | p95 ms | predictions/s | peak GiB |\n|---|---|---|---|---|")
     for batch in args.batch_sizes:
         if not args.tiny:
