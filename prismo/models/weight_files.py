@@ -270,16 +270,24 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except ValueError as error:
         raise ValueError(f"{file} is truncated or broken; copy or download it again") from error
     header.pop("__metadata__", None)
-    tensors = {}
+    tensors, covered = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: getattr(item[1], "data_offsets", (0, 0))):
         if not isinstance(entry, _Entry):
             raise ValueError(f"{file}: {name} is no tensor; copy or download it again")
         if entry.dtype not in DTYPES:
             raise ValueError(f"{file}: {name} has dtype {entry.dtype}; expected one of {', '.join(DTYPES)}")
         start, end = entry.data_offsets
-        if end - start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize or 8 + length + end > total:
-            raise ValueError(f"{file} is truncated: {name} is not whole; copy or download it again")
+        whole = end - start == math.prod(entry.shape) * DTYPES[entry.dtype].itemsize and 8 + length + end <= total
+        if not whole or start != covered:
+            raise ValueError(
+                f"{file} is truncated or broken: {name} is not whole, or not where it should be; copy it again"
+            )
+        covered = end
         tensors[name] = StoredTensor(file, entry.dtype, tuple(entry.shape), 8 + length + start, end - start)
+    if 8 + length + covered != total:
+        raise ValueError(
+            f"{file} is broken: {total - 8 - length - covered} of its bytes belong to no tensor; copy it again"
+        )
     return tensors
 
 

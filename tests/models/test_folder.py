@@ -100,6 +100,13 @@ def header(**entries: object) -> bytes:
         header(a={"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}) + bytes(8),
         header(a={"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}) + bytes(8),
         header(a={"format": "pt"}),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}) + bytes(9),
+        header(a={"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}) + bytes(2),
+        header(
+            a={"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
+            b={"dtype": "U8", "shape": [1], "data_offsets": [1, 2]},
+        )
+        + bytes(2),
     ],
 )
 def test_a_damaged_weight_file(tmp_path, content):
