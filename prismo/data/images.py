@@ -27,6 +27,7 @@ from torch.nn.functional import embedding_bag
 
 from prismo.data.hashing import mix, uniform
 
+CROP_AREA = 0.9  # of the random crops in training, and of the center crop that evaluation takes for them
 _LANCZOS_RADIUS = 3
 _FULL = 255.5  # 1.0 as a uint8: truncating x * 255.5 rounds, as `tf.image.convert_image_dtype` does
 
@@ -222,7 +223,7 @@ def _sine(angle: np.ndarray) -> np.ndarray:
 # --- crops -----------------------------------------------------------------------------------------------------------
 
 
-def center_crop(images: Tensor, area: float = 0.9) -> Tensor:
+def center_crop(images: Tensor, area: float = CROP_AREA) -> Tensor:
     """The central `area` of uint8 [..., 3, H, W], stretched back to H x W (bilinear), as OpenVLA does at evaluation."""
     size = (images.shape[-2], images.shape[-1])
     side = np.sqrt(np.float32(area))
@@ -315,7 +316,7 @@ class Augmentation:
         hue: largest rotation in turns.
     """
 
-    crop_area: float = 0.9
+    crop_area: float = CROP_AREA
     diagonal_crop: bool = True
     brightness: float = 0.2
     contrast: tuple[float, float] = (0.8, 1.2)

@@ -22,7 +22,7 @@ from prismo import __version__
 from prismo.data.normalize import DatasetStats, load_statistics
 from prismo.embodiment import Embodiment
 from prismo.families import Family, get_family
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.util.hub import is_hub_id
 from prismo.util.schema import JsonObject, parse_json, read_json
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from prismo.merging.card import CARD
 from prismo.models.adapter_file import ADAPTER_FOLDER
-from prismo.models.component_files import TRAINING_CONFIG
-from prismo.models.folder import CONFIG, MARKER, MERGING, is_model
+from prismo.models.folder import CONFIG, MARKER, MERGING, TRAINING_CONFIG, is_model
 from prismo.models.weight_files import INDEX
 from prismo.util.files import flush_folder
 from prismo.util.schema import JsonObject, read_json

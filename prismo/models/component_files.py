@@ -21,8 +21,6 @@ from prismo.util.text import first_line
 
 Step = int | Literal["latest"]
 
-# The resolved flags of the run, beside every checkpoint of our trainer; the policy loader reads what it needs from it.
-TRAINING_CONFIG = "training_config.json"
 _DDP_PREFIX = "module."
 _WITHOUT_PREFIX = {"vision_backbone"}
 

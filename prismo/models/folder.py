@@ -10,7 +10,6 @@ from typing import Annotated
 from annotated_types import Ge, Le
 from pydantic import FiniteFloat
 
-from prismo.models.weight_files import stored_tensors
 from prismo.util.hub import is_hub_id, no_such_folder
 from prismo.util.schema import read_json
 
@@ -18,6 +17,7 @@ Size = Annotated[int, Ge(1), Le(1 << 24)]  # a width, a vocabulary, ...
 Layers = Annotated[int, Ge(1), Le(1000)]
 
 CONFIG = "config.json"
+TRAINING_CONFIG = "training_config.json"  # of our trainer: every flag and version, the robot, beside every checkpoint
 WEIGHTS_AND_SETTINGS = ("*.json", "*.safetensors")  # what a model is read from, in a hub repository
 MARKER = "merge.json"
 MERGING = ".merging"  # where a merge prepares its files, inside the folder in which they will appear
@@ -83,6 +83,8 @@ def check_folder(path: str | Path, model_types: Sequence[str] = ("openvla",)) ->
             f"{folder} is not a checkpoint: no config.json. " + (UNFINISHED if is_unfinished(folder) else _EXPECTED)
         )
     read_model_type(folder, model_types)
+    from prismo.models.weight_files import stored_tensors  # noqa: PLC0415 (imports torch; a report needs none)
+
     stored_tensors(folder)
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from prismo.embodiment import Camera, Embodiment
-from prismo.models.component_files import TRAINING_CONFIG, has_component
+from prismo.models.component_files import has_component
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.models.heads import HEADS, NO_HEAD
 from prismo.models.self_test import AttentionKind
 from prismo.util.schema import JsonObject, read_json

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prismo.data.images import observation_image
+from prismo.data.images import CROP_AREA, observation_image
 from prismo.data.normalize import UnknownKeyError
 from prismo.embodiment import Embodiment
 from prismo.models.spatialvla import (
@@ -33,7 +33,6 @@ from prismo.policies.settings import otherwise_trained, refuse, statistics_key
 _LOG = logging.getLogger(__name__)
 
 _FRANKA_KEY = "droid/1.0.0"  # the published checkpoints' statistics of the arm that LIBERO simulates
-_CROP_AREA = 0.9
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _unnorm_key(flags: PolicyFlags, checkpoint: Checkpoint, default_key: str | N
 def _camera(processor: SpatialVLAProcessor, settings: SpatialVLASettings) -> CameraIntrinsics:
     if settings.intrinsics == "checkpoint":
         return processor.camera(settings.unnorm_key)  # not changed by the crop, as the authors leave it in training
-    return LIBERO_AGENTVIEW.center_cropped(_CROP_AREA) if settings.center_crop else LIBERO_AGENTVIEW
+    return LIBERO_AGENTVIEW.center_cropped(CROP_AREA) if settings.center_crop else LIBERO_AGENTVIEW
 
 
 SPATIALVLA = PolicyFamily(resolve_spatialvla_settings, load_spatialvla_policy)

@@ -31,8 +31,9 @@ from torch import Tensor
 import prismo
 from prismo.align import TEACHERS, AlignRecipe
 from prismo.embodiment import Embodiment
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.training.config import FinetuneConfig
-from prismo.training.run_folder import STATE_FILE, STATE_FOLDER, TRAINING_CONFIG
+from prismo.training.run_folder import STATE_FILE, STATE_FOLDER
 from prismo.training.sharding import local, scatter, whole
 from prismo.training.step import TrainStep
 from prismo.util.files import write_json

@@ -19,12 +19,7 @@ from prismo.data.normalize import DatasetStats
 from prismo.embodiment import Embodiment
 from prismo.models.bin_tokenizer import BinTokenizer
 from prismo.models.component_files import Step, save_component
-from prismo.models.openvla import (
-    OpenVLAConfig,
-    OpenVLAForActionPrediction,
-    PrismaticProcessor,
-    TextBatch,
-)
+from prismo.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticProcessor, TextBatch
 from prismo.models.openvla.prediction import predict_normalized
 from prismo.models.openvla.processing import prompt_text
 from prismo.training.build import Tokenise, recompute_activations, text_of

@@ -18,10 +18,11 @@ from prismo.align.recipe import layer_index
 from prismo.data.resolve import resolve
 from prismo.families import all_families, family_of, foreign_flags, settings_folder
 from prismo.merging.merge import resolve_base
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.models.weight_files import fingerprint, stored_tensors
 from prismo.training.checkpoint import base_of, check_same_run, check_state, read_state
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
-from prismo.training.run_folder import TRAINING_CONFIG, Resume, RunFolder, find_resume, run_folder
+from prismo.training.run_folder import Resume, RunFolder, find_resume, run_folder
 from prismo.training.task import C, ModelFamily
 from prismo.util.extras import install_hint
 from prismo.util.hub import is_hub_id

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.training.config import FinetuneConfig
 from prismo.training.run_name import naming_flags, run_id
 from prismo.util.files import atomic_folder, point_link
@@ -38,7 +39,6 @@ _LOG = logging.getLogger(__name__)
 LATEST = "latest"
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "state.json"
-TRAINING_CONFIG = "training_config.json"
 _LOCK = ".lock"
 _STAGED = ".checkpoint"
 # What a killed process leaves of an entry: half of its successor, itself moved aside, or doomed.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prismo.align.auxiliary import Auxiliary, load_auxiliaries
+from prismo.data.images import CROP_AREA
 from prismo.data.loader import Batch
 from prismo.data.normalize import DatasetStats
 from prismo.embodiment import Camera, Embodiment
@@ -51,7 +52,6 @@ from prismo.training.task import C, ModelFamily, RunSizes
 from prismo.util.text import did_you_mean
 
 _LOG = logging.getLogger(__name__)
-_CROP_AREA = 0.9  # of the random crops
 _PROMPT_TOKENS = 20  # of a LIBERO instruction
 _USUAL_FULL_RATE = 2e-5
 
@@ -174,7 +174,7 @@ def _camera(config: FinetuneConfig) -> CameraIntrinsics | None:
     """What the run stores for its datasets; None = the base's choice."""
     if config.intrinsics == "checkpoint":
         return None
-    return LIBERO_AGENTVIEW.center_cropped(_CROP_AREA) if config.image_aug else LIBERO_AGENTVIEW
+    return LIBERO_AGENTVIEW.center_cropped(CROP_AREA) if config.image_aug else LIBERO_AGENTVIEW
 
 
 def _load_task(

@@ -10,10 +10,10 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from prismo.models.folder import is_model
+from prismo.models.folder import TRAINING_CONFIG, is_model
 from prismo.training.config import FinetuneAlignConfig, FinetuneConfig
 from prismo.training.curves import CURVES, METRICS, draw_curves
-from prismo.training.run_folder import TRAINING_CONFIG, RunFolder, SavedStep
+from prismo.training.run_folder import RunFolder, SavedStep
 from prismo.training.run_name import run_id
 from prismo.training.text_log import LOG
 from prismo.util.flags import flag_words

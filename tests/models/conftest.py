@@ -10,7 +10,7 @@ import torch
 from prismo.embodiment import LIBERO
 from prismo.merging.merge import merge
 from prismo.models.bin_tokenizer import BinTokenizer
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.models.lora import add_lora, save_adapter
 from prismo.models.openvla import OpenVLAForActionPrediction, PrismaticProcessor
 from prismo.models.weight_files import fingerprint, full_fingerprint, stored_tensors

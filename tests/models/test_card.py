@@ -16,7 +16,7 @@ from prismo.commands import COMMANDS
 from prismo.eval.config import EvalConfig
 from prismo.merging.card import CARD, model_card
 from prismo.merging.merge import merge
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.policies.base import PolicyInput
 from prismo.util.files import write_json
 from prismo.util.flags import parse_flags

@@ -14,7 +14,8 @@ import pytest
 
 from prismo.merging.merge import merge, resolve_base
 from prismo.merging.publish import prepared
-from prismo.models.component_files import TRAINING_CONFIG, save_component
+from prismo.models.component_files import save_component
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.models.heads import L1RegressionActionHead
 from prismo.models.openvla import PrismaticProcessor
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint

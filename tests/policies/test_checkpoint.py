@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prismo.embodiment import LIBERO
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint, weights_folder
 from prismo.testing.tiny import make_tiny_policy
 

@@ -9,7 +9,7 @@ import pytest
 
 from prismo.embodiment import LIBERO
 from prismo.merging.merge import merge
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.policies.checkpoint import open_checkpoint
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.settings import resolve_settings

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prismo.embodiment import ALOHA, LIBERO, Embodiment
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.policies.checkpoint import open_checkpoint
 from prismo.policies.flags import PolicyFlags
 from prismo.policies.loading import prepare_policy

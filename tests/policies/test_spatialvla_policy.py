@@ -12,7 +12,7 @@ import pytest
 
 from prismo.data.images import observation_image
 from prismo.embodiment import LIBERO
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.models.spatialvla import LIBERO_AGENTVIEW
 from prismo.policies.base import PolicyInput
 from prismo.policies.checkpoint import checkpoint_hash, open_checkpoint

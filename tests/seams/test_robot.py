@@ -17,7 +17,7 @@ from prismo.embodiment import LIBERO, Embodiment
 from prismo.eval.benchmark import BENCHMARKS
 from prismo.eval.config import EvalConfig
 from prismo.eval.run import prepare
-from prismo.models.component_files import TRAINING_CONFIG
+from prismo.models.folder import TRAINING_CONFIG
 from prismo.policies.base import PolicyInput
 from prismo.policies.checkpoint import open_checkpoint
 from prismo.policies.flags import PolicyFlags

@@ -141,3 +141,9 @@ def assert_same_state(left: Path, right: Path) -> None:
     for number in numbers:
         number.pop("world_size")
     assert numbers[0] == numbers[1]
+
+
+@pytest.fixture
+def errors(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.ERROR)
+    return caplog
