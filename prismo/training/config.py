@@ -54,7 +54,7 @@ class FinetuneConfig:
     use_l1_regression: bool = True
     # Denoise action chunks (DDIM); excludes use_l1_regression
     use_diffusion: bool = False
-    # Another action head by its name in prismo/models/heads. Default: as the two flags above say
+    # Action head by name: l1, diffusion, discrete, or one of your own. Default: as the two flags above say
     action_head: str | None = None
     # Timesteps of the diffusion schedule
     num_diffusion_steps_train: int = 50
